@@ -1,0 +1,190 @@
+"""Bring a Dynamo graph or a ``torch.export`` program into one form: pre-dispatch ATen with symbolic shapes.
+
+In that form ``linear``, ``layer_norm``, ``embedding`` and ``scaled_dot_product_attention`` stay whole, every
+node has ``meta["val"]`` (a fake tensor or a symbolic number), the module path and the source line of the code
+that made it.
+
+The graph is re-traced under a fake mode of its own. Dynamo freezes the guards of its symbols around the
+backend; a rewrite adds a symbol that Dynamo has never heard of (the number of kept tokens) and guards on it, so
+both belong to a separate shape environment, see :class:`Captured`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+aten = torch.ops.aten
+
+#: Dynamo settings under which nearly every model is one graph. Set for the call, never globally.
+DYNAMO_CONFIG: dict[str, Any] = {"capture_scalar_outputs": True, "specialize_float": True}
+
+#: Run-time assertions that model code makes about its inputs; they compute nothing.
+ASSERTIONS = {aten._assert_scalar.default, aten._assert_async.msg, aten._assert_tensor_metadata.default}
+
+
+@dataclass
+class Captured:
+    """One captured graph.
+
+    Attributes:
+        graph_module: pre-dispatch ATen; placeholders in the order of the captured inputs.
+        fake_mode: the mode of every ``meta["val"]``; owns the shape environment.
+        source: "dynamo" or "export".
+        symbols: symbol of the capture -> symbol of ``fake_mode``'s own shape environment.
+    """
+
+    graph_module: fx.GraphModule
+    fake_mode: FakeTensorMode
+    source: str
+    symbols: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    def new_size(self, hint: int, name: str) -> torch.SymInt:
+        """A fresh symbolic size (at least 2), for a count that only the rewritten graph has."""
+        env = self.fake_mode.shape_env
+        assert env is not None
+        symbol = env.create_symbol(hint, ConstantSource(name), dynamic_dim=DimDynamic.DYNAMIC)
+        return env.create_symintnode(symbol, hint=hint)  # type: ignore[return-value]
+
+
+class _Inputs:
+    """Rebuild captured example values under another fake mode, keeping the relations between their sizes."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self.mode, self.symbols = mode, {}  # type: ignore[var-annotated]
+
+    def number(self, value: Any) -> Any:
+        if not isinstance(value, torch.SymInt):
+            return value
+        env = self.mode.shape_env
+        assert env is not None
+        expr = value.node.expr
+        for symbol in sorted(expr.free_symbols, key=str):
+            if symbol not in self.symbols:
+                # Dynamo specialises 0 and 1, so a symbolic size is at least 2 in both environments
+                hint = int(value.node.shape_env.backed_var_to_val[symbol]) if hasattr(
+                    value.node.shape_env, "backed_var_to_val") else int(value.node.shape_env.var_to_val[symbol])
+                self.symbols[symbol] = env.create_symbol(
+                    hint, ConstantSource(f"size_{symbol}"), dynamic_dim=DimDynamic.DYNAMIC)
+        new = expr.xreplace(self.symbols)
+        hint = int(new.xreplace({self.symbols[s]: _hint(env, self.symbols[s]) for s in expr.free_symbols}))
+        return env.create_symintnode(new, hint=hint)
+
+    def value(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            size, stride = [self.number(s) for s in value.shape], [self.number(s) for s in value.stride()]
+            with self.mode:
+                new = torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
+            return new.requires_grad_(value.requires_grad) if value.is_leaf else new
+        return self.number(value)
+
+
+def _hint(env: ShapeEnv, symbol: Any) -> int:
+    table = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
+    return int(table[symbol])
+
+
+def trace(call: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode) -> fx.GraphModule:
+    """Trace ``call(*inputs)`` to pre-dispatch ATen under ``mode``."""
+    with mode, fx_traceback.preserve_node_meta(), torch.fx.experimental._config.patch(backed_size_oblivious=False):
+        graph_module = make_fx(call, tracing_mode="real", pre_dispatch=True)(*inputs)
+    _remove_assertions(graph_module)
+    return graph_module
+
+
+def _remove_assertions(graph_module: fx.GraphModule) -> None:
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.target in ASSERTIONS and not node.users:
+            graph.erase_node(node)
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() and node.target is not aten.item.default)
+    graph_module.recompile()
+
+
+def from_dynamo(graph_module: fx.GraphModule) -> Captured:
+    """Bring the graph that Dynamo hands to a backend into the common form.
+
+    Args:
+        graph_module: as given to a ``torch.compile`` backend; placeholders carry ``meta["example_value"]``.
+    """
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    inputs = _Inputs(mode)
+    fakes = [inputs.value(_example(node)) for node in graph_module.graph.nodes if node.op == "placeholder"]
+    traced = trace(lambda *args: fx.Interpreter(graph_module).run(*args), fakes, mode)
+    return Captured(traced, mode, "dynamo", inputs.symbols)
+
+
+def from_export(program: torch.export.ExportedProgram) -> Captured:
+    """Bring a ``torch.export`` program (parameters lifted to inputs) into the common form."""
+    graph_module = program.graph_module
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    inputs = _Inputs(mode)
+    fakes = [inputs.value(node.meta["val"]) for node in graph_module.graph.nodes if node.op == "placeholder"]
+    traced = trace(lambda *args: fx.Interpreter(graph_module).run(*args), fakes, mode)
+    return Captured(traced, mode, "export", inputs.symbols)
+
+
+def _example(node: fx.Node) -> Any:
+    return node.meta["example_value"] if "example_value" in node.meta else node.meta.get("val")
+
+
+def propagate(captured: Captured, start: fx.Node | None = None) -> None:
+    """Derive every ``meta["val"]`` anew (from ``start`` on), in place; an inconsistent shape raises here."""
+    env: dict[fx.Node, Any] = {}
+    active = start is None
+    with captured.fake_mode:
+        for node in captured.graph.nodes:
+            if node is start:
+                active = True
+            if not active or node.op in ("placeholder", "output", "get_attr") and "val" in node.meta:
+                env[node] = node.meta.get("val")
+                continue
+            if node.op == "get_attr":
+                node.meta["val"] = captured.fake_mode.from_tensor(getattr(captured.graph_module, node.target))
+            elif node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
+                node.meta["val"] = node.target(*args, **kwargs)
+            env[node] = node.meta.get("val")
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted path of the module whose code made ``node``, relative to the captured model ("" for the model)."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    return clean_path(next(reversed(stack.values()))[0])
+
+
+def clean_path(path: str) -> str:
+    path = re.sub(r"^L\[['\"]\w+['\"]\]\.?", "", path)
+    path = re.sub(r"\._modules\[['\"]([^'\"]+)['\"]\]", r".\1", "." + path)
+    path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path)
+    return path.lstrip(".").removeprefix("_orig_mod.")
+
+
+def source_line(node: fx.Node) -> str:
+    """``file:line`` of the model code that made ``node``, the innermost frame ("" if unknown)."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
+
+
+def is_fake(value: Any) -> bool:
+    return isinstance(value, FakeTensor)
