@@ -1,0 +1,530 @@
+"""Remove tokens at a cut of the residual stream: ``narrow(captured, cuts)``.
+
+The value at a cut loses the tokens that are not in its index, every value that enters the region below from
+outside and carries the token axis is indexed alike (both axes of a mask, cos, sin, position ids, labels), the
+sizes that views name are written anew, and all shapes are derived again, so that anything inconsistent fails
+here and not at run time. Each row of the batch has its own kept tokens, in ascending order.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from tokcompile import ops as _ops  # noqa: F401  registers the marker operators
+from tokcompile.capture import Captured, module_path, propagate, source_line, trace
+from tokcompile.errors import NarrowError
+from tokcompile.token_axis import MAX_INT, RULES, Axis, Demand, Dim, Dims, Factor, Flow, Follower, equal, expr, \
+    held_rule, is_token, plain, shape_of
+
+aten = torch.ops.aten
+HELD = torch.ops.tokcompile.held.default
+RULES[HELD] = held_rule
+
+
+@dataclass(eq=False)
+class Cut:
+    """A value that loses tokens.
+
+    Attributes:
+        node: the value, for example the residual stream ``[B, S, D]``.
+        index: int64 ``[B, K]`` node: the kept positions of each row, ascending; empty slots in front hold -1.
+        size: K, an int or a SymInt node.
+        ragged: some rows may have empty slots (their entries are masked wherever tokens look at each other).
+        token_dim, batch_dim: the dimensions of ``node``.
+        narrowed: the value after the cut, if it is there already; else ``node`` is indexed.
+        prefix, suffix: how many tokens at either end are known to be kept in every row.
+    """
+
+    node: fx.Node
+    index: fx.Node
+    size: Any
+    ragged: bool = False
+    token_dim: int = 1
+    batch_dim: int = 0
+    narrowed: fx.Node | None = None
+    prefix: int = 0
+    suffix: int = 0
+
+
+def narrow(captured: Captured, cuts: Sequence[Cut]) -> Flow:
+    """Narrow the token axis below ``cuts``, in place.
+
+    Cuts that share an index share their axis. For cuts at different depths of one stack call this once for each,
+    the upper one first.
+
+    Returns:
+        The labels below the cuts (before narrowing).
+
+    Raises:
+        NarrowError: something below a cut cannot be narrowed; the graph is unchanged.
+    """
+    narrower = _Narrower(captured, cuts)
+    flow = narrower.analyse()
+    narrower.rewrite()
+    return flow
+
+
+def check(captured: Captured, node: fx.Node, *, prefix: int = 0, suffix: int = 0, ragged: bool = False,
+          token_dim: int = 1, batch_dim: int = 0) -> Flow:
+    """Whether the token axis of ``node`` can be narrowed; raises :class:`NarrowError` and changes nothing."""
+    shape = shape_of(node)
+    batch = Axis("batch", shape[batch_dim], kind="batch")
+    axis = Axis("tokens", shape[token_dim], prefix=prefix, suffix=suffix)
+    flow = Follower(captured.graph, batch).follow({node: _labels(shape, token_dim, axis, batch_dim, batch)})
+    if ragged:
+        _check_ragged(flow)
+    return flow
+
+
+def inline(captured: Captured, function: Callable[..., Any], args: Sequence[Any], before: fx.Node) -> Any:
+    """Trace ``function`` over the values of ``args`` (nodes or numbers) and put its graph in front of ``before``.
+
+    Passes say what they compute in plain torch; this makes it a part of the captured graph.
+
+    Returns:
+        The node (or tuple of nodes) of the result.
+    """
+    nodes = [a for a in args if isinstance(a, fx.Node)]
+    values = [n.meta["val"] for n in nodes]
+
+    def call(*tensors: Any) -> Any:
+        it = iter(tensors)
+        return function(*(next(it) if isinstance(a, fx.Node) else a for a in args))
+
+    sub = trace(call, values, captured.fake_mode)
+    mapped: dict[fx.Node, Any] = dict(
+        zip((n for n in sub.graph.nodes if n.op == "placeholder"), nodes, strict=True))
+    result: Any = None
+    with captured.graph.inserting_before(before):
+        for node in sub.graph.nodes:
+            if node.op == "placeholder":
+                continue
+            if node.op == "output":
+                result = fx.map_arg(node.args[0], lambda n: mapped[n])
+                continue
+            new = captured.graph.node_copy(node, lambda n: mapped[n])
+            if node.op == "get_attr":
+                name = f"_tokcompile_{len(list(captured.graph.nodes))}_{node.target}"
+                setattr(captured.graph_module, name, getattr(sub, node.target))
+                new.target = name
+            new.meta["tokcompile"] = getattr(function, "__name__", "inline")
+            if "nn_module_stack" in before.meta:
+                new.meta["nn_module_stack"] = before.meta["nn_module_stack"]
+            mapped[node] = new
+    return result
+
+
+def _labels(shape: Sequence[Any], token_dim: int, axis: Axis, batch_dim: int, batch: Axis) -> Dims:
+    dims = [plain(s) for s in shape]
+    dims[token_dim] = (Factor(axis.size, axis),)
+    dims[batch_dim] = (Factor(batch.size, batch),)
+    return tuple(dims)
+
+
+def _check_ragged(flow: Flow) -> None:
+    for node in flow.reductions:
+        raise NarrowError(
+            f"{node.target} reduces over the tokens, and rows of this batch keep different numbers of them; run rows "
+            "with equal numbers of visual tokens in one batch", node=node.name, path=module_path(node),
+            source=source_line(node))
+    for node, (_query, key) in flow.attention.items():
+        if len(key) > 1:
+            raise NarrowError("attention over a flattened token axis cannot mask empty slots", node=node.name,
+                              path=module_path(node), source=source_line(node))
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    todo = list(nodes)
+    while todo:
+        for node in todo.pop().all_input_nodes:
+            if node not in seen:
+                seen.add(node)
+                todo.append(node)
+    return seen
+
+
+class _Narrower:
+    def __init__(self, captured: Captured, cuts: Sequence[Cut]) -> None:
+        self.captured, self.graph, self.cuts = captured, captured.graph, list(cuts)
+        first = cuts[0]
+        self.batch = Axis("batch", shape_of(first.node)[first.batch_dim], kind="batch")
+        self.axes: dict[fx.Node, Axis] = {}
+        self.roots: dict[Axis, Cut] = {}
+        self.fixed = ancestors([c.index for c in cuts] + [c.narrowed for c in cuts if c.narrowed is not None])
+        self.fixed |= {c.index for c in cuts} | {c.narrowed for c in cuts if c.narrowed is not None}
+        self._index: dict[Axis, fx.Node] = {}
+        self._alive: dict[Axis, fx.Node | None] = {}
+        self._size: dict[Axis, Any] = {}
+        self._sides: dict[Any, fx.Node] = {}
+        self._batch_size: Any = None
+
+    # .. analysis
+
+    def analyse(self) -> Flow:
+        start: dict[fx.Node, Dims] = {}
+        for cut in self.cuts:
+            shape = shape_of(cut.node)
+            axis = self.axes.get(cut.index)
+            if axis is None:
+                axis = self.axes[cut.index] = Axis("tokens", shape[cut.token_dim], prefix=cut.prefix, suffix=cut.suffix)
+                self.roots[axis] = cut
+            start[cut.node] = _labels(shape, cut.token_dim, axis, cut.batch_dim, self.batch)
+        follower = Follower(self.graph, self.batch)
+        follower.skip = self.fixed - set(start)  # what computes the kept index is not below the cut
+        self.flow = follower.follow(start)
+        if any(cut.ragged for cut in self.cuts):
+            _check_ragged(self.flow)
+        return self.flow
+
+    # .. rewriting
+
+    def rewrite(self) -> None:
+        replaced: dict[fx.Node, fx.Node] = {}
+        order = list(self.graph.nodes)
+        for cut in self.cuts:
+            at = _after(order, [cut.node, cut.index, *([cut.size] if isinstance(cut.size, fx.Node) else [])])
+            if cut.narrowed is None:
+                replaced[cut.node] = self._gather(cut.node, self._dims_of(cut), at)
+            else:
+                replaced[cut.node] = cut.narrowed
+        new = set(replaced.values())
+        self._detach_sizes(order)
+        for node in order:
+            if node not in self.flow.labels or node in self.fixed and node not in replaced:
+                if node.op == "output":
+                    node.args = fx.map_arg(node.args, lambda n: replaced.get(n, n))
+                continue
+            if node in new:
+                continue
+            if node in replaced:
+                continue
+            swap = dict(replaced)
+            for demand in self.flow.demands.get(node, ()):
+                swap[demand.side] = self._side(demand, node)
+            node.args = fx.map_arg(node.args, lambda n, swap=swap: swap.get(n, n))
+            node.kwargs = fx.map_arg(node.kwargs, lambda n, swap=swap: swap.get(n, n))
+            self._rewrite_node(node)
+        propagate(self.captured)
+        self.graph.lint()
+        self.captured.graph_module.recompile()
+
+    def _dims_of(self, cut: Cut) -> Dims:
+        return self.flow.labels[cut.node]
+
+    def _rewrite_node(self, node: fx.Node) -> None:
+        dims = self.flow.sizes.get(node)
+        if dims is not None:
+            old = list(node.args[1])  # type: ignore[arg-type]
+            sizes = [self._dim_size(d, node) if is_token(d) else old[i] for i, d in enumerate(dims)]
+            node.args = (node.args[0], sizes, *node.args[2:])
+        if node in self.flow.full_slices:
+            args = [*list(node.args), *[None] * (4 - len(node.args))]
+            args[2], args[3] = args[2] or 0, MAX_INT
+            node.args = tuple(args)
+        for (user, position), axis in self.flow.indices.items():
+            if user is node:
+                self._map_index(node, position, axis)
+        if node in self.flow.attention:
+            self._mask_empty(node, *self.flow.attention[node])
+        if node.target is HELD:
+            token = next((f.axis for f in self.flow.labels[node][1]), None)
+            alive = self.alive(token, node) if token is not None else None
+            if alive is not None:
+                self._after(node, lambda held, ok: torch.where(ok, held, -1), [alive])
+
+    def _after(self, node: fx.Node, function: Callable[..., Any], extra: list[fx.Node]) -> None:
+        """Replace ``node`` for all its users by ``function(node, *extra)``."""
+        users = list(node.users)
+        new = inline(self.captured, function, [node, *extra], node.next)
+        for user in users:
+            if user is not new:
+                user.replace_input_with(node, new)
+
+    # .. axes: index, mask of filled slots, size
+
+    def index(self, axis: Axis, before: fx.Node) -> fx.Node:
+        """``[B, K]`` int64, no negative entries."""
+        if axis not in self._index:
+            if axis in self.roots:
+                cut = self.roots[axis]
+                node = inline(self.captured, lambda i: i.clamp(min=0), [cut.index], before) if cut.ragged else cut.index
+            elif axis.base is not None:
+                node = inline(self.captured, lambda i, start=axis.start: i[:, start:] - start,
+                              [self.index(axis.base, before)], before)
+            else:
+                node = self._concat(axis, before, self._positions)
+            self._index[axis] = node
+        return self._index[axis]
+
+    def alive(self, axis: Axis, before: fx.Node) -> fx.Node | None:
+        """``[B, K]`` bool: slots that hold a token; None when all do."""
+        if axis not in self._alive:
+            node: fx.Node | None = None
+            if axis in self.roots:
+                cut = self.roots[axis]
+                node = inline(self.captured, lambda i: i >= 0, [cut.index], before) if cut.ragged else None
+            elif axis.base is not None:
+                base = self.alive(axis.base, before)
+                node = None if base is None else inline(
+                    self.captured, lambda a, start=axis.start: a[:, start:], [base], before)
+            elif any(self.alive(p, before) is not None for p in axis.parts if isinstance(p, Axis)):
+                node = self._concat(axis, before, self._filled)
+            self._alive[axis] = node
+        return self._alive[axis]
+
+    def _positions(self, part: Any, offset: Any, index: fx.Node, before: fx.Node) -> fx.Node:
+        if isinstance(part, Axis):
+            return inline(self.captured, lambda i, o: i + o, [index, offset], before)
+        return inline(self.captured, lambda i, n, o: (torch.arange(n, device=i.device) + o)[None].expand(
+            i.shape[0], n), [index, self.number(part, before), offset], before)
+
+    def _filled(self, part: Any, offset: Any, index: fx.Node, before: fx.Node) -> fx.Node:
+        if isinstance(part, Axis):
+            alive = self.alive(part, before)
+            return alive if alive is not None else inline(
+                self.captured, lambda i: torch.ones_like(i, dtype=torch.bool), [index], before)
+        return inline(self.captured, lambda i, n: torch.ones(i.shape[0], n, dtype=torch.bool, device=i.device),
+                      [index, self.number(part, before)], before)
+
+    def _concat(self, axis: Axis, before: fx.Node, make: Callable[..., fx.Node]) -> fx.Node:
+        some = next(p for p in axis.parts if isinstance(p, Axis))
+        anchor = self.index(some, before)
+        pieces, offset = [], 0
+        for part in axis.parts:
+            index = self.index(part, before) if isinstance(part, Axis) else anchor
+            pieces.append(make(part, self.number(offset, before), index, before))
+            offset = offset + (part.size if isinstance(part, Axis) else part)
+        return inline(self.captured, lambda *p: torch.cat(p, 1), pieces, before)
+
+    def size(self, axis: Axis, before: fx.Node) -> Any:
+        if axis not in self._size:
+            if axis in self.roots:
+                size: Any = self.roots[axis].size
+            elif axis.base is not None:
+                size = self._sum(self.size(axis.base, before), -axis.start, before)
+            else:
+                size = 0
+                for part in axis.parts:
+                    more = self.size(part, before) if isinstance(part, Axis) else self.number(part, before)
+                    size = self._sum(size, more, before)
+            self._size[axis] = size
+        return self._size[axis]
+
+    def _sum(self, a: Any, b: Any, before: fx.Node) -> Any:
+        if isinstance(a, int) and isinstance(b, int):
+            return a + b
+        if a == 0:
+            return b
+        return self._call(operator.add, (a, b), before)
+
+    def _dim_size(self, dim: Dim, before: fx.Node) -> Any:
+        total: Any = 1
+        for f in dim:
+            size = self.size(f.axis, before) if f.axis is not None and f.axis.kind == "token" else self.number(
+                f.size, before)
+            if isinstance(total, int) and isinstance(size, int):
+                total = total * size
+            elif isinstance(total, int) and total == 1:
+                total = size
+            else:
+                total = self._call(operator.mul, (total, size), before)
+        return total
+
+    def number(self, value: Any, before: fx.Node) -> Any:
+        """A node (or an int) for a size, made from sizes that the graph has in front of ``before``."""
+        if isinstance(value, (int, fx.Node)):
+            return value
+        wanted = expr(value)
+        if wanted.is_Integer:
+            return int(wanted)
+        atoms: dict[Any, fx.Node] = {}
+        for node in self.graph.nodes:
+            if node is before:
+                break
+            found = node.meta.get("val")
+            if isinstance(found, torch.SymInt) and node.op in ("placeholder", "call_function"):
+                if found.node.expr == wanted:
+                    return node
+                if found.node.expr.is_Symbol:
+                    atoms.setdefault(found.node.expr, node)
+        for node in self.captured.placeholders:
+            found = node.meta.get("val")
+            if isinstance(found, torch.Tensor):
+                for i, s in enumerate(found.shape):
+                    if isinstance(s, torch.SymInt) and s.node.expr in wanted.free_symbols and s.node.expr not in atoms:
+                        atoms[s.node.expr] = self._call(aten.sym_size.int, (node, i), before)
+
+        def build(e: sympy.Expr) -> Any:
+            if e.is_Integer:
+                return int(e)
+            if e in atoms:
+                return atoms[e]
+            if e.is_Add or e.is_Mul:
+                fold = operator.add if e.is_Add else operator.mul
+                total = build(e.args[0])
+                for arg in e.args[1:]:
+                    total = self._call(fold, (total, build(arg)), before)
+                return total
+            raise NarrowError(f"the size {e} is not in the graph", node=before.name, path=module_path(before),
+                              source=source_line(before))
+
+        return build(wanted)
+
+    def _call(self, target: Any, args: tuple[Any, ...], before: fx.Node) -> fx.Node:
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(target, args)
+        with self.captured.fake_mode:
+            values = fx.map_arg(args, lambda n: n.meta["val"])
+            node.meta["val"] = target(*values)
+        return node
+
+    # .. values
+
+    def _side(self, demand: Demand, before: fx.Node) -> fx.Node:
+        key = (demand.side, tuple((f.axis, None if f.axis else expr(f.size)) for d in demand.dims for f in d),
+               len(demand.dims))
+        if key not in self._sides:
+            self._sides[key] = self._gather(demand.side, demand.dims, before)
+        return self._sides[key]
+
+    def _gather(self, value: fx.Node, dims: Dims, before: fx.Node) -> fx.Node:
+        """Index every token axis of ``value``, whose dimensions (with leading ones added) are ``dims``."""
+        axes = [f.axis for d in dims for f in d if f.axis is not None and f.axis.kind == "token"]
+        indices = [self.index(a, before) for a in axes]  # type: ignore[arg-type]
+        flat = [f for d in dims for f in d]
+        composite = any(len(d) > 1 and is_token(d) for d in dims)
+        split = [self.number(f.size, before) for f in flat] if composite else []
+        joined = [self._dim_size(d, before) if is_token(d) else self.number(_times(d), before)
+                  for d in dims] if composite else []
+        factors = flat if composite else [next((f for f in d if f.axis is not None), d[0]) for d in dims]
+        batch = next((i for i, f in enumerate(factors) if f.axis is self.batch), None)
+        places = [i for i, f in enumerate(factors) if f.axis is not None and f.axis.kind == "token"]
+        one_row = equal(self.batch.size, 1)
+        count = len(indices)
+
+        def take(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+            index, sizes = rest[:count], rest[count:]
+            while x.dim() < len(dims):
+                x = x.unsqueeze(0)
+            if composite:
+                x = x.reshape(sizes[: len(flat)])
+            for at, i in zip(places, index, strict=True):
+                if batch is None or one_row:
+                    x = x.index_select(at, i[0])
+                    continue
+                if equal(x.shape[batch], 1):
+                    x = x.expand(*(i.shape[0] if d == batch else -1 for d in range(x.dim())))
+                view = [1] * x.dim()
+                view[batch], view[at] = i.shape[0], i.shape[1]
+                shape = list(x.shape)
+                shape[at] = i.shape[1]
+                x = x.gather(at, i.reshape(view).expand(shape))
+            return x.reshape(sizes[len(flat):]) if composite else x
+
+        return inline(self.captured, take, [value, *indices, *split, *joined], before)
+
+    def _map_index(self, node: fx.Node, position: int, axis: Axis) -> None:
+        """Positions in the unpruned sequence -> positions among the kept: how many kept ones lie before."""
+        indices = list(node.args[1])  # type: ignore[arg-type]
+        dims = self.flow.labels[node.args[0]] if node.args[0] in self.flow.labels else None
+        rows = indices[position - 1] if position > 0 else None
+        del dims
+        if rows is None and not equal(self.batch.size, 1):
+            raise NarrowError("tokens are picked by one index for all rows", node=node.name, path=module_path(node),
+                              source=source_line(node))
+        keep = self.index(axis, node)
+        if rows is not None:
+            mapped = inline(self.captured, lambda k, r, p: (k[r] < p.unsqueeze(-1)).sum(-1),
+                            [keep, rows, indices[position]], node)
+        else:
+            mapped = inline(self.captured, lambda k, p: (k[0] < p.unsqueeze(-1)).sum(-1), [keep, indices[position]], node)
+        indices[position] = mapped
+        node.args = (node.args[0], indices, *node.args[2:])
+
+    def _mask_empty(self, node: fx.Node, query: Dim, key: Dim) -> None:
+        """Hide empty slots (-1 in a ragged index) from attention; an empty query looks at empty slots only."""
+        key_axis = key[0].axis if is_token(key) else None
+        query_axis = query[0].axis if is_token(query) else None
+        alive_key = self.alive(key_axis, node) if key_axis is not None else None
+        alive_query = self.alive(query_axis, node) if query_axis is not None else None
+        if alive_key is None:
+            return
+        if node.target is aten.scaled_dot_product_attention.default:
+            args = [*list(node.args), *[None] * (4 - len(node.args))]
+            kwargs = dict(node.kwargs)
+            mask = args[3] if args[3] is not None else kwargs.pop("attn_mask", None)
+            causal = bool((args[5] if len(args) > 5 else False) or kwargs.pop("is_causal", False))
+            given = [x for x in (alive_query, mask) if x is not None]
+
+            def allowed(q: torch.Tensor, alive_k: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+                it = iter(rest)
+                alive_q = next(it) if alive_query is not None else None
+                old = next(it) if mask is not None else None
+                shape = [alive_k.shape[0], *[1] * (q.dim() - 2)]
+                column = alive_k.view(*shape, alive_k.shape[1])
+                empty = None
+                if alive_q is not None:
+                    empty = ~alive_q.view(*shape, alive_q.shape[1]).transpose(-1, -2) & ~column
+                if old is not None and old.dtype != torch.bool:
+                    old = old.masked_fill(~column, torch.finfo(old.dtype).min)
+                    return old if empty is None else old.masked_fill(empty, 0)
+                if causal:
+                    old = torch.ones(q.shape[-2], alive_k.shape[1], dtype=torch.bool, device=q.device).tril()
+                new = column if old is None else old & column
+                return new if empty is None else new | empty
+
+            new_mask = inline(self.captured, allowed, [args[0], alive_key, *given], node)
+            args[3] = new_mask
+            if len(args) > 5:
+                args[5] = False
+            node.args, node.kwargs = tuple(args), kwargs
+            return
+        dims = self.flow.labels[node]
+        at = next(i for i, d in enumerate(dims) if is_token(d) and d[0].axis is key_axis and i == len(dims) - 1)
+        batch = next((i for i, d in enumerate(dims) if d[0].axis is self.batch and len(d) == 1), None)
+        if batch is None:
+            raise NarrowError("attention with batch and heads flattened together cannot mask empty slots",
+                              node=node.name, path=module_path(node), source=source_line(node))
+
+        def hide(scores: torch.Tensor, alive_k: torch.Tensor) -> torch.Tensor:
+            view = [1] * scores.dim()
+            view[batch], view[at] = alive_k.shape
+            return scores.masked_fill(~alive_k.view(view), torch.finfo(scores.dtype).min)
+
+        hidden = inline(self.captured, hide, [node.args[0], alive_key], node)
+        node.args = (hidden, *node.args[1:])
+
+    def _detach_sizes(self, order: list[fx.Node]) -> None:
+        """Sizes read off values below the cut, but used for what lies outside, keep their old value."""
+        for node in order:
+            if node.target is aten.sym_size.int and node.args[0] in self.flow.labels and node.users:
+                if isinstance(node.args[0], fx.Node) and node.args[0] in {c.node for c in self.cuts}:
+                    continue
+                dims = self.flow.labels[node.args[0]]
+                if isinstance(dims, tuple) and is_token(dims[int(node.args[1])]):  # type: ignore[arg-type]
+                    node.replace_all_uses_with(self.number(node.meta["val"], node))
+
+
+def _times(dim: Dim) -> Any:
+    total: Any = 1
+    for f in dim:
+        total = total * f.size
+    return total
+
+
+def _after(order: list[fx.Node], nodes: Iterable[fx.Node]) -> fx.Node:
+    position = {n: i for i, n in enumerate(order)}
+    last = max(nodes, key=lambda n: position[n])
+    following = last.next
+    while following.op == "placeholder":
+        following = following.next
+    return following
+

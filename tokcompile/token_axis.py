@@ -1,0 +1,828 @@
+"""Follow the token axis through a graph.
+
+Below a *cut* (a value whose token axis will lose entries) every value is labelled: which of its dimensions is a
+token axis, which is the batch, and what each dimension is made of when axes were flattened together. Labels
+follow the dataflow, op by op; sizes are never compared to guess an axis, so 64 tokens and a head width of 64
+cannot be confused. The rules say, for each op, how the dimensions of its operands and results are aligned. From
+the alignment follows what a value that enters from outside (cos, sin, a mask, position ids) must look like.
+
+What folds tokens away (a convolution over tokens, a 2-D grid, windows) raises :class:`NarrowError` with the node.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from tokcompile.capture import module_path, source_line
+from tokcompile.errors import NarrowError
+
+aten = torch.ops.aten
+MAX_INT = 2**63 - 1
+
+
+# ---------------------------------------------------------------------------------------------- axes and labels
+
+
+@dataclass(eq=False)
+class Axis:
+    """An axis that is followed.
+
+    Attributes:
+        name: for messages.
+        size: number of entries before narrowing.
+        kind: "token" (will be narrowed) or "batch" (keeps its size; each row has its own kept tokens).
+        prefix, suffix: how many entries at either end are known to be kept (class tokens; the last token).
+        parts: for a concatenation, its segments in order: token axes, or sizes of what is not narrowed.
+        base, start: for a slice ``base[start:]`` of a token axis.
+    """
+
+    name: str
+    size: Any
+    kind: str = "token"
+    prefix: int = 0
+    suffix: int = 0
+    parts: tuple[Any, ...] = ()
+    base: Axis | None = None
+    start: int = 0
+
+    def __repr__(self) -> str:
+        return f"{self.name}:{self.size}"
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One factor of a dimension: its size, and the axis that it is (None: an ordinary dimension)."""
+
+    size: Any
+    axis: Axis | None = None
+
+
+Dim = tuple[Factor, ...]
+Dims = tuple[Dim, ...]
+
+
+def plain(size: Any) -> Dim:
+    return (Factor(size),)
+
+
+def is_token(dim: Dim) -> bool:
+    return any(f.axis is not None and f.axis.kind == "token" for f in dim)
+
+
+def is_tracked(dim: Dim) -> bool:
+    return any(f.axis is not None for f in dim)
+
+
+def expr(size: Any) -> sympy.Expr:
+    """The size as a sympy expression."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two sizes are known to be equal."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return bool(sympy.expand(expr(a) - expr(b)) == 0)
+
+
+def same_dim(a: Dim, b: Dim) -> bool:
+    return [(f.axis, None if f.axis else expr(f.size)) for f in a] == [
+        (f.axis, None if f.axis else expr(f.size)) for f in b]
+
+
+def shape_of(node: fx.Node) -> list[Any]:
+    return list(node.meta["val"].shape)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """A value from outside that must be narrowed for one user: its dimensions as the user aligns them.
+
+    ``dims`` can be longer than the value's rank: the value is then first given leading dimensions of size 1.
+    """
+
+    side: fx.Node
+    dims: Dims
+
+
+@dataclass
+class Flow:
+    """The result of following the axes below a set of cuts.
+
+    Attributes:
+        labels: node -> its dimensions (a list of them for nodes with several results).
+        demands: user node -> what it needs from outside.
+        sizes: node -> new labels by which its size arguments are written anew (views, expands).
+        indices: (user, position of the index list) -> the axis whose old positions the index tensor holds.
+        attention: nodes that normalise over a token axis (softmax, sdpa) -> (query dims, key dims).
+        reductions: nodes that reduce over a token axis.
+        full_slices: slices over the whole of a token axis.
+    """
+
+    labels: dict[fx.Node, Any] = field(default_factory=dict)
+    demands: dict[fx.Node, list[Demand]] = field(default_factory=dict)
+    sizes: dict[fx.Node, Dims] = field(default_factory=dict)
+    indices: dict[tuple[fx.Node, int], Axis] = field(default_factory=dict)
+    attention: dict[fx.Node, tuple[Dim, Dim]] = field(default_factory=dict)
+    reductions: list[fx.Node] = field(default_factory=list)
+    full_slices: dict[fx.Node, int] = field(default_factory=dict)
+    batch: Axis | None = None
+
+
+# ------------------------------------------------------------------------------------------------------- rules
+
+Rule = Callable[["Follower", fx.Node], Any]
+RULES: dict[Any, Rule] = {}
+
+
+def rule(*targets: Any) -> Callable[[Rule], Rule]:
+    def add(function: Rule) -> Rule:
+        for target in targets:
+            RULES[target] = function
+        return function
+
+    return add
+
+
+def overloads(*names: str) -> list[Any]:
+    """All overloads of the named ATen ops that this torch version has."""
+    found = []
+    for name in names:
+        packet = getattr(aten, name, None)
+        if packet is not None:
+            found += [getattr(packet, overload) for overload in packet.overloads()]
+    return found
+
+
+class Follower:
+    """Applies the rules along the graph. One use: ``Follower(graph, batch).follow(cuts)``."""
+
+    def __init__(self, graph: fx.Graph, batch: Axis | None) -> None:
+        self.graph = graph
+        self.flow = Flow(batch=batch)
+        self.skip: set[fx.Node] = set()
+        self._concats: dict[Any, Axis] = {}
+
+    # .. entry
+
+    def follow(self, cuts: dict[fx.Node, Dims]) -> Flow:
+        """Label everything that depends on ``cuts`` (node -> its dimensions at the cut)."""
+        labels = self.flow.labels
+        for node in self.graph.nodes:
+            if node in cuts:
+                labels[node] = cuts[node]
+                continue
+            if node.op == "output" or node in self.skip or not any(arg in labels for arg in node.all_input_nodes):
+                continue
+            if node.op != "call_function":
+                raise self.refuse(node, f"a '{node.op}' node is not understood")
+            if not self._depends_on_values(node):
+                continue
+            result = self._apply(node)
+            if result is not None:
+                labels[node] = result
+        return self.flow
+
+    def _depends_on_values(self, node: fx.Node) -> bool:
+        """Sizes and fresh constants take only a shape or a dtype from their operand, not its values."""
+        return node.target not in (aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default) and str(
+            node.target).split(".")[1] not in ("new_zeros", "new_ones", "new_full", "new_empty")
+
+    def _apply(self, node: fx.Node) -> Any:
+        function = RULES.get(node.target)
+        if function is None:
+            tags = getattr(node.target, "tags", ())
+            if torch.Tag.pointwise in tags:
+                function = _pointwise
+            elif isinstance(node.meta.get("val"), (torch.SymInt, torch.SymBool, torch.SymFloat, int, float, bool)):
+                return None
+            else:
+                if any(is_token(d) for arg in node.all_input_nodes for d in self._flat(arg)):
+                    raise self.refuse(node, f"{node.target} is not known to the token-axis analysis, so tokens "
+                                            "cannot be removed above it; choose a later layer, or add a rule")
+                return None
+        return function(self, node)
+
+    def _flat(self, node: fx.Node) -> Iterable[Dim]:
+        dims = self.flow.labels.get(node, ())
+        if isinstance(dims, list):
+            return [d for item in dims if item for d in item]
+        return dims
+
+    # .. helpers for the rules
+
+    def refuse(self, node: fx.Node, reason: str) -> NarrowError:
+        return NarrowError(reason, node=node.name, path=module_path(node), source=source_line(node))
+
+    def dims(self, arg: Any) -> Dims | None:
+        return self.flow.labels.get(arg) if isinstance(arg, fx.Node) else None
+
+    def known(self, arg: fx.Node) -> Dims:
+        """Labels of ``arg``, all ordinary when it comes from outside."""
+        dims = self.flow.labels.get(arg)
+        return dims if dims is not None else tuple(plain(s) for s in shape_of(arg))
+
+    def align(self, node: fx.Node, operands: Sequence[tuple[Any, Sequence[Any]]]) -> dict[Any, Dim]:
+        """Unify the dimensions of ``operands``; key -> label of that dimension.
+
+        Each operand comes with the keys of its dimensions at full rank; one with fewer dimensions lacks the
+        leading ones (broadcasting). Values from outside get a :class:`Demand` where a key is a token axis.
+        """
+        table: dict[Any, Dim] = {}
+        tensors = [(arg, keys) for arg, keys in operands if isinstance(arg, fx.Node) and _is_tensor(arg)]
+        for arg, keys in tensors:
+            dims = self.dims(arg)
+            if dims is None:
+                continue
+            for key, dim in zip(keys[len(keys) - len(dims):], dims, strict=True):
+                if is_tracked(dim):
+                    if key in table and not same_dim(table[key], dim):
+                        raise self.refuse(node, f"two different token axes meet ({table[key]} and {dim})")
+                    table[key] = dim
+        for arg, keys in tensors:
+            dims, shape = self.dims(arg), shape_of(arg)
+            own = list(keys[len(keys) - len(shape):])
+            wanted: list[Dim] = []
+            for i, key in enumerate(own):
+                dim = table.get(key)
+                if dim is None or equal(shape[i], 1):
+                    wanted.append(plain(shape[i]) if dims is None else dims[i])
+                elif dims is not None:
+                    if not is_tracked(dims[i]) and is_token(dim):
+                        raise self.refuse(node, f"a dimension of size {shape[i]} that is not the token axis meets "
+                                                f"the token axis {dim}")
+                    wanted.append(dim)
+                else:
+                    size = _product(f.size for f in dim)
+                    if not equal(shape[i], size):
+                        raise self.refuse(node, f"a value from outside has size {shape[i]} where the token axis "
+                                                f"has {size}")
+                    wanted.append(dim)
+            if dims is None and any(is_token(d) for d in wanted):
+                self._demand(node, arg, list(keys), wanted, table)
+        return table
+
+    def _demand(self, node: fx.Node, side: fx.Node, keys: list[Any], wanted: list[Dim], table: dict[Any, Dim]) -> None:
+        batch = self.flow.batch
+        has_batch = batch is None or any(f.axis is batch for d in wanted for f in d)
+        if not has_batch:
+            # broadcast over the batch: give it a batch dimension, where the user has it
+            places = [i for i, key in enumerate(keys) if any(f.axis is batch for f in table.get(key, ()))]
+            lead = len(keys) - len(wanted)
+            if places and places[0] < lead:
+                wanted = [plain(1)] * (lead - places[0]) + wanted
+                wanted[0] = table[keys[places[0]]]
+            elif places:
+                wanted[places[0] - lead] = table[keys[places[0]]]
+            elif not equal(batch.size, 1):  # type: ignore[union-attr]
+                raise self.refuse(node, f"'{side.name}' is shared by all rows of the batch, which keep different "
+                                        "tokens, and has no place for a batch dimension")
+        self.flow.demands.setdefault(node, []).append(Demand(side, tuple(wanted)))
+
+    def output(self, node: fx.Node, keys: Sequence[Any], table: dict[Any, Dim], value: Any = None) -> Dims:
+        shape = list((node.meta["val"] if value is None else value).shape)
+        return tuple(table.get(key, plain(size)) if not equal(size, 1) or _is_one(table.get(key)) else plain(size)
+                     for key, size in zip(keys, shape, strict=True))
+
+    def concat(self, parts: tuple[Any, ...], total: Any) -> Axis:
+        key = tuple(p if isinstance(p, Axis) else expr(p) for p in parts)
+        if key not in self._concats:
+            prefix = 0
+            for part in parts:
+                if isinstance(part, Axis):
+                    prefix += part.prefix
+                    break
+                if not isinstance(part, int):
+                    break
+                prefix += part
+            last = parts[-1]
+            suffix = last.suffix if isinstance(last, Axis) else (last if isinstance(last, int) else 1)
+            self._concats[key] = Axis("cat", total, prefix=prefix, suffix=suffix, parts=parts)
+        return self._concats[key]
+
+    def tail(self, base: Axis, start: int) -> Axis:
+        key = ("tail", base, start)
+        if key not in self._concats:
+            self._concats[key] = Axis(f"{base.name}[{start}:]", base.size - start, prefix=max(base.prefix - start, 0),
+                                      suffix=base.suffix, base=base, start=start)
+        return self._concats[key]
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _is_one(dim: Dim | None) -> bool:
+    return dim is not None and equal(_product(f.size for f in dim), 1)
+
+
+def _product(sizes: Iterable[Any]) -> Any:
+    total: Any = 1
+    for size in sizes:
+        total = total * size
+    return total
+
+
+def _dim(node: fx.Node, position: int, default: int, rank: int) -> int:
+    value = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
+    return int(value) % rank  # type: ignore[arg-type]
+
+
+# .. pointwise and other ops that keep all dimensions
+
+
+def _pointwise(self: Follower, node: fx.Node) -> Any:
+    value = node.meta["val"]
+    if not isinstance(value, torch.Tensor):
+        return None
+    rank = value.dim()
+    keys = list(range(rank))
+    flat = list(_nodes(node.args)) + list(_nodes(node.kwargs))
+    for arg in flat:
+        if isinstance(arg.meta.get("val"), torch.SymInt) and any(
+                f.axis is not None and f.axis.kind == "token" and not isinstance(f.size, int)
+                and expr(f.size).free_symbols & arg.meta["val"].node.expr.free_symbols
+                for a in flat if self.dims(a) for d in self._flat(a) for f in d):
+            raise self.refuse(node, "the number of tokens is used as a number in arithmetic")
+    table = self.align(node, [(arg, keys) for arg in flat])
+    return self.output(node, keys, table)
+
+
+def _nodes(value: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.map_arg(value, lambda n: found.append(n) or n)
+    return found
+
+
+POINTWISE = overloads(
+    "to", "_to_copy", "clone", "contiguous", "alias", "detach", "detach_", "lift_fresh_copy", "dropout", "dropout_",
+    "native_dropout", "masked_fill", "masked_fill_", "where", "__and__", "__or__", "__xor__", "logical_and",
+    "logical_not", "type_as", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "softplus", "prelu",
+    "relu6", "leaky_relu", "hardtanh", "clamp", "clip", "square", "rsub", "add_", "mul_", "sub_", "div_", "copy",
+    "feature_dropout", "alpha_dropout", "nan_to_num", "conj", "resolve_conj", "float_power", "_conj", "gelu", "isin")
+rule(*POINTWISE)(_pointwise)
+
+
+@rule(*overloads("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax"))
+def _softmax(self: Follower, node: fx.Node) -> Any:
+    dims = self.known(node.args[0])
+    dim = _dim(node, 1, -1, len(dims))
+    if is_token(dims[dim]):
+        query = next((d for i, d in enumerate(dims) if i != dim and is_token(d)), plain(1))
+        self.flow.attention[node] = (query, dims[dim])
+    return dims
+
+
+@rule(*overloads("layer_norm", "rms_norm", "native_layer_norm", "group_norm", "batch_norm", "normalize",
+                 "linalg_vector_norm", "norm"))
+def _norm(self: Follower, node: fx.Node) -> Any:
+    name = str(node.target).split(".")[1]
+    dims = self.known(node.args[0])
+    if name in ("linalg_vector_norm", "norm"):
+        return _reduce(self, node)
+    if name in ("layer_norm", "native_layer_norm", "rms_norm"):
+        normalised = len(node.args[1])  # type: ignore[arg-type]
+        if any(is_token(d) for d in dims[len(dims) - normalised:]):
+            raise self.refuse(node, "a norm runs over the token axis")
+        if name == "native_layer_norm":
+            stat = tuple(dims[: len(dims) - normalised]) + tuple(plain(1) for _ in range(normalised))
+            return [dims, stat, stat]
+        return dims
+    raise self.refuse(node, f"{name} mixes tokens")
+
+
+REDUCTIONS = overloads("sum", "mean", "amax", "amin", "max", "min", "var", "std", "prod", "any", "all", "logsumexp",
+                       "argmax", "argmin", "var_mean")
+
+
+@rule(*REDUCTIONS)
+def _reduce(self: Follower, node: fx.Node) -> Any:
+    dims = self.known(node.args[0])
+    name = str(node.target).split(".")[1]
+    if len(node.all_input_nodes) > 1 and all(_is_tensor(a) for a in node.all_input_nodes):
+        return _pointwise(self, node)  # max(a, b)
+    position = 2 if name in ("linalg_vector_norm", "norm") else 1
+    which = node.args[position] if len(node.args) > position else node.kwargs.get("dim")
+    keep = node.kwargs.get("keepdim", node.args[position + 1] if len(node.args) > position + 1 else False)
+    if name in ("var", "std", "var_mean") and "correction" in str(node.target):
+        keep = node.kwargs.get("keepdim", False)
+    rank = len(dims)
+    chosen = set(range(rank)) if which is None or which == [] else {
+        int(d) % rank for d in (which if isinstance(which, (list, tuple)) else [which])}
+    if any(is_token(dims[d]) for d in chosen):
+        if name in ("argmax", "argmin") or (name in ("max", "min") and isinstance(node.meta["val"], (tuple, list))):
+            raise self.refuse(node, f"{name} over the token axis gives a position in the unpruned sequence")
+        self.flow.reductions.append(node)
+    out = tuple(plain(1) if d in chosen else dims[d] for d in range(rank) if keep or d not in chosen)
+    values = node.meta["val"]
+    return [out] * len(values) if isinstance(values, (tuple, list)) else out
+
+
+@rule(*overloads("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "flip", "roll", "sort", "argsort", "topk",
+                 "tril", "triu", "diff"))
+def _along(self: Follower, node: fx.Node) -> Any:
+    dims = self.known(node.args[0])
+    name = str(node.target).split(".")[1]
+    if name in ("tril", "triu"):
+        touched = [len(dims) - 2, len(dims) - 1]
+    elif name == "topk":
+        touched = [int(node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", -1)) % len(dims)]  # type: ignore
+    elif name in ("flip", "roll"):
+        which = node.args[1 if name == "flip" else 2] if len(node.args) > 1 else []
+        touched = [int(d) % len(dims) for d in which]  # type: ignore[union-attr]
+    else:
+        touched = [_dim(node, 1, -1, len(dims))]
+    if any(is_token(dims[d]) for d in touched):
+        raise self.refuse(node, f"{name} runs along the token axis")
+    values = node.meta["val"]
+    if isinstance(values, (tuple, list)):
+        return [tuple(dims[i] if i not in touched else plain(v.shape[i]) for i in range(len(dims))) for v in values]
+    return tuple(dims[i] if i not in touched else plain(values.shape[i]) for i in range(len(dims)))
+
+
+# .. contractions
+
+
+@rule(aten.linear.default)
+def _linear(self: Follower, node: fx.Node) -> Any:
+    x, weight = node.args[:2]
+    if self.dims(weight) is not None and any(is_token(d) for d in self._flat(weight)):  # type: ignore[arg-type]
+        raise self.refuse(node, "the weight of a linear layer depends on tokens")
+    dims = self.known(x)  # type: ignore[arg-type]
+    if is_token(dims[-1]):
+        raise self.refuse(node, "a linear layer mixes the token axis (a token-mixing MLP)")
+    return (*dims[:-1], plain(shape_of(node)[-1]))
+
+
+@rule(aten.matmul.default, aten.bmm.default, aten.mm.default)
+def _matmul(self: Follower, node: fx.Node) -> Any:
+    a, b = node.args[:2]
+    ra, rb = len(shape_of(a)), len(shape_of(b))  # type: ignore[arg-type]
+    rank = max(ra, rb, 2)
+    lead = [("b", i) for i in range(rank - 2)]
+    keys_a = [*lead, "i", "k"] if ra > 1 else ["k"]
+    keys_b = [*lead, "k", "j"] if rb > 1 else ["k"]
+    table = self.align(node, [(a, keys_a), (b, keys_b)])
+    if is_token(table.get("k", ())):
+        pass  # probabilities x values: a sum over the kept tokens, which is what masking the others gives
+    out = lead + (["i"] if ra > 1 else []) + (["j"] if rb > 1 else [])
+    return self.output(node, out, table)
+
+
+@rule(aten.addmm.default, aten.baddbmm.default)
+def _addmm(self: Follower, node: fx.Node) -> Any:
+    c, a, b = node.args[:3]
+    lead = ["b"] if node.target is aten.baddbmm.default else []
+    table = self.align(node, [(a, [*lead, "i", "k"]), (b, [*lead, "k", "j"]), (c, [*lead, "i", "j"])])
+    return self.output(node, [*lead, "i", "j"], table)
+
+
+@rule(aten.einsum.default)
+def _einsum(self: Follower, node: fx.Node) -> Any:
+    equation, operands = node.args[:2]
+    if "..." in equation:  # type: ignore[operator]
+        raise self.refuse(node, f"einsum '{equation}' with an ellipsis is not followed")
+    left, right = equation.replace(" ", "").split("->")  # type: ignore[union-attr]
+    table = self.align(node, [(arg, list(keys)) for arg, keys in zip(operands, left.split(","), strict=True)])  # type: ignore
+    return self.output(node, list(right), table)
+
+
+@rule(aten.scaled_dot_product_attention.default)
+def _sdpa(self: Follower, node: fx.Node) -> Any:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    args = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    rank = len(shape_of(args["query"]))
+    lead = [("b", i) for i in range(rank - 2)]
+    heads_differ = bool(args.get("enable_gqa"))
+    key_lead = [*lead[:-1], "h_kv"] if heads_differ else lead
+    table = self.align(node, [
+        (args["query"], [*lead, "q", "d"]), (args["key"], [*key_lead, "t", "d"]),
+        (args["value"], [*key_lead, "t", "v"]), (args.get("attn_mask"), [*lead, "q", "t"])])
+    query, key = table.get("q", plain(1)), table.get("t", plain(1))
+    if args.get("is_causal") and (is_token(query) or is_token(key)) and not same_dim(query, key):
+        raise self.refuse(node, "is_causal aligns queries with keys by position, and they are pruned differently")
+    if is_token(query) or is_token(key):
+        self.flow.attention[node] = (query, key)
+    return self.output(node, [*lead, "q", "v"], table)
+
+
+@rule(aten.embedding.default)
+def _embedding(self: Follower, node: fx.Node) -> Any:
+    dims = self.dims(node.args[1])
+    if dims is None:
+        raise self.refuse(node, "an embedding table depends on tokens")
+    return (*dims, plain(shape_of(node)[-1]))
+
+
+# .. shapes
+
+
+@rule(*overloads("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as",
+                 "reshape_as"))
+def _view(self: Follower, node: fx.Node) -> Any:
+    if node.target is aten.view.dtype:
+        return self.known(node.args[0])
+    factors = [f for d in self.known(node.args[0]) for f in d if f.axis is not None or not equal(f.size, 1)]
+    out: list[Dim] = []
+    for size in shape_of(node):
+        taken: list[Factor] = []
+        rest = expr(size)
+        if rest == 1:
+            if factors and factors[0].axis is not None and equal(factors[0].size, 1):
+                taken.append(factors.pop(0))
+            out.append(tuple(taken) or plain(1))
+            continue
+        while rest != 1:
+            if not factors:
+                raise self.refuse(node, f"the sizes of a view cannot be followed ({shape_of(node)})")
+            factor = factors.pop(0)
+            quotient = sympy.cancel(rest / expr(factor.size))
+            if sympy.denom(quotient) == 1:
+                taken.append(factor)
+                rest = quotient
+                continue
+            inverse = sympy.cancel(expr(factor.size) / rest)
+            if factor.axis is not None and factor.axis.kind == "token":
+                raise self.refuse(node, f"a view splits the token axis of {factor.size} into {shape_of(node)}: tokens "
+                                        "are folded to a grid or to windows, so they cannot be removed above this node")
+            if sympy.denom(inverse) != 1:
+                raise self.refuse(node, f"the sizes of a view cannot be followed ({shape_of(node)})")
+            taken.append(Factor(_concrete(rest, size)))
+            factors.insert(0, Factor(_concrete(inverse, factor.size)))
+            rest = sympy.Integer(1)
+        out.append(tuple(taken))
+    dims = tuple(out)
+    if any(is_token(d) for d in dims) and node.target in SIZED:
+        self.flow.sizes[node] = dims
+    return dims
+
+
+def _concrete(value: sympy.Expr, like: Any) -> Any:
+    if value.is_Integer:
+        return int(value)
+    return like.node.shape_env.create_symintnode(value, hint=None) if isinstance(like, torch.SymInt) else value
+
+
+#: Ops whose second argument is the list of new sizes.
+SIZED = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default}
+
+
+@rule(aten.expand.default, aten.broadcast_to.default, aten.expand_as.default)
+def _expand(self: Follower, node: fx.Node) -> Any:
+    dims, shape = self.known(node.args[0]), shape_of(node)
+    lead = len(shape) - len(dims)
+    out = tuple(plain(size) if i < lead or not is_tracked(dims[i - lead]) or not equal(
+        _product(f.size for f in dims[i - lead]), size) else dims[i - lead] for i, size in enumerate(shape))
+    if node.target is aten.expand_as.default:
+        rank = len(shape)
+        table = self.align(node, [(node.args[0], list(range(rank))), (node.args[1], list(range(rank)))])
+        return self.output(node, list(range(rank)), table)
+    if any(is_token(d) for d in out):
+        self.flow.sizes[node] = out
+    return out
+
+
+@rule(*overloads("transpose", "permute", "t", "movedim", "swapaxes", "numpy_T", "mT", "adjoint"))
+def _permute(self: Follower, node: fx.Node) -> Any:
+    dims = self.known(node.args[0])
+    rank, name = len(dims), str(node.target).split(".")[1]
+    order = list(range(rank))
+    if name == "permute":
+        order = [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr]
+    elif name in ("t", "mT", "adjoint"):
+        order[-2:] = order[-2:][::-1]
+    elif name == "numpy_T":
+        order = order[::-1]
+    elif name == "movedim":
+        raise self.refuse(node, "movedim is not followed")
+    else:
+        a, b = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
+        order[a], order[b] = order[b], order[a]
+    return tuple(dims[i] for i in order)
+
+
+@rule(aten.repeat.default, aten.tile.default)
+def _repeat(self: Follower, node: fx.Node) -> Any:
+    dims, shape = self.known(node.args[0]), shape_of(node)
+    lead = len(shape) - len(dims)
+    out = []
+    for i, size in enumerate(shape):
+        dim = dims[i - lead] if i >= lead else plain(size)
+        if is_tracked(dim) and not equal(_product(f.size for f in dim), size):
+            raise self.refuse(node, "repeat repeats the token axis or the batch")
+        out.append(dim if is_tracked(dim) else plain(size))
+    return tuple(out)
+
+
+@rule(*overloads("repeat_interleave"))
+def _repeat_interleave(self: Follower, node: fx.Node) -> Any:
+    dims, shape = self.known(node.args[0]), shape_of(node)
+    which = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+    if which is None or is_tracked(dims[int(which) % len(dims)]):  # type: ignore[arg-type]
+        raise self.refuse(node, "repeat_interleave repeats tokens")
+    return tuple(plain(shape[i]) if i == int(which) % len(dims) else d for i, d in enumerate(dims))  # type: ignore
+
+
+@rule(aten.cat.default, aten.concat.default)
+def _cat(self: Follower, node: fx.Node) -> Any:
+    tensors: list[fx.Node] = [t for t in node.args[0] if not equal(_product(shape_of(t)), 0)]  # type: ignore
+    shape = shape_of(node)
+    rank = len(shape)
+    dim = _dim(node, 1, 0, rank)
+    keys = [[i if i != dim else ("cat", j) for i in range(rank)] for j in range(len(tensors))]
+    table = self.align(node, list(zip(tensors, keys, strict=True)))
+    parts: list[Any] = []
+    for j, tensor in enumerate(tensors):
+        label = table.get(("cat", j))
+        if label is not None and is_token(label):
+            if len(label) > 1:
+                raise self.refuse(node, "a flattened token axis is concatenated")
+            parts.append(label[0].axis)
+        else:
+            parts.append(shape_of(tensor)[dim])
+    if not any(isinstance(p, Axis) for p in parts):
+        along = plain(shape[dim])
+        if len(tensors) == 1 and ("cat", 0) in table:
+            along = table["cat", 0]
+    elif len(parts) == 1:
+        along = (Factor(parts[0].size, parts[0]),)
+    else:
+        along = (Factor(shape[dim], self.concat(tuple(parts), shape[dim])),)
+    return tuple(along if i == dim else table.get(i, plain(s)) for i, s in enumerate(shape))
+
+
+@rule(aten.stack.default)
+def _stack(self: Follower, node: fx.Node) -> Any:
+    tensors = list(node.args[0])  # type: ignore[arg-type]
+    rank = len(shape_of(tensors[0]))
+    dim = _dim(node, 1, 0, rank + 1)
+    table = self.align(node, [(t, list(range(rank))) for t in tensors])
+    dims = [table.get(i, plain(s)) for i, s in enumerate(shape_of(tensors[0]))]
+    dims.insert(dim, plain(len(tensors)))
+    return tuple(dims)
+
+
+@rule(*overloads("split", "split_with_sizes", "chunk", "unbind", "unsafe_split", "unsafe_chunk", "tensor_split"))
+def _split(self: Follower, node: fx.Node) -> Any:
+    dims = self.known(node.args[0])
+    unbind = node.target is aten.unbind.int
+    dim = _dim(node, 1 if unbind else 2, 0, len(dims))
+    if is_token(dims[dim]):
+        raise self.refuse(node, "a split divides the token axis")
+    results = []
+    for value in node.meta["val"]:
+        if unbind:
+            results.append(tuple(d for i, d in enumerate(dims) if i != dim))
+        else:
+            results.append(tuple(plain(value.shape[i]) if i == dim else d for i, d in enumerate(dims)))
+    return results
+
+
+@rule(operator.getitem)
+def _getitem(self: Follower, node: fx.Node) -> Any:
+    dims = self.flow.labels.get(node.args[0])
+    return dims[node.args[1]] if isinstance(dims, list) else None  # type: ignore[index]
+
+
+@rule(aten.slice.Tensor)
+def _slice(self: Follower, node: fx.Node) -> Any:
+    dims, shape = self.known(node.args[0]), shape_of(node)  # type: ignore[arg-type]
+    args = list(node.args) + [None] * 5
+    dim = int(args[1] or 0) % len(dims)
+    start, end, step = args[2] or 0, MAX_INT if args[3] is None else args[3], args[4] or 1
+    along = dims[dim]
+    if not is_token(along):
+        return tuple(plain(shape[i]) if i == dim and not equal(shape[i], _product(f.size for f in d)) else d
+                     for i, d in enumerate(dims))
+    before = _product(f.size for f in along)
+    end_value = end.meta["val"] if isinstance(end, fx.Node) else end
+    to_end = (isinstance(end_value, int) and end_value == MAX_INT) or equal(end_value, before)
+    if start == 0 and step == 1 and to_end:
+        self.flow.full_slices[node] = dim
+        return dims
+    if len(along) != 1 or step != 1:
+        raise self.refuse(node, "a slice takes part of a flattened or strided token axis")
+    axis = along[0].axis
+    assert axis is not None
+    return tuple(d if i != dim else self_slice(self, node, axis, start, end_value, to_end, shape[dim])
+                 for i, d in enumerate(dims))
+
+
+def self_slice(self: Follower, node: fx.Node, axis: Axis, start: Any, end: Any, to_end: bool, size: Any) -> Dim:
+    """A slice of a token axis: allowed where its borders lie among tokens that are all kept."""
+    if axis.parts and isinstance(start, int) and start >= 0:
+        at, picked = 0, []
+        borders = [0]
+        for part in axis.parts:
+            at = at + (part.size if isinstance(part, Axis) else part)
+            borders.append(at)
+        starts = [i for i, b in enumerate(borders) if equal(b, start)]
+        ends = [len(axis.parts)] if to_end else [i for i, b in enumerate(borders) if equal(b, end)]
+        if starts and ends and isinstance(end, (int, torch.SymInt)):
+            picked = list(axis.parts[starts[0]:ends[0]])
+            only_sizes = not any(isinstance(p, Axis) for p in picked)
+            fixed = isinstance(start, int) and all(not isinstance(p, Axis) for p in axis.parts[: ends[0]])
+            if only_sizes and fixed:
+                return plain(size)
+            if len(picked) == 1 and isinstance(picked[0], Axis) and to_end and all(
+                    isinstance(p, int) for p in axis.parts[: starts[0]]):
+                self.flow.full_slices[node] = -1
+                return (Factor(size, picked[0]),)
+    if to_end and isinstance(start, int):
+        if start < 0 and -start <= axis.suffix:
+            return plain(size)
+        if 0 < start <= axis.prefix:
+            return (Factor(size, self.tail(axis, start)),)
+    if start == 0 and isinstance(end, int) and 0 < end <= axis.prefix:
+        return plain(size)
+    raise self.refuse(node, f"a slice [{start}:{'' if to_end else end}] of the token axis {axis} has its border among "
+                            "tokens that may be dropped; protect them, or cut later")
+
+
+@rule(aten.select.int)
+def _select(self: Follower, node: fx.Node) -> Any:
+    dims = self.known(node.args[0])  # type: ignore[arg-type]
+    dim, index = int(node.args[1]) % len(dims), node.args[2]  # type: ignore[arg-type]
+    if is_token(dims[dim]):
+        axis = dims[dim][0].axis
+        fits = len(dims[dim]) == 1 and isinstance(index, int) and axis is not None and (
+            0 <= index < axis.prefix or -axis.suffix <= index < 0)
+        if not fits:
+            raise self.refuse(node, f"token {index} is read, and it may be dropped")
+    return tuple(d for i, d in enumerate(dims) if i != dim)
+
+
+@rule(aten.index_select.default)
+def _index_select(self: Follower, node: fx.Node) -> Any:
+    dims = self.known(node.args[0])  # type: ignore[arg-type]
+    dim = int(node.args[1]) % len(dims)  # type: ignore[arg-type]
+    if is_tracked(dims[dim]):
+        raise self.refuse(node, "index_select picks tokens or rows")
+    return tuple(plain(shape_of(node)[i]) if i == dim else d for i, d in enumerate(dims))
+
+
+@rule(aten.gather.default)
+def _gather(self: Follower, node: fx.Node) -> Any:
+    value, dim, index = node.args[:3]
+    rank = len(shape_of(node))
+    dim = int(dim) % rank  # type: ignore[arg-type]
+    keys = [i if i != dim else "from" for i in range(rank)]
+    table = self.align(node, [(value, keys), (index, [i if i != dim else "to" for i in range(rank)])])
+    if is_token(table.get("from", ())):
+        raise self.refuse(node, "gather picks tokens")
+    return self.output(node, [i if i != dim else "to" for i in range(rank)], table)
+
+
+@rule(aten.index.Tensor)
+def _index(self: Follower, node: fx.Node) -> Any:
+    """``x[rows, positions]``: positions in the unpruned sequence are mapped to positions among the kept."""
+    value, indices = node.args[:2]
+    if self.dims(value) is None:
+        raise self.refuse(node, "tokens choose entries of a value from outside")
+    dims = self.known(value)  # type: ignore[arg-type]
+    tensors = [(i, t) for i, t in enumerate(indices) if t is not None]  # type: ignore[union-attr, arg-type]
+    if any(t.meta["val"].dtype == torch.bool for _, t in tensors):  # type: ignore[union-attr]
+        raise self.refuse(node, "a boolean mask picks tokens")
+    if any(self.dims(t) is not None for _, t in tensors):
+        raise self.refuse(node, "an index is computed from tokens")
+    positions = [i for i, _ in tensors]
+    if positions != list(range(positions[0], positions[0] + len(positions))):
+        raise self.refuse(node, "indices with a gap are not followed")
+    for i, _ in tensors:
+        if is_token(dims[i]):
+            if len(dims[i]) != 1:
+                raise self.refuse(node, "an index into a flattened token axis")
+            self.flow.indices[node, i] = dims[i][0].axis  # type: ignore[assignment]
+    rank = max(len(shape_of(t)) for _, t in tensors)  # type: ignore[arg-type]
+    made = [plain(s) for s in shape_of(node)[positions[0]: positions[0] + rank]]
+    return (*dims[: positions[0]], *made, *dims[positions[-1] + 1:])
+
+
+@rule(*overloads("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose2d", "avg_pool2d", "max_pool2d", "pad",
+                 "constant_pad_nd", "unfold", "im2col", "interpolate", "upsample_bilinear2d", "upsample_bicubic2d",
+                 "adaptive_avg_pool1d", "adaptive_avg_pool2d", "pixel_shuffle", "pixel_unshuffle", "conv2d_padding"))
+def _grid(self: Follower, node: fx.Node) -> Any:
+    name = str(node.target).split(".")[1]
+    dims = self.known(node.args[0])  # type: ignore[arg-type]
+    if name in ("pad", "constant_pad_nd"):
+        amounts = list(node.args[1])  # type: ignore[arg-type]
+        touched = {len(dims) - 1 - i // 2 for i, amount in enumerate(amounts) if amount != 0}
+        if not any(is_token(dims[d]) for d in touched):
+            return tuple(plain(s) if i in touched else dims[i] for i, s in enumerate(shape_of(node)))
+    if any(is_token(d) for d in dims):
+        raise self.refuse(node, f"{name} works on neighbouring tokens (a grid), so tokens cannot be removed above it; "
+                                "cut below this node, or leave this region dense")
+    return None
+
+
+def held_rule(self: Follower, node: fx.Node) -> Any:
+    """``tokcompile::held(keys [B, H, T, Dh], positions [B, T]) -> [B, T]``: aligned on batch and tokens."""
+    table = self.align(node, [(node.args[0], ["b", "h", "t", "d"]), (node.args[1], ["b", "t"])])
+    return self.output(node, ["b", "t"], table)
