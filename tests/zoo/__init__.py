@@ -1,0 +1,58 @@
+"""Tiny random models of many families, and the capture of their graphs.
+
+Every function of the family files returns ``(model.eval(), inputs)``: two layers, hidden size 32 to 64, a fixed seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from transformers import logging
+
+from tokcompile.capture import DYNAMO_CONFIG, Captured, from_dynamo
+
+logging.set_verbosity_error()
+
+Case = tuple[nn.Module, dict[str, Any]]
+Family = Callable[[], Case]
+
+
+def capture_graphs(model: nn.Module, inputs: dict[str, Any], method: str | None = None) -> list[Captured]:
+    """Capture every graph that ``model(**inputs)`` (or ``model.<method>(**inputs)``) runs, in order.
+
+    With ``method`` the model's ``forward`` is compiled while the method runs: ``generate`` gives a prefill graph and
+    a decode graph.
+    """
+    graphs: list[Captured] = []
+
+    def record(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append(from_dynamo(graph_module))
+        return graph_module.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad(), torch._dynamo.config.patch(**DYNAMO_CONFIG):
+        if method is None:
+            torch.compile(model, backend=record, dynamic=True, fullgraph=True)(**inputs)
+            return graphs
+        forward = torch.compile(
+            lambda module, kwargs: type(module).forward(module, **kwargs), backend=record, dynamic=True, fullgraph=True)
+        signature_of = model.forward
+        try:
+            model.forward = _with_signature(signature_of, lambda **kwargs: forward(model, kwargs))  # type: ignore
+            getattr(model, method)(**inputs)
+        finally:
+            del model.forward
+    return graphs
+
+
+def _with_signature(original: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
+    import functools
+
+    @functools.wraps(original)
+    def forward(**kwargs: Any) -> Any:
+        return call(**kwargs)
+
+    return forward

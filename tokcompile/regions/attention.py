@@ -1,0 +1,284 @@
+"""Attention: two contractions joined by a softmax, or one ``scaled_dot_product_attention`` node.
+
+::
+
+    query_source -> query_proj -> [view, transpose, norm, rope] -> query --+
+    key_source   -> key_proj   -> [view, transpose, norm, rope, cache] -> key --+-> scores
+    scores -> [scale, tanh, + mask, cat sinks] -> softmax -> [dropout, slice] --+
+    value_source -> value_proj -> [view, transpose, cache] -> value ------------+-> output -> output_proj
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from ..capture import module_path, source_line
+from .flow import Flow, Linear, Walk
+from .misses import Misses
+from .model import Region
+from .ops import CONTRACTION, JOIN, LAYOUT, NORM, POINTWISE, REDUCE, SDPA, SELECT, SOFTMAX, TRIVIAL
+
+#: Between a projection and the contraction.
+_HEADS = TRIVIAL | LAYOUT | SELECT | JOIN | POINTWISE | NORM | REDUCE | {
+    "view_as_complex", "view_as_real", "new_empty", "empty", "zeros", "new_zeros", "_conj"}
+#: Between the two contractions.
+_SCORES = TRIVIAL | LAYOUT | POINTWISE | SELECT | {"cat", "max", "amax"}
+#: Between a low-rank projection and the one that feeds it.
+_LATENT = TRIVIAL | LAYOUT | SELECT | NORM | REDUCE | {"mul", "pow", "rsqrt", "add"}
+#: Between the attention and its output projection.
+_AFTER = TRIVIAL | LAYOUT | NORM | REDUCE | {"mul", "div", "pow", "rsqrt", "slice", "getitem", "sigmoid"}
+
+
+def find_attention(flow: Flow, misses: Misses) -> list[Region]:
+    """All attention regions, in graph order."""
+    found: list[Region] = []
+    for node in flow.nodes:
+        region = None
+        if flow.op[node] in SDPA:
+            region = _from_sdpa(flow, node)
+        elif flow.op[node] in SOFTMAX:
+            region = _from_softmax(flow, node, misses)
+        if region is not None:
+            found.append(region)
+    return found
+
+
+def _argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+
+
+def _from_sdpa(flow: Flow, node: fx.Node) -> Region:
+    query, key, value = node.args[:3]
+    mask = _argument(node, 3, "attn_mask")
+    causal = bool(_argument(node, 5, "is_causal", False))
+    roles = {"query": query, "key": key, "value": value, "output": node}
+    if isinstance(mask, fx.Node):
+        roles["mask"] = mask
+    variant = {"form": "sdpa", "mask": "causal" if causal else "tensor" if isinstance(mask, fx.Node) else "none",
+               "softcap": "no"}
+    return _describe(flow, node, roles, variant)  # type: ignore[arg-type]
+
+
+def _from_softmax(flow: Flow, softmax: fx.Node, misses: Misses) -> Region | None:
+    before = flow.back(flow.inputs[softmax][0], _SCORES, limit=60)
+    scores = next((n for n in before.stops if flow.op[n] in CONTRACTION and flow.linear(n) is None), None)
+    output = None
+    for node in flow.forward(softmax, lambda n: flow.op[n] in _SCORES, limit=30):
+        if flow.op[node] in CONTRACTION and flow.linear(node) is None:
+            output = node
+            break
+    if scores is None or output is None:
+        if scores is not output:
+            side, where = ("before", output) if scores is None else ("after", scores)
+            misses.add("attention", softmax, 0.5, f"expected a softmax between two contractions (query x key, then "
+                       f"weights x value), found no contraction {side} the softmax; the other one is {where}")
+        return None
+    first, second = _operands(flow, scores), _operands(flow, output)
+    if first is None or second is None:
+        misses.add("attention", softmax, 0.6, "expected contractions of two tensors, found "
+                   f"{flow.op[scores]} and {flow.op[output]} with other operands")
+        return None
+    query, key = first
+    weights = [n for n in second if flow.reaches(softmax, n)]
+    values = [n for n in second if not flow.reaches(softmax, n)]
+    if len(weights) != 1 or len(values) != 1:
+        misses.add("attention", softmax, 0.7, "expected weights x value after the softmax, found both operands of "
+                   f"{output} to come from the softmax")
+        return None
+    roles = {"query": query, "key": key, "value": values[0], "scores": scores, "softmax": softmax, "output": output}
+    mask = _eager_mask(flow, scores, before)
+    if mask is not None:
+        roles["mask"] = mask
+    bends = [n for n in before.passed if flow.op[n] == "tanh"]
+    variant = {"form": "eager", "mask": "tensor" if mask is not None else "none",
+               "softcap": "yes" if any(flow.reaches(scores, n) for n in bends) else "no"}
+    return _describe(flow, softmax, roles, variant)
+
+
+def _operands(flow: Flow, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two factors of a contraction; a transposition of the second one's last axes is taken off."""
+    if flow.op[node] == "einsum":
+        pair = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
+    else:
+        pair = node.args[1:3] if flow.op[node] == "baddbmm" else node.args[:2]
+    if len(pair) != 2 or not all(isinstance(n, fx.Node) for n in pair):  # type: ignore[arg-type]
+        return None
+    left, right = pair  # type: ignore[misc]
+    last = len(flow.dims(right) or ()) - 1
+    inner = flow.canonical(right)
+    if flow.op[inner] in ("transpose", "swapaxes") and {a % (last + 1) for a in inner.args[1:3]} == {last - 1, last}:
+        right = inner.args[0]
+    return left, right
+
+
+def _eager_mask(flow: Flow, scores: fx.Node, before: Walk) -> fx.Node | None:
+    """What is added to the scores, or fills them, on the way to the softmax (also through baddbmm)."""
+    if flow.op[scores] == "baddbmm" and len(flow.dims(scores.args[0]) or ()) >= 2:  # type: ignore[arg-type]
+        extra = scores.args[0]
+    else:
+        extra = None
+    for node in before.passed:
+        if flow.op[node] not in ("add", "masked_fill", "where", "sub") or not flow.reaches(scores, node):
+            continue
+        for operand in flow.inputs[node]:
+            if not flow.reaches(scores, operand) and len(flow.dims(operand) or ()) >= 2:
+                return operand
+    return extra  # type: ignore[return-value]
+
+
+def _describe(flow: Flow, node: fx.Node, roles: dict[str, fx.Node], variant: dict[str, str]) -> Region:
+    readers = {"query": roles.get("scores", node), "key": roles.get("scores", node), "value": roles["output"]}
+    walks = {role: flow.back(roles[role], _HEADS, stop=lambda n: flow.linear(n) is not None, reader=reader)
+             for role, reader in readers.items()}
+    projections = {role: _projection(flow, walk) for role, walk in walks.items()}
+    _name_sources(flow, roles, projections, walks, variant)
+    after = next((n for n in flow.forward(roles["output"], lambda n: flow.op[n] in _AFTER and flow.linear(n) is None,
+                                          limit=25) if flow.linear(n) is not None), None)
+    if after is not None and _leads_to(flow, roles["output"], after):
+        roles["output_proj"] = after
+    shapes = _shapes(flow, node, roles)
+    heads, kv_heads = shapes.get("H"), shapes.get("Hkv")
+    variant["heads"] = "mha" if heads == kv_heads else "mqa" if kv_heads == 1 else "gqa"
+    variant["rope"] = "yes" if _has_rope(flow, walks["query"]) else "no"
+    variant["qk_norm"] = "yes" if _has_norm(flow, walks["query"]) or _has_norm(flow, walks["key"]) else "no"
+    _find_cache(flow, roles, walks, variant)
+    return Region("attention", module_path(node), roles, shapes, variant, source_line(node))
+
+
+def _projection(flow: Flow, walk: Walk) -> Linear | None:
+    found = [flow.linear(n) for n in walk.stops]
+    linears = [n for n in found if n is not None]
+    last = [n for n in linears if not any(m is not n and flow.reaches(n.node, m.node) for m in linears)]
+    return max(last, key=lambda n: flow.position[n.node], default=None)
+
+
+def _sources(flow: Flow, projection: Linear | None) -> list[fx.Node]:
+    """The inputs of a projection and of the low-rank projections before it, nearest first."""
+    sources: list[fx.Node] = []
+    while projection is not None and len(sources) < 3:
+        sources.append(flow.canonical(projection.input, layout=True))
+        walk = flow.back(sources[-1], _LATENT, limit=20, stop=lambda n: flow.linear(n) is not None
+                         or (flow.op[n] == "add" and flow.primary(n) is None and len(flow.inputs[n]) == 2))
+        linears = [m for m in (flow.linear(n) for n in walk.stops) if m is not None]
+        projection = linears[0] if len(linears) == 1 else None
+    return sources
+
+
+def _name_sources(flow: Flow, roles: dict[str, fx.Node], projections: dict[str, Linear | None],
+                  walks: dict[str, Walk], variant: dict[str, str]) -> None:
+    chains = {role: _sources(flow, projections[role]) for role in projections}
+    shared = next((n for n in chains["query"] if n in chains["key"]), None)
+    for role, projection in projections.items():
+        if projection is not None:
+            roles[f"{role}_proj"] = projection.node
+        chain = chains[role]
+        if chain:
+            roles[f"{role}_source"] = shared if shared in chain and shared is not None else chain[0]
+    nodes = [p.node if p else None for p in (projections["query"], projections["key"], projections["value"])]
+    variant["projection"] = "separate"
+    if nodes[1] is not None and nodes[1] is nodes[2]:
+        variant["projection"] = "fused_qkv" if nodes[0] is nodes[1] else "fused_kv"
+    roots = {_root(flow, chain[0]) if chain else None for chain in (chains["query"], chains["key"])}
+    same = shared is not None or (None not in roots and len(roots) == 1)
+    unprojected = not chains["query"] and not chains["key"] and (
+        _stems(walks["query"]) == _stems(walks["key"]))
+    variant["cross"] = "self" if same or unprojected else "cross"
+
+
+def _stems(walk: Walk) -> set[fx.Node]:
+    return {n for n in walk.stops if n.op == "call_function"}
+
+
+def _root(flow: Flow, node: fx.Node) -> fx.Node:
+    """Look through norms, scales and position embeddings."""
+    while True:
+        source = flow.primary(node)
+        if source is None:
+            return node
+        node = source
+
+
+def _leads_to(flow: Flow, output: fx.Node, projection: fx.Node) -> bool:
+    linear = flow.linear(projection)
+    return linear is not None and flow.reaches(output, linear.input)
+
+
+def _shapes(flow: Flow, node: fx.Node, roles: dict[str, fx.Node]) -> dict[str, Any]:
+    query, key = _four_axes(flow, roles["query"]), _four_axes(flow, roles["key"])
+    sizes, key_sizes = flow.sizes(query), flow.sizes(key)
+    shapes: dict[str, Any] = {"S": sizes[-2], "Dh": sizes[-1], "T": key_sizes[-2]}
+    if len(sizes) >= 4:
+        shapes |= {"B": sizes[0], "H": sizes[-3], "Hkv": _kv_heads(flow, key)}
+    else:
+        shapes |= {"B": 1, "H": sizes[0] if len(sizes) == 3 else 1, "Hkv": key_sizes[0] if len(key_sizes) == 3 else 1}
+    return shapes
+
+
+def _four_axes(flow: Flow, node: fx.Node) -> fx.Node:
+    """The [B, H, S, Dh] form of a [B*H, S, Dh] operand, when the graph has it."""
+    dims = flow.dims(node) or ()
+    current = node
+    while len(dims) == 3:
+        source = flow.primary(current) if flow.op[current] not in NORM else None
+        if source is None:
+            return node
+        current = source
+        other = flow.dims(current) or ()
+        if len(other) == 4 and other[-1] == dims[-1] and other[-2] == dims[-2]:
+            return current
+        if len(other) == 4 and {other[-1], other[-2]} == {dims[-1], dims[-2]}:
+            return node
+    return node
+
+
+def _kv_heads(flow: Flow, key: fx.Node) -> Any:
+    """Heads before ``expand`` or ``repeat_interleave`` gave every query head its copy."""
+    node = key
+    while flow.op[node] in TRIVIAL and flow.inputs[node]:
+        node = flow.inputs[node][0]
+    if flow.op[node] == "repeat_interleave":
+        return flow.sizes(flow.inputs[node][0])[-3]
+    if flow.op[node] in ("reshape", "view", "flatten", "_unsafe_view", "contiguous", "clone"):
+        inner = flow.canonical(flow.inputs[node][0])
+        if flow.op[inner] in ("expand", "repeat", "broadcast_to") and len(flow.dims(inner) or ()) == 5:
+            source = flow.sizes(flow.inputs[inner][0])
+            return source[1] if len(source) == 5 else flow.sizes(key)[-3]
+    if flow.op[node] in ("expand", "broadcast_to") and flow.inputs[node]:
+        source = flow.sizes(flow.inputs[node][0])
+        if len(source) == 4:
+            return source[-3]
+    return flow.sizes(key)[-3]
+
+
+def _has_rope(flow: Flow, walk: Walk) -> bool:
+    """Halves of a head swapped with one sign changed and weighted, or multiplied as complex numbers."""
+    ops = {flow.op[n] for n in walk.passed}
+    if "view_as_complex" in ops:
+        return True
+    joined = bool(ops & {"cat", "stack", "copy"}) and "mul" in ops
+    return joined and ("neg" in ops or ("sub" in ops and "add" in ops))
+
+
+def _has_norm(flow: Flow, walk: Walk) -> bool:
+    return any(flow.op[n] in NORM or flow.op[n] in ("rsqrt", "linalg_vector_norm") for n in walk.passed)
+
+
+def _find_cache(flow: Flow, roles: dict[str, fx.Node], walks: dict[str, Walk], variant: dict[str, str]) -> None:
+    """Keys that come, in front of the new ones or all of them, from an input of the graph."""
+    variant["cache"] = "no"
+    for role in ("key", "value"):
+        if f"{role}_proj" not in roles:
+            stems = [n for n in walks[role].stops if n.op == "placeholder" and len(flow.dims(n) or ()) >= 3]
+            if stems:
+                variant["cache"], roles[f"past_{role}"] = "yes", stems[0]
+            continue
+        for node in walks[role].passed:
+            if flow.op[node] not in ("cat", "index_copy", "index_put", "slice_scatter", "copy"):
+                continue
+            first = flow.canonical(flow.inputs[node][0], layout=True)
+            while flow.op[first] == "slice":
+                first = flow.canonical(flow.inputs[first][0], layout=True)
+            if first.op == "placeholder" and len(flow.dims(first) or ()) >= 3:
+                variant["cache"], roles[f"past_{role}"] = "yes", first

@@ -1,0 +1,115 @@
+"""Merge points: where image features enter the sequence of text embeddings.
+
+::
+
+    embedding(input_ids) ------------------------------+
+    features (vision encoder output or a graph input) -+-> masked_scatter | index_put | where | cat -> decoder stack
+    mask (positions of the image tokens) --------------+
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..capture import module_path, source_line
+from .flow import Flow
+from .misses import Misses
+from .model import Region
+from .ops import LAYOUT, NORM, POINTWISE, REDUCE, TRIVIAL
+from .stack import Stream
+
+_MERGES = {"masked_scatter", "index_put", "where", "cat", "index_copy", "scatter", "slice_scatter", "copy"}
+_ABOVE = (TRIVIAL | LAYOUT | NORM | REDUCE | POINTWISE | _MERGES | {"new_empty", "empty", "zeros", "zeros_like", "slice"})
+
+
+def find_merge_points(flow: Flow, streams: Sequence[Stream], encoders: Sequence[Region], misses: Misses) -> list[Region]:
+    """Walk from the start of each stack up to the embeddings; what joins features to them on the way is a merge."""
+    embeddings = flow.mask(flow.by_op.get("embedding", []))
+    images = [r.roles["output"] for r in encoders]
+    found: list[Region] = []
+    seen: set[fx.Node] = set()
+    for stream in streams:
+        for node in flow.back(stream.start, _ABOVE, limit=200).passed:
+            if flow.op[node] not in _MERGES or node in seen:
+                continue
+            seen.add(node)
+            region = _merge(flow, node, embeddings, images)
+            if region is not None:
+                found.append(region)
+    for op in ("masked_scatter", "index_put"):
+        for node in flow.by_op.get(op, []):
+            if node not in seen and _floating(node):
+                misses.add("merge_point", node, 0.5, f"expected {op} to make the sequence that enters a decoder stack, "
+                           "found that its result is not the residual stream of one")
+            elif node in seen and not any(r.roles["output"] is node for r in found) and _floating(node):
+                misses.add("merge_point", node, 0.7, f"expected {op} of image features into text embeddings, found "
+                           "no embedding on one side or no features on the other")
+    return sorted(found, key=lambda r: flow.position[r.roles["output"]])
+
+
+def _floating(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 2
+
+
+def _merge(flow: Flow, node: fx.Node, embeddings: int, images: list[fx.Node]) -> Region | None:
+    op, args = flow.op[node], node.args
+    mask: Any = None
+    sides: list[Any]
+    if op == "masked_scatter":
+        sides, mask = [args[0], args[2]], args[1]
+    elif op == "where" and len(args) == 3:
+        sides, mask = [args[1], args[2]], args[0]
+    elif op == "index_put":
+        indices = args[1]
+        sides, mask = [args[0], args[2]], indices[0] if indices else None  # type: ignore[index, arg-type]
+    elif op in ("index_copy", "scatter"):
+        sides = [args[0], args[3]]
+    elif op in ("slice_scatter", "copy"):
+        sides = [_base(flow, args[0]) if op == "copy" else args[0], args[1]]
+    else:
+        sides = list(args[0])  # type: ignore[arg-type]
+        if not _token_axis(flow, node):
+            return None
+    sides = [n for n in sides if isinstance(n, fx.Node)]
+    text = [n for n in sides if flow.reached_by(n, embeddings) and not _from_images(flow, n, images)]
+    features = [n for n in sides if n not in text and _is_features(flow, n, images)]
+    if not text:
+        text = [n for n in sides if flow.reached_by(n, embeddings) and n not in features]
+    if not text or not features:
+        return None
+    sizes = flow.sizes(node)
+    roles = {"output": _base(flow, node) if op == "copy" else node, "embeddings": text[0], "features": features[0]}
+    if isinstance(mask, fx.Node):
+        roles["mask"] = mask
+    shapes = {"B": sizes[0], "S": sizes[1], "D": sizes[2]} if len(sizes) == 3 else {"D": sizes[-1]}
+    source = "encoder" if _from_images(flow, features[0], images) else "input"
+    return Region("merge_point", module_path(node), roles, shapes, {"form": op, "features": source}, source_line(node))
+
+
+def _base(flow: Flow, node: Any) -> Any:
+    while isinstance(node, fx.Node) and flow.op[node] in ("slice", "copy", "select") and flow.inputs[node]:
+        node = flow.inputs[node][0]
+    return node
+
+
+def _token_axis(flow: Flow, node: fx.Node) -> bool:
+    dims = flow.dims(node) or ()
+    axis = node.args[1] if len(node.args) > 1 else 0
+    return len(dims) in (2, 3) and isinstance(axis, int) and axis % len(dims) == len(dims) - 2
+
+
+def _from_images(flow: Flow, node: fx.Node, images: list[fx.Node]) -> bool:
+    return any(flow.reaches(image, node) for image in images)
+
+
+def _is_features(flow: Flow, node: fx.Node, images: list[fx.Node]) -> bool:
+    """Made by a vision encoder, or from a floating-point input of the graph with a width."""
+    if _from_images(flow, node, images):
+        return True
+    leaves = [n for n in flow.nodes[:flow.position[node] + 1] if n.op == "placeholder" and flow.reaches(n, node)]
+    return any(_floating(n) for n in leaves)

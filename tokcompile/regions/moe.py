@@ -1,0 +1,85 @@
+"""Mixture of experts: a router that chooses, experts that compute, a sum that joins the residual stream.
+
+::
+
+    input -> router (linear) -> [softmax | sigmoid] -> top_k --------------+
+      |                                                                   |
+      +-> experts (loop with index_add, batched or grouped matmul) -> weighted sum -> [+ shared expert] -> output
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from ..capture import module_path, source_line
+from .feed_forward import FeedForward
+from .flow import Flow, Linear
+from .misses import Misses
+from .model import Region
+from .ops import LAYOUT, POINTWISE, SELECT, SOFTMAX, TRIVIAL
+from .residual import Join, find_join
+
+_SCORE = TRIVIAL | LAYOUT | POINTWISE | SELECT | SOFTMAX | {"sum", "scatter", "gather", "topk", "cat"}
+_CHOICE = ("topk", "argmax")
+
+
+@dataclass
+class MixtureOfExperts:
+    """A mixture-of-experts region with its place on the residual stream."""
+
+    region: Region
+    join: Join
+    inside: list[FeedForward] = field(default_factory=list)
+
+
+def find_moe(flow: Flow, blocks: list[FeedForward], misses: Misses) -> list[MixtureOfExperts]:
+    """All mixtures of experts. ``inside`` names the feed-forward blocks that are experts or shared experts."""
+    routers: dict[fx.Node, tuple[Linear, fx.Node]] = {}
+    for choice in sorted((n for op in _CHOICE for n in flow.by_op.get(op, [])), key=flow.position.__getitem__):
+        walk = flow.back(choice, _SCORE | {"argmax"}, limit=40, stop=lambda n: flow.linear(n) is not None)
+        linears = [m for m in (flow.linear(n) for n in walk.stops) if m is not None]
+        if linears:
+            routers[linears[0].node] = (linears[0], choice)  # a later choice by the same router is the final one
+    found = []
+    for router, choice in routers.values():
+        join = find_join(flow, [router.input], router.node, through_all=True)
+        if join is None or not flow.reaches(choice, join.branch):
+            misses.add("moe", choice, 0.6, "expected a router whose choice weights experts that join the residual "
+                       f"stream, found that {choice} of the linear {router.node} never reaches one")
+            continue
+        found.append(_describe(flow, router, choice, join, blocks))
+    return found
+
+
+def _describe(flow: Flow, router: Linear, choice: fx.Node, join: Join, blocks: list[FeedForward]) -> MixtureOfExperts:
+    source = flow.canonical(router.input, layout=True)
+    inside, shared = [], False
+    for block in blocks:
+        if block.join.add is not join.add and not flow.reaches(block.region.roles["output"], join.branch):
+            continue
+        routed = flow.reaches(router.node, block.region.roles["input"]) or flow.reaches(
+            router.node, block.region.roles["output"])
+        if routed or block.region.roles["input"] is source:
+            if flow.position[block.region.roles["input"]] >= flow.position[source]:
+                inside.append(block)
+                shared = shared or not routed
+    sizes = flow.sizes(source)
+    shapes = {"D": sizes[-1], "E": router.features}
+    if len(sizes) == 3:
+        shapes |= {"B": sizes[0], "S": sizes[1]}
+    if flow.op[choice] == "topk":
+        shapes["K"] = choice.args[1]
+    else:
+        shapes["K"] = 1
+    between = [n for n in flow.nodes[flow.position[router.node]:flow.position[join.add]]
+               if flow.reaches(router.node, n)]
+    ops = {flow.op[n] for n in between}
+    scores = "softmax" if ops & SOFTMAX else "sigmoid" if "sigmoid" in ops else "linear"
+    form = "grouped" if any("grouped_mm" in op for op in ops) else "loop" if ops & {"index_add", "nonzero"} else \
+        "batched" if ops & {"bmm", "matmul", "baddbmm", "einsum"} else "other"
+    variant = {"form": form, "scores": scores, "shared_expert": "yes" if shared else "no"}
+    roles = {"input": source, "router": router.node, "top_k": choice, "output": flow.canonical(join.branch)}
+    path = module_path(join.branch) or module_path(router.node)
+    return MixtureOfExperts(Region("moe", path, roles, shapes, variant, source_line(router.node)), join, inside)
