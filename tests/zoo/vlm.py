@@ -235,7 +235,8 @@ def _stacked(side: int, tokens: int, before: Sequence[int] = (), after: Sequence
 
 def llava(attn_implementation: str = "sdpa") -> Case:
     vision = CLIPVisionConfig(**VISION | {"num_hidden_layers": 3}, image_size=56, patch_size=14)
-    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE, image_seq_length=16)
+    text = LlamaConfig(**TEXT)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=16)
     model = _transformers(LlavaForConditionalGeneration, config, attn_implementation)
     tower = model.model.language_model
     return Case("llava", model, _stacked(56, 16), list(tower.layers), tower)
