@@ -96,7 +96,7 @@ class Budget:
             return min(n, self.num)
         import torch
 
-        return torch.sym_min(n, self.num)
+        return torch.sym_min(n, self.num)  # type: ignore[no-untyped-call]
 
     def __str__(self) -> str:
         return str(self.num) if self.is_count else f"{100 * self.num / self.den:g} %"
@@ -184,8 +184,10 @@ class Target(_Model):
 class Expect(_Model):
     """How many regions a step has to change; fewer or more is an error."""
 
-    min_matches: int = Field(1, ge=0, description="Least number of regions changed.")
-    max_matches: int | None = Field(None, ge=0, description="Greatest number of regions changed; left out, any.")
+    min_matches: int = Field(default=1, ge=1, description="Least number of regions changed.")
+    max_matches: int | None = Field(
+        default=None, ge=1, description="Greatest number of regions changed; left out, any."
+    )
 
     @field_validator("max_matches")
     @classmethod
@@ -466,7 +468,8 @@ def _known_keys(loc: Loc, data: Any) -> list[str]:
     elif loc[0] == "steps" and len(loc) == 2:
         model = Step
     elif loc[0] == "steps" and len(loc) == 3:
-        model = {"target": Target, "expect": Expect}.get(str(loc[2]))
+        models: dict[str, type[BaseModel]] = {"target": Target, "expect": Expect}
+        model = models.get(str(loc[2]))
         if loc[2] == "params":
             model = get_pass(data["steps"][loc[1]]["pass"]).Params
     return [field.alias or name for name, field in model.model_fields.items()] if model else []
