@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests import oracle
+from tests.zoo.encoders_for_pruning import ENCODERS, EncoderCase
 from tests.zoo.vlm import SPECIAL, VARIANTS, VLMS, Case
 
 CASES = {**VLMS, **VARIANTS}
@@ -256,3 +257,77 @@ def test_eager_attention_hides_the_same_keys(name: str, cases: dict[str, Case]) 
     one, other = oracle.masked_run(fused, inputs, dropped), oracle.masked_run(spelled, inputs, dropped)
     assert torch.equal(one.tokens, other.tokens)
     assert oracle.difference(one, other) < 2e-5
+
+
+# --------------------------------------------------------------------------------------------------------- encoders
+
+
+@pytest.fixture(scope="module", params=list(ENCODERS))
+def encoder(request: pytest.FixtureRequest) -> EncoderCase:
+    return ENCODERS[request.param]()
+
+
+def some_hidden(case: EncoderCase, batch: int = 2) -> Tensor:
+    """``[B, N]``: five tokens behind the prefix, others in each row."""
+    order = torch.rand(batch, case.tokens - case.prefix_tokens, generator=torch.Generator().manual_seed(3)).argsort(-1)
+    hidden = torch.zeros(batch, case.tokens, dtype=torch.bool)
+    return hidden.scatter(1, order[:, :5] + case.prefix_tokens, True)
+
+
+def test_encoder_layers(encoder: EncoderCase) -> None:
+    assert len(encoder.layers) == 4
+    assert encoder.run(encoder.inputs(3)).shape == (3, encoder.tokens, 32)
+
+
+def test_encoder_with_nothing_hidden(encoder: EncoderCase) -> None:
+    inputs = encoder.inputs()
+    dense = encoder.run(inputs)
+    torch.testing.assert_close(encoder.oracle(inputs, {}), dense, atol=1e-5, rtol=0)
+    none = torch.zeros(2, encoder.tokens, dtype=torch.bool)
+    torch.testing.assert_close(encoder.oracle(inputs, oracle.hide_from(0, none, 4)), dense, atol=1e-5, rtol=0)
+
+
+def _before_pooling(encoder: EncoderCase, inputs: dict[str, Tensor]) -> Tensor:
+    """Tokens out of the model; those of CLIP's text model before it picks the end-of-sequence token by position."""
+    if encoder.name != "clip_text":
+        return encoder.run(inputs)
+    normed: list[Tensor] = []
+
+    def record(_: Any, __: Any, output: Tensor) -> None:
+        normed.append(output)
+        raise _Stop
+
+    handle = encoder.model.get_submodule("final_layer_norm").register_forward_hook(record)
+    try:
+        with contextlib.suppress(_Stop):
+            encoder.run(inputs)
+    finally:
+        handle.remove()
+    return normed[0]
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_encoder_with_hidden_keys_is_the_encoder_on_the_other_tokens(encoder: EncoderCase, layer: int) -> None:
+    """Positions enter before the first layer, so running the layers on fewer tokens is the same thing."""
+    inputs, hidden = encoder.inputs(), some_hidden(encoder)
+    masked = encoder.oracle(inputs, oracle.hide_from(layer, hidden, 4))
+    handle = encoder.layers[layer].register_forward_pre_hook(
+        lambda _, args: (torch.stack([row[keep] for row, keep in zip(args[0], ~hidden, strict=True)]), *args[1:])
+    )
+    try:
+        short = _before_pooling(encoder, inputs)
+    finally:
+        handle.remove()
+    dense = encoder.run(inputs)
+    for row in range(2):
+        torch.testing.assert_close(masked[row, ~hidden[row]], short[row], atol=1e-5, rtol=0)
+        assert (masked[row] - dense[row])[~hidden[row]].abs().max() > 1e-2
+
+
+def test_rows_of_an_encoder_batch_are_single_runs(encoder: EncoderCase) -> None:
+    inputs, hidden = encoder.inputs(), some_hidden(encoder)
+    together = encoder.oracle(inputs, oracle.hide_from(1, hidden, 4))
+    for row in range(2):
+        single = {name: value[row : row + 1] for name, value in inputs.items()}
+        alone = encoder.oracle(single, oracle.hide_from(1, hidden[row : row + 1], 4))
+        torch.testing.assert_close(alone[0], together[row], atol=1e-5, rtol=0)
