@@ -1,0 +1,34 @@
+"""tokcompile: compress models inside the graph that ``torch.compile`` captures."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokcompile.api import explain, optimize, record, report
+    from tokcompile.errors import (CacheError, CaptureError, NarrowError, NoMatchError, RecipeError,
+                                   TokcompileError)
+    from tokcompile.recipes import Recipe
+    from tokcompile.report import Report
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "explain": "api", "optimize": "api", "record": "api", "report": "api",
+    "CacheError": "errors", "CaptureError": "errors", "NarrowError": "errors", "NoMatchError": "errors",
+    "RecipeError": "errors", "TokcompileError": "errors",
+    "Recipe": "recipes", "Report": "report",
+}
+
+__all__ = ["CacheError", "CaptureError", "NarrowError", "NoMatchError", "Recipe", "RecipeError", "Report",
+           "TokcompileError", "explain", "optimize", "record", "report"]
+
+
+def __getattr__(name: str) -> Any:
+    # `tokcompile.report` is the function; the module of that name is imported by its full path only
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(f"tokcompile.{_EXPORTS[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'tokcompile' has no attribute {name!r}")

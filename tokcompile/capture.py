@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.fx.traceback as fx_traceback
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -104,8 +105,11 @@ def _hint(env: ShapeEnv, symbol: Any) -> int:
 
 def trace(call: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode) -> fx.GraphModule:
     """Trace ``call(*inputs)`` to pre-dispatch ATen under ``mode``."""
-    with mode, fx_traceback.preserve_node_meta(), torch.fx.experimental._config.patch(backed_size_oblivious=False):
+    with mode, fx_traceback.preserve_node_meta():
         graph_module = make_fx(call, tracing_mode="real", pre_dispatch=True)(*inputs)
+    placeholders = (node for node in graph_module.graph.nodes if node.op == "placeholder")
+    for node, value in zip(placeholders, inputs, strict=True):
+        node.meta["val"] = value
     _remove_assertions(graph_module)
     return graph_module
 
@@ -150,7 +154,8 @@ def propagate(captured: Captured, start: fx.Node | None = None) -> None:
     """Derive every ``meta["val"]`` anew (from ``start`` on), in place; an inconsistent shape raises here."""
     env: dict[fx.Node, Any] = {}
     active = start is None
-    with captured.fake_mode:
+    # symbolic sizes reach the meta kernels only through the Python dispatcher
+    with captured.fake_mode, enable_python_dispatcher():
         for node in captured.graph.nodes:
             if node is start:
                 active = True

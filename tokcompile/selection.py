@@ -8,7 +8,7 @@ arithmetic, and only operations that every runtime has (plain ``sort``, ``cumsum
 needed for that. A first sort of the float scores serves only to number the *distinct* values: runs of equal values
 get one number, so it does not matter in which order the runtime leaves them. The second sort is over the integers
 ``(segment, number of the value, index)`` packed into one int64; they are all different, so any sort is right.
-The packing takes ``segment * S * S + number * S + index < S ** 3 + 2 ** 60``, exact for ``S`` up to ``2 ** 20``.
+The packing takes 20 bits for each of the three, so rows hold at most ``2 ** 20`` tokens.
 Scores are compared in fp32; NaN counts as the worst score, equal to ``-inf``.
 
 **Segments.** A segment is one image, tile or frame: positions of a row with the same id ``>= 0``. Ids are smaller than
@@ -27,7 +27,8 @@ from torch import Tensor
 #: Rank of a position that belongs to no segment; larger than any budget.
 NO_RANK = 1 << 40
 
-_LAST = 1 << 60  # sort key of positions outside every segment
+_STRIDE = 1 << 20  # longest row; a constant, because an exporter may not take a symbolic number here
+_LAST = 1 << 61  # sort key of positions outside every segment
 _PRIME = (1 << 31) - 1  # modulus of the hash; every product of two residues stays below 2 ** 62
 
 
@@ -36,9 +37,10 @@ def _index(like: Tensor) -> Tensor:
     return torch.arange(like.shape[1], device=like.device).unsqueeze(0)
 
 
-def _previous(x: Tensor, first: int) -> Tensor:
+def _previous(x: Tensor, first: float) -> Tensor:
     """``x`` shifted right by one along the token axis, with ``first`` in front."""
-    return torch.cat([torch.full_like(x[:, :1], first), x[:, :-1]], dim=1)
+    index = _index(x)  # a gather and not a slice: the length of a slice would put a guard on S
+    return torch.where(index > 0, x.gather(1, (index - 1).clamp(min=0).expand_as(x)), first)
 
 
 def segments(visual: Tensor) -> Tensor:
@@ -107,15 +109,15 @@ def rank_in_segment(scores: Tensor, segment: Tensor) -> Tensor:
     Returns:
         int64 [B, S]: 0 for the best; equal scores rank by lower index; :data:`NO_RANK` outside segments.
     """
-    index, inside, length = _index(segment), segment >= 0, segment.shape[1]
+    index, inside = _index(segment), segment >= 0
     flag = inside.to(torch.int64)
     scores = scores.detach().to(torch.float32)
     scores = torch.where(torch.isnan(scores), float("-inf"), scores)
     ordered, order = torch.sort(scores, dim=1, descending=True)
     # number the distinct values: independent of the order in which equal ones come out of the sort
-    change = torch.cat([torch.zeros_like(ordered[:, :1], dtype=torch.bool), ordered[:, 1:] != ordered[:, :-1]], dim=1)
+    change = torch.logical_and(index > 0, ordered != _previous(ordered, 0.0))
     number = torch.zeros_like(segment).scatter(1, order, torch.cumsum(change.to(torch.int64), dim=1))
-    key = torch.where(inside, (segment * length + number) * length, _LAST) + index
+    key = torch.where(inside, (segment * _STRIDE + number) * _STRIDE, _LAST) + index
     place = torch.zeros_like(segment).scatter(1, torch.sort(key, dim=1)[1], index.expand_as(segment))
     before = torch.cumsum(flag, dim=1) - flag - segment_positions(segment)  # tokens of earlier segments
     return torch.where(inside, place - before, NO_RANK)
@@ -123,7 +125,7 @@ def rank_in_segment(scores: Tensor, segment: Tensor) -> Tensor:
 
 def keep_mask(scores: Tensor, segment: Tensor, budget: Tensor) -> Tensor:
     """bool [B, S]: True outside segments, and for the ``budget`` best tokens of each segment."""
-    return (segment < 0) | (rank_in_segment(scores, segment) < budget)
+    return torch.logical_or(segment < 0, rank_in_segment(scores, segment) < budget)
 
 
 def keep_index(keep: Tensor, size: int | torch.SymInt) -> Tensor:
@@ -223,9 +225,9 @@ def pooled(x: Tensor, segment: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
     total = torch.zeros_like(x, dtype=torch.float32).scatter_add(
         1, middle.unsqueeze(-1).expand_as(x), x.to(torch.float32))
     members = (last - first + 1).unsqueeze(-1)
-    chosen = inside & (middle == index)
+    chosen = torch.logical_and(inside, middle == index)
     mean = (total / members.to(torch.float32)).to(x.dtype)
-    return torch.where(chosen.unsqueeze(-1) & (members > 1), mean, x), chosen.to(torch.float32)
+    return torch.where(torch.logical_and(chosen.unsqueeze(-1), members > 1), mean, x), chosen.to(torch.float32)
 
 
 def row_attention(

@@ -1,0 +1,319 @@
+"""The public functions: :func:`optimize`, :func:`explain`, :func:`report`, :func:`record`."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator, Mapping
+from os import PathLike
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from tokcompile.cache import adopt, append_held, layers_of, note_held
+from tokcompile.capture import DYNAMO_CONFIG
+from tokcompile.errors import TokcompileError
+from tokcompile.lower import LOWERINGS
+from tokcompile.recipes import Recipe
+from tokcompile.report import Report
+from tokcompile.session import Recording, Session
+
+Model = TypeVar("Model", bound=nn.Module)
+RecipeLike = str | PathLike[str] | Mapping[str, Any] | Recipe
+ON_NO_MATCH = ("error", "warn", "ignore")
+
+#: Attribute of an optimized model that holds its session.
+SESSION = "_tokcompile_session"
+
+
+def optimize(model: Model, recipe: RecipeLike, *, inputs: Mapping[str, Any] | None = None,
+             calibration: Any = None, on_no_match: str = "error", lowering: str = "inductor",
+             inplace: bool = False) -> Model:
+    """Compile ``model`` with the steps of ``recipe``.
+
+    Args:
+        model: any module whose forward ``torch.compile`` captures as one graph; Hugging Face models keep
+            ``generate()``.
+        recipe: the name of a shipped recipe, a path, a mapping or a :class:`~tokcompile.recipes.Recipe`.
+        inputs: keyword arguments of ``forward`` or ``generate``; given, the recipe is matched (and the graphs are
+            compiled) now, else at the first call.
+        calibration: inputs for passes that need calibration; no pass of this version does.
+        on_no_match: "error", "warn" or "ignore": what to do when a step changes nothing.
+        lowering: "inductor", or "eager" (no code generation: slow, exact, quick to compile).
+        inplace: change ``model`` itself instead of a copy that shares its parameters.
+
+    Returns:
+        A model of the same class that shares the parameters of ``model``. ``model`` is left as it was.
+
+    Raises:
+        RecipeError: the recipe is not valid.
+        NoMatchError: a step changes nothing (with ``inputs``; else raised by the first call).
+        TokcompileError: a bad argument.
+    """
+    if not isinstance(model, nn.Module):
+        raise TokcompileError(f"optimize takes a torch.nn.Module, not {type(model).__name__}")
+    if on_no_match not in ON_NO_MATCH:
+        raise TokcompileError(f"on_no_match={on_no_match!r}: choose one of {', '.join(ON_NO_MATCH)}")
+    if lowering not in LOWERINGS:
+        raise TokcompileError(f"lowering={lowering!r}: choose one of {', '.join(LOWERINGS)}")
+    if hasattr(model, SESSION):
+        raise TokcompileError("this model is optimized already; start from the original model")
+    if calibration is not None:
+        raise TokcompileError("no pass of this recipe takes calibration data; leave calibration out")
+    loaded = Recipe.load(recipe)
+    session = Session(loaded, lowering=lowering, on_no_match=on_no_match, model=type(model).__name__)
+    target = model if inplace else _share(model)
+    _install(target, session)
+    if inputs is not None:
+        try:
+            _run_once(target, inputs)
+            session.check_matches()
+        except BaseException:
+            if inplace:
+                _uninstall(target)
+            raise
+    return target
+
+
+def explain(model: nn.Module, inputs: Mapping[str, Any], recipe: RecipeLike | None = None) -> Report:
+    """What tokcompile finds in ``model`` on ``inputs`` and what ``recipe`` would change; changes nothing.
+
+    Runs the model once (eagerly lowered), like ``optimize(..., inputs=inputs)`` does.
+    """
+    loaded = None if recipe is None else Recipe.load(recipe)
+    session = Session(loaded, lowering="eager", on_no_match="ignore", model=type(model).__name__)
+    clone = _share(model)
+    _install(clone, session)
+    _run_once(clone, inputs)
+    return session.report
+
+
+def report(model: nn.Module) -> Report:
+    """What was done to an optimized model so far."""
+    return _session(model).report
+
+
+@contextlib.contextmanager
+def record(model: nn.Module) -> Iterator[Recording]:
+    """Collect what each cut of each prefill keeps: ``with record(model) as rec: ...; rec.kept``."""
+    session, recording = _session(model), Recording()
+    session.recordings.append(recording)
+    try:
+        yield recording
+    finally:
+        session.recordings.remove(recording)
+
+
+def _session(model: nn.Module) -> Session:
+    session = getattr(model, SESSION, None)
+    if session is None:
+        raise TokcompileError("this model was not made by tokcompile.optimize")
+    return session  # type: ignore[no-any-return]
+
+
+def _share(model: Model) -> Model:
+    """A copy of the module tree over the same parameter and buffer tensors."""
+    memo: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, memo)
+
+
+def _run_once(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    known = inspect.signature(model.forward).parameters
+    generates = hasattr(model, "generate") and any(k not in known for k in inputs)
+    with torch.no_grad():
+        if generates:
+            model.generate(**{**inputs, "max_new_tokens": min(int(inputs.get("max_new_tokens", 2)), 2)})  # type: ignore
+        else:
+            model(**inputs)
+
+
+# --------------------------------------------------------------------------------------------- the new forward
+
+
+def _install(model: nn.Module, session: Session) -> None:
+    """Give ``model`` a forward that captures, rewrites and runs the original one."""
+    original = type(model).forward
+    parameters = inspect.signature(original).parameters
+    session.tracks_cache = "past_key_values" in parameters and any(
+        method.regions in ("merge_point", "decoder_stack") for _, method in session.passes)
+    run = _Stages(original, session)
+
+    bound = types.MethodType(original, model)
+
+    @functools.wraps(bound)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return run(model, args, kwargs)
+
+    model.forward = forward
+    object.__setattr__(model, SESSION, session)
+    _settle(model)
+    base = getattr(model, "base_model", None)
+    if "mm_encoder_outputs" in parameters and base is not None:
+        for name in ("get_image_features", "get_video_features"):
+            function = getattr(base, name, None)
+            if function is not None:
+                object.__setattr__(base, name, _encoder(base, name, session))
+
+
+def _settle(model: nn.Module) -> None:
+    """Do now what transformers does under a lock at the first call; Dynamo cannot trace a lock."""
+    with contextlib.suppress(ImportError):
+        from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+        for module in model.modules():
+            if hasattr(module, "_can_record_outputs") and hasattr(module, "config"):
+                maybe_install_capturing_hooks(module)  # type: ignore[arg-type]
+
+
+def _uninstall(model: nn.Module) -> None:
+    for owner in (model, getattr(model, "base_model", None)):
+        for name in ("forward", "get_image_features", "get_video_features", SESSION):
+            if owner is not None:
+                owner.__dict__.pop(name, None)
+
+
+def _fresh(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy with a code object of its own: Dynamo counts recompilations for each code object."""
+    code = function.__code__.replace(co_name=function.__name__)
+    return types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__,
+                              function.__closure__)
+
+
+def _compiled(function: Callable[..., Any], session: Session) -> Callable[..., Any]:
+    inner = torch.compile(_fresh(function), backend=session.backend, dynamic=True, fullgraph=True)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(**DYNAMO_CONFIG):
+            return inner(*args, **kwargs)
+
+    return call
+
+
+def _encoder(base: nn.Module, name: str, session: Session) -> Callable[..., Any]:
+    """The image encoder as a stage of its own; runs uncompiled where it cannot be captured."""
+    original = getattr(type(base), name)
+
+    def encode(base: nn.Module, kwargs: dict[str, Any]) -> Any:
+        return original(base, **kwargs)
+
+    compiled: Callable[..., Any] | None = _compiled(encode, session)
+
+    @functools.wraps(types.MethodType(original, base))
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal compiled
+        kwargs = _by_name(original, base, args, kwargs)
+        if compiled is not None:
+            try:
+                with session.at_stage("encoder"):
+                    return compiled(base, kwargs)
+            except _CAPTURE_FAILURES as error:
+                session.note_uncaptured("encoder", error)
+                compiled = None
+        return original(base, **kwargs)
+
+    return call
+
+
+_CAPTURE_FAILURES = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.InternalTorchDynamoError,
+                     torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode)
+
+
+def _by_name(function: Callable[..., Any], owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name, without those left at their default."""
+    if not args:
+        return kwargs
+    signature = inspect.signature(function)
+    bound = signature.bind(owner, *args, **kwargs).arguments
+    named = dict(list(bound.items())[1:])
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD and parameter.name in named:
+            named.update(named.pop(parameter.name))
+        if parameter.kind is parameter.VAR_POSITIONAL and named.get(parameter.name):
+            raise TokcompileError(f"forward with *{parameter.name} cannot be captured; pass arguments by name")
+    return named
+
+
+class _Stages:
+    """Runs one call: image encoder first, then the captured forward, with the cache told what it holds."""
+
+    def __init__(self, original: Callable[..., Any], session: Session) -> None:
+        self.original, self.session = original, session
+        self.takes_features = "mm_encoder_outputs" in inspect.signature(original).parameters
+
+        def plain(model: nn.Module, kwargs: dict[str, Any]) -> Any:
+            return original(model, **kwargs)
+
+        def tracked(model: nn.Module, kwargs: dict[str, Any]) -> Any:
+            result = original(model, **kwargs)
+            held = []
+            for layer in kwargs["past_key_values"].layers:
+                if layer.is_initialized:
+                    rows, length = layer.keys.shape[0], layer.keys.shape[-2]
+                    positions = torch.arange(length, device=layer.keys.device)[None].expand(rows, length)
+                    held.append(torch.ops.tokcompile.held(layer.keys, positions))
+            return result, held
+
+        self.plain = _compiled(plain, session)
+        self.tracked = _compiled(tracked, session)
+        self.failed: set[str] = set()
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kwargs = _by_name(self.original, model, args, kwargs)
+        if self.takes_features and kwargs.get("mm_encoder_outputs") is None:
+            kwargs = model._prepare_multimodal_encoder_kwargs_for_generation(dict(kwargs))  # type: ignore[operator]
+            if not kwargs.get("mm_encoder_outputs"):
+                kwargs.pop("mm_encoder_outputs", None)
+        if not self.session.tracks_cache:
+            return self._stage("forward", self.plain, model, kwargs)
+        return self._with_cache(model, kwargs)
+
+    def _with_cache(self, model: nn.Module, kwargs: dict[str, Any]) -> Any:
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            config = getattr(model, "config", None)
+            text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+            use_cache = bool(getattr(text, "use_cache", True))
+        if kwargs.get("past_key_values") is None:
+            if not use_cache:
+                return self._stage("prefill", self.plain, model, kwargs)
+            from transformers import DynamicCache
+
+            kwargs = {**kwargs, "past_key_values": DynamicCache(config=model.config)}
+        cache = kwargs["past_key_values"]
+        adopt(cache)
+        tokens = next(t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
+        count = tokens.shape[1]
+        if count == 1:
+            result = self._stage("decode", self.plain, model, kwargs)
+            append_held(layers_of(cache), 1)
+            return result
+        past = cache.get_seq_length()
+        result = self._stage("prefill", self.tracked, model, kwargs, with_held=True)
+        if isinstance(result, _WithHeld):
+            note_held(layers_of(cache), result.held, past + count)
+            return result.result
+        return result
+
+    def _stage(self, name: str, compiled: Callable[..., Any], model: nn.Module, kwargs: dict[str, Any],
+               with_held: bool = False) -> Any:
+        if name not in self.failed:
+            try:
+                with self.session.at_stage(name):
+                    result = compiled(model, kwargs)
+                return _WithHeld(*result) if with_held else result
+            except _CAPTURE_FAILURES as error:
+                self.failed.add(name)
+                self.session.note_uncaptured(name, error)
+                if name in ("prefill", "forward"):
+                    self.session.check_matches()
+        return self.original(model, **kwargs)
+
+
+class _WithHeld:
+    def __init__(self, result: Any, held: list[torch.Tensor]) -> None:
+        self.result, self.held = result, held

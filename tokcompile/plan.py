@@ -1,0 +1,237 @@
+"""What a pass works with: :class:`Pass`, and the :class:`Context` of the one graph that it rewrites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import fx
+
+from tokcompile.capture import Captured, module_path, source_line
+from tokcompile.errors import NarrowError
+from tokcompile.narrow import Cut, ancestors, check, inline, narrow
+from tokcompile.regions.model import Layer, Region, Regions
+
+aten = torch.ops.aten
+
+#: Reads the number of slots off the real visual mask ``[B, S]``: -> (slots per row, rows differ).
+SizeFunction = Callable[[torch.Tensor], tuple[int, bool]]
+
+
+class Pass:
+    """One compression method. Subclasses are small: parameters, and :meth:`apply`.
+
+    Attributes:
+        name: the name in recipes.
+        regions: the region kind that it works on by default.
+        Params: pydantic model of its parameters.
+    """
+
+    name: ClassVar[str]
+    regions: ClassVar[str]
+
+    class Params(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+
+    def __init__(self, params: Any) -> None:
+        self.params = params
+
+    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+        """Rewrite ``ctx.captured`` for ``region``; return details for the report.
+
+        Raises:
+            NarrowError: the region cannot be rewritten; the reason goes into the report.
+        """
+        raise NotImplementedError
+
+
+@dataclass(eq=False)
+class HostSize:
+    """A size that depends on the data of a call: read off the visual mask before the graph runs.
+
+    Rows hold different numbers of images, so the number of slots is no function of the sizes in the graph. The mask
+    comes straight from the token ids; reading it is one small transfer for each prefill.
+    """
+
+    prologue: fx.GraphModule
+    inputs: list[int]
+    function: SizeFunction
+
+    def __call__(self, args: Sequence[Any]) -> tuple[int, bool]:
+        with torch.no_grad():
+            mask = self.prologue(*(args[i] for i in self.inputs))
+        return self.function(mask)
+
+
+@dataclass(eq=False)
+class Kept:
+    """A node that holds the kept positions ``[B, K]`` of one cut."""
+
+    step: int
+    path: str
+    layer: int
+    node: fx.Node
+
+
+@dataclass(eq=False)
+class Context:
+    """One graph being rewritten.
+
+    Attributes:
+        captured, regions: the graph and what was found in it.
+        args: the real arguments of the call that triggered compilation.
+        step: index of the recipe step at work.
+        whole: the graph is a whole forward, so its outputs may be shorter than before.
+    """
+
+    captured: Captured
+    regions: Regions
+    args: Sequence[Any]
+    step: int = 0
+    whole: bool = True
+    sizes: list[HostSize] = field(default_factory=list)
+    ragged: list[bool] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
+    _positions: dict[str, fx.Node] = field(default_factory=dict)
+    _masks: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    # .. building blocks for passes
+
+    def emit(self, function: Callable[..., Any], *args: Any, before: fx.Node) -> Any:
+        """Trace plain torch code over nodes into the graph, in front of ``before``."""
+        return inline(self.captured, function, args, before)
+
+    def after(self, *nodes: fx.Node) -> fx.Node:
+        """The place right behind all ``nodes``."""
+        order = {n: i for i, n in enumerate(self.captured.graph.nodes)}
+        following = max(nodes, key=order.__getitem__).next
+        while following.op == "placeholder":
+            following = following.next
+        return following
+
+    def visual_mask(self, region: Region) -> fx.Node:
+        """bool ``[B, S]``: the positions that a merge point fills with image features, except the last of a row.
+
+        The last position is what the next token is read from, so it is never up for removal.
+        """
+        merged = region.roles["output"]
+        if merged not in self._masks:
+            mask = region.roles.get("mask")
+            if mask is None:
+                mask = self._features_mask(region)
+            rank = mask.meta["val"].dim()
+
+            def visual(mask: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
+                mask = mask.to(torch.bool)
+                if rank == 3:
+                    mask = mask.select(2, 0)
+                mask = mask.expand(merged.shape[0], merged.shape[1])
+                return mask & (torch.arange(merged.shape[1], device=mask.device) < merged.shape[1] - 1)
+
+            self._masks[merged] = self.emit(visual, mask, merged, before=self.after(mask, merged))
+        return self._masks[merged]
+
+    def _features_mask(self, region: Region) -> fx.Node:
+        """The mask of a merge by concatenation: the span of the image features along the sequence."""
+        merged, features = region.roles["output"], region.roles["features"]
+        if merged.target not in (aten.cat.default, aten.concat.default):
+            raise self.refuse(merged, "the positions of the visual tokens cannot be read off this merge point")
+        tensors = list(merged.args[0])  # type: ignore[arg-type]
+        below = [i for i, t in enumerate(tensors) if t is features or features in ancestors([t])]
+        if len(below) != 1:
+            raise self.refuse(merged, "image features enter the concatenation in several places")
+        which = below[0]
+
+        def mask(merged: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
+            start = sum(p.shape[1] for p in parts[:which])
+            position = torch.arange(merged.shape[1], device=merged.device)
+            inside = (position >= start) & (position < start + parts[which].shape[1])
+            return inside[None].expand(merged.shape[0], merged.shape[1])
+
+        return self.emit(mask, merged, *tensors, before=self.after(merged))
+
+    def host_size(self, mask: fx.Node, function: SizeFunction, name: str) -> tuple[fx.Node, bool]:
+        """A size node read off the real visual mask before each call, and whether rows differ."""
+        size = HostSize(*self._prologue(mask), function)
+        hint, ragged = size(self.args)
+        placeholders = self.captured.placeholders
+        with self.captured.graph.inserting_after(placeholders[-1]):
+            node = self.captured.graph.placeholder(f"{name}_{len(self.sizes)}")
+        node.meta["val"] = self.captured.new_size(hint, node.name)
+        self.sizes.append(size)
+        self.ragged.append(ragged)
+        return node, ragged
+
+    def _prologue(self, mask: fx.Node) -> tuple[fx.GraphModule, list[int]]:
+        needed = ancestors([mask]) | {mask}
+        graph, copied, inputs = fx.Graph(), {}, []
+        for i, node in enumerate(self.captured.placeholders):
+            if node in needed:
+                copied[node] = graph.placeholder(node.name)
+                inputs.append(i)
+        for node in self.captured.graph.nodes:
+            if node in needed and node.op != "placeholder":
+                copied[node] = graph.node_copy(node, lambda n: copied[n])
+        graph.output(copied[mask])
+        return fx.GraphModule(self.captured.graph_module, graph), inputs
+
+    def cut(self, node: fx.Node, keep: fx.Node, size: Any, *, stack: str, layer: Layer | None, index: int,
+            ragged: bool = False, prefix: int = 0, suffix: int = 0, value: fx.Node | None = None) -> None:
+        """Keep the tokens of ``node [B, S, D]`` where ``keep [B, S]`` is true, in ``size`` slots for each row.
+
+        Args:
+            value: ``[B, S, D]`` to take the kept tokens from instead of ``node`` (tokens that were merged, say).
+            stack: name of the residual stream; later cuts of the same stack compose with this one.
+            layer, index: the first layer below the cut, and its position in the stack.
+        """
+        from tokcompile.selection import keep_index
+
+        at = self.after(node, keep, *(n for n in (size, value) if isinstance(n, fx.Node)))
+        kept = self.emit(keep_index, keep, size, before=at)
+        narrowed = None if value is None else self.emit(
+            lambda v, i: v.gather(1, i.clamp(min=0).unsqueeze(-1).expand(-1, -1, v.shape[2])), value, kept, before=at)
+        narrow(self.captured, [
+            Cut(node, kept, size, ragged=ragged, prefix=prefix, suffix=suffix, narrowed=narrowed)])
+        before = self._positions.get(stack)
+        total = kept if before is None else self.emit(
+            lambda p, i: torch.where(i >= 0, p.gather(1, i.clamp(min=0)), -1), before, kept,
+            before=self.after(before, kept))
+        self._positions[stack] = total
+        self.kept.append(Kept(self.step, layer.path if layer else module_path(node), index, total))
+
+    def surviving(self, values: fx.Node, stack: str, fill: bool, before: fx.Node) -> fx.Node:
+        """bool ``[B, S]`` over the unpruned sequence -> over the tokens that the cuts of ``stack`` left."""
+        positions = self._positions.get(stack)
+        if positions is None:
+            return values
+        return self.emit(lambda v, p: torch.where(p >= 0, v.gather(1, p.clamp(min=0)), fill), values, positions,
+                         before=before)
+
+    def alive(self, stack: str, before: fx.Node) -> fx.Node | None:
+        """bool ``[B, K]``: slots that hold a token after the cuts of ``stack``; None when nothing was cut."""
+        positions = self._positions.get(stack)
+        return None if positions is None else self.emit(lambda p: p >= 0, positions, before=before)
+
+    def check(self, node: fx.Node, **kwargs: Any) -> None:
+        """Raise :class:`NarrowError` if tokens cannot be removed at ``node``; changes nothing."""
+        flow = check(self.captured, node, **kwargs)
+        if not self.whole:
+            for output in self.captured.graph.find_nodes(op="output"):
+                for result in output.all_input_nodes:
+                    if result in flow.labels:
+                        raise self.refuse(result, "the model breaks into several graphs here, and a value that carries "
+                                                  "tokens leaves this one; compile with fullgraph=True, or use "
+                                                  "tokcompile.optimize")
+
+    def stack_below(self, node: fx.Node) -> Region | None:
+        """The stack of layers whose residual stream starts at ``node``, or as near below it as any does."""
+        order = {n: i for i, n in enumerate(self.captured.graph.nodes)}
+        stacks = [s for s in self.regions.of("decoder_stack") if s.layers and (
+            s.layers[0].input is node or node in ancestors([s.layers[0].input]))]
+        return min(stacks, key=lambda s: order[s.layers[0].input], default=None)
+
+    def refuse(self, node: fx.Node, reason: str) -> NarrowError:
+        return NarrowError(reason, node=node.name, path=module_path(node), source=source_line(node))

@@ -1,0 +1,84 @@
+"""What passes that choose visual tokens have in common: budgets per image, the cut at the merge point."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokcompile.plan import Context, Pass
+from tokcompile.recipes import Budget
+from tokcompile.regions.model import Region
+from tokcompile.selection import budgets, budgets_count, keep_mask, kept_size, segments
+
+
+class VisualSelection(Pass):
+    """Keeps a budget of the tokens of each image where image features enter the language model.
+
+    A method is a subclass with parameters (``keep`` among them) and :meth:`score`. Everything else is here: images
+    are told apart, each keeps its own budget, rows of a batch keep different tokens, text is never touched.
+
+        before   ids -> embedding -> merge(mask, features) -> layers
+        after    ids -> embedding -> merge(mask, features) -> score -> keep -> narrow -> layers on fewer tokens
+    """
+
+    regions = "merge_point"
+
+    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Score visual tokens, in plain torch that can be traced.
+
+        Args:
+            tokens: ``[B, S, D]``, the merged embeddings.
+            segment: int64 ``[B, S]``: number of the image in its row, -1 for text.
+            budget: int64 ``[B, S]``: how many tokens that image keeps.
+
+        Returns:
+            ``[B, S]``, larger is kept first; or ``(new tokens, scores)`` for a method that changes tokens.
+        """
+        raise NotImplementedError
+
+    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+        merged = region.roles["output"]
+        ctx.check(merged, suffix=1)
+        mask = ctx.visual_mask(region)
+        keep: Budget = self.params.keep
+
+        def choose(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+            segment = segments(mask)
+            budget = budgets_count(segment, keep.num) if keep.is_count else budgets(segment, keep.num, keep.den)
+            result = self.score(tokens, segment, budget)
+            tokens, scores = result if isinstance(result, tuple) else (tokens, result)
+            return tokens, keep_mask(scores, segment, budget)
+
+        def slots(mask: Tensor) -> tuple[int, bool]:
+            return kept_size(mask, count=keep.num) if keep.is_count else kept_size(mask, keep.num, keep.den)
+
+        size, ragged = ctx.host_size(mask, slots, "kept")
+        tokens, kept = ctx.emit(choose, merged, mask, before=ctx.after(merged, mask))
+        stack = ctx.stack_below(merged)
+        ctx.cut(merged, kept, size, ragged=ragged, stack="decoder", layer=stack.layers[0] if stack else None, index=0,
+                suffix=1, value=None if tokens is merged else tokens)
+        return {"tokens_before": _hint(merged.meta["val"].shape[1]), "tokens_after": _hint(size.meta["val"])}
+
+
+def drop_visual(ctx: Context, merge: Region, stack: Region, layer: int) -> dict[str, Any]:
+    """Remove all visual tokens of ``merge`` from the output of ``stack.layers[layer]``."""
+    node = stack.layers[layer].output
+    ctx.check(node, suffix=1)
+    mask = ctx.visual_mask(merge)
+
+    def slots(mask: Tensor) -> tuple[int, bool]:
+        rows = (~mask).sum(1)
+        return int(rows.max()), bool((rows != rows[0]).any())
+
+    size, ragged = ctx.host_size(mask, slots, "text")
+    at = ctx.after(node, mask)
+    visual = ctx.surviving(mask, "decoder", True, at)  # empty slots go with the visual tokens
+    keep = ctx.emit(torch.logical_not, visual, before=at)
+    ctx.cut(node, keep, size, ragged=ragged, stack="decoder", layer=stack.layers[layer + 1], index=layer + 1, suffix=1)
+    return {"late_layer": layer + 1, "tokens_late": _hint(size.meta["val"])}
+
+
+def _hint(size: Any) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)

@@ -1,0 +1,288 @@
+"""One optimized model's state: the recipe, the graphs compiled for it, and the report of what was done."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from tokcompile.capture import ASSERTIONS, Captured, from_dynamo, module_path, source_line
+from tokcompile.errors import NarrowError, NoMatchError
+from tokcompile.flops import graph_flops
+from tokcompile.lower import Guard, lower
+from tokcompile.narrow import Cut, narrow
+from tokcompile.plan import Context, HostSize, Kept, Pass
+from tokcompile.recipes import Recipe, Step
+from tokcompile.regions import find_regions
+from tokcompile.regions.model import KINDS, Region, Regions
+from tokcompile.report import Report, StageReport, StepReport
+
+aten = torch.ops.aten
+LOGICAL = torch.ops.tokcompile.logical.default
+
+
+@dataclass
+class KeptEntry:
+    """What one cut of one prefill kept.
+
+    Attributes:
+        step: index of the recipe step. name: its pass.
+        path: module path of the first layer below the cut. layer: its index in the stack.
+        indices: int64 ``[B, K]``, positions in the unpruned sequence of this call, ascending; -1 pads ragged rows.
+    """
+
+    step: int
+    name: str
+    path: str
+    layer: int
+    indices: torch.Tensor
+
+
+@dataclass
+class Recording:
+    """Collects :class:`KeptEntry` objects, in the order in which the cuts ran."""
+
+    kept: list[KeptEntry] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Variant:
+    """One compiled form of a graph."""
+
+    run: Callable[..., Any]
+    guard: Guard
+    sizes: list[HostSize]
+    ragged: list[bool]
+    kept: list[Kept]
+
+    def extra(self, args: Sequence[Any]) -> list[int] | None:
+        """The sizes to append to ``args``; None when this variant was made for other (un)ragged rows."""
+        found = [size(args) for size in self.sizes]
+        return [n for n, _ in found] if [r for _, r in found] == self.ragged else None
+
+
+class Session:
+    """See the module. One for each optimized model."""
+
+    def __init__(self, recipe: Recipe | None, *, lowering: str = "inductor", on_no_match: str = "error",
+                 model: str = "", keep_graphs: bool = False) -> None:
+        self.recipe, self.lowering, self.on_no_match = recipe, lowering, on_no_match
+        self.passes: list[tuple[Step, Pass]] = []
+        if recipe is not None:
+            from tokcompile.registry import get_pass
+
+            for step in recipe.steps:
+                kind = get_pass(step.pass_)
+                self.passes.append((step, kind(kind.Params.model_validate(step.params))))
+        self.stage = "forward"
+        self.tracks_cache = False
+        self.recordings: list[Recording] = []
+        self.graphs: list[CompiledGraph] = []
+        self.report = Report(model=model)
+        self.report.steps = [StepReport(pass_name=step.pass_, status="structure_miss", matches=0, regions=[],
+                                        reason="no graph was captured yet") for step, _ in self.passes]
+        self.keep_graphs, self.captured = keep_graphs, []  # type: ignore[var-annotated]
+        self._checked = False
+
+    # .. the torch.compile backend
+
+    def backend(self, graph_module: fx.GraphModule, _inputs: Sequence[Any]) -> CompiledGraph:
+        reason = getattr(graph_module, "compile_subgraph_reason", None)
+        graph = CompiledGraph(self, graph_module, whole=not (reason is not None and reason.graph_break))
+        self.graphs.append(graph)
+        return graph
+
+    @property
+    def compilations(self) -> int:
+        """How many graphs were lowered so far (each variant counts)."""
+        return sum(len(g.variants) for g in self.graphs)
+
+    def note_uncaptured(self, stage: str, error: BaseException) -> None:
+        reason = " ".join(str(error).split("\n\n")[0].split())[:500]
+        self.report.stages.append(StageReport(name=stage, captured=False, reason=f"{type(error).__name__}: {reason}"))
+
+    @contextlib.contextmanager
+    def at_stage(self, name: str) -> Iterator[None]:
+        previous, self.stage = self.stage, name
+        try:
+            yield
+        finally:
+            self.stage = previous
+
+    # .. matching
+
+    def rewrite(self, ctx: Context, stage: str) -> None:
+        """Apply the recipe to one graph and note in the report what happened."""
+        _narrow_pruned_cache(ctx.captured)
+        ctx.regions = find_regions(ctx.captured.graph)
+        before = graph_flops(ctx.captured.graph)
+        self._note_regions(ctx.regions, stage)
+        for index, (step, method) in enumerate(self.passes):
+            ctx.step = index
+            self._apply(ctx, step, method, self.report.steps[index], stage)
+        after = graph_flops(ctx.captured.graph)
+        matched = [r for i, r in enumerate(self.report.steps) if any(k.step == i for k in ctx.kept)]
+        for entry in matched:
+            entry.flop_ratio = before / max(after, 1)
+
+    def _apply(self, ctx: Context, step: Step, method: Pass, entry: StepReport, stage: str) -> None:
+        kind = step.target.region or method.regions
+        candidates = select(ctx.regions.of(kind), step)
+        problems: list[tuple[str, str]] = []
+        done: list[Region] = []
+        for region in candidates:
+            try:
+                entry.details.update(method.apply(ctx, region))
+                done.append(region)
+            except NarrowError as error:
+                problems.append(("condition_failed", str(error)))
+        if done:
+            entry.status, entry.reason = "matched", "; ".join(text for _, text in problems)
+            entry.matches = max(entry.matches, len(done))
+            entry.regions = sorted({*entry.regions, *(r.path for r in done)})
+        elif entry.status != "matched":
+            if problems:
+                entry.status, entry.reason = problems[0]
+            elif entry.status == "structure_miss":
+                entry.reason = self._miss(ctx.regions, kind, stage, step)
+
+    def _miss(self, regions: Regions, kind: str, stage: str, step: Step) -> str:
+        found = ", ".join(f"{len(regions.of(k))} {k}" for k in KINDS if regions.of(k)) or "no region"
+        near = regions.nearest_miss(kind)
+        text = f"no {kind} in the {stage} graph (found {found})"
+        if regions.of(kind):
+            text = f"{len(regions.of(kind))} {kind} found, none fits the step's target filters"
+        if near is not None:
+            place = ", ".join(p for p in (near.path, near.source) if p)
+            text += f"; nearest miss: {near.reason} [node {near.node.name}{', ' + place if place else ''}]"
+        elif kind == "merge_point":
+            text += "; call with an image (pixel_values), or use a recipe for models without images"
+        return text
+
+    def _note_regions(self, regions: Regions, stage: str) -> None:
+        fresh = Report.from_regions(regions)
+        for item in fresh.regions:
+            item["stage"] = stage
+        if not any(r.get("stage") == stage for r in self.report.regions):
+            self.report.regions += fresh.regions
+            self.report.near_misses += fresh.near_misses
+
+    def check_matches(self) -> None:
+        """Raise or warn, once, when a step of the recipe changed nothing (or less than it expects)."""
+        if self._checked or self.recipe is None:
+            return
+        self._checked = True
+        problems = []
+        for (step, _), entry in zip(self.passes, self.report.steps, strict=True):
+            least = step.expect.min_matches if step.expect else 1
+            most = step.expect.max_matches if step.expect else None
+            if entry.matches < max(least, 1):
+                problems.append(f"step '{step.pass_}' changed {entry.matches} region(s), expected at least "
+                                f"{max(least, 1)}: {entry.reason}")
+            elif most is not None and entry.matches > most:
+                problems.append(f"step '{step.pass_}' changed {entry.matches} regions, expected at most {most}")
+        if not problems or self.on_no_match == "ignore":
+            return
+        stages = "; ".join(f"stage '{s.name}' was not captured: {s.reason}" for s in self.report.stages
+                           if not s.captured)
+        text = "\n".join(problems) + (f"\n{stages}" if stages else "")
+        if self.on_no_match == "warn":
+            import warnings
+
+            warnings.warn(text, stacklevel=3)
+            return
+        self._checked = False
+        raise NoMatchError(text + "\nPass on_no_match='warn' or 'ignore' to run the model unchanged.")
+
+
+def select(regions: list[Region], step: Step) -> list[Region]:
+    """Regions that pass the target filters of ``step`` (path glob; layer numbers are the pass's own matter)."""
+    import fnmatch
+
+    return [r for r in regions if step.target.path is None or fnmatch.fnmatch(r.path, step.target.path)]
+
+
+def _narrow_pruned_cache(captured: Captured) -> None:
+    """Replace the marked keys and values of pruned cache layers by what the layers really hold."""
+    cuts: list[Cut] = []
+    sizes: dict[fx.Node, fx.Node] = {}
+    for node in list(captured.graph.nodes):
+        if node.target is not LOGICAL:
+            continue
+        states, held, _length, ragged = node.args
+        if held not in sizes:
+            with captured.graph.inserting_before(node):
+                sizes[held] = captured.graph.call_function(aten.sym_size.int, (states, 2))
+            sizes[held].meta["val"] = states.meta["val"].shape[2]
+        cuts.append(Cut(node, held, sizes[held], ragged=ragged, token_dim=2, narrowed=states))
+    if cuts:
+        narrow(captured, cuts)
+        for cut in cuts:
+            if not cut.node.users:
+                captured.graph.erase_node(cut.node)
+        captured.graph_module.recompile()
+
+
+class CompiledGraph:
+    """What the backend gives Dynamo for one graph: compiles at the first call, and again where sizes differ in kind."""
+
+    def __init__(self, session: Session, graph_module: fx.GraphModule, whole: bool) -> None:
+        self.session, self.graph_module, self.whole = session, graph_module, whole
+        self.stage = session.stage
+        self.variants: list[Variant] = []
+
+    def __call__(self, *args: Any) -> Any:
+        for variant in self.variants:
+            extra = variant.extra(args)
+            if extra is not None and variant.guard([*args, *extra]):
+                return self._run(variant, args, extra)
+        variant = self._compile(args)
+        extra = variant.extra(args)
+        assert extra is not None
+        return self._run(variant, args, extra)
+
+    def _run(self, variant: Variant, args: Sequence[Any], extra: list[int]) -> Any:
+        results = variant.run(*args, *extra)
+        if not variant.kept:
+            return results
+        count = len(variant.kept)
+        results, kept = results[:-count], results[-count:]
+        for recording in self.session.recordings:
+            for item, indices in zip(variant.kept, kept, strict=True):
+                name = self.session.passes[item.step][0].pass_
+                recording.kept.append(KeptEntry(item.step, name, item.path, item.layer, indices.detach().clone()))
+        return results
+
+    def _compile(self, args: Sequence[Any]) -> Variant:
+        session = self.session
+        with torch._dynamo.utils.disable_current_modes() if False else contextlib.nullcontext():
+            started = time.perf_counter()
+            captured = from_dynamo(self.graph_module)
+            ctx = Context(captured, Regions(), args, whole=self.whole)
+            session.rewrite(ctx, self.stage)
+            if ctx.kept:
+                output = next(iter(captured.graph.find_nodes(op="output")))
+                output.args = ((*output.args[0], *(k.node for k in ctx.kept)),)
+            captured.graph.eliminate_dead_code(
+                is_impure_node=lambda n: n.is_impure() and n.target not in (aten.item.default, *ASSERTIONS))
+            captured.graph_module.recompile()
+            if self.stage in ("prefill", "forward") or self.whole and not session.tracks_cache:
+                session.check_matches()
+            if session.keep_graphs:
+                session.captured.append(captured)
+            run = lower(captured, session.lowering)
+            variant = Variant(run, Guard(captured), ctx.sizes, ctx.ragged, ctx.kept)
+            self.variants.append(variant)
+            session.report.stages.append(StageReport(
+                name=self.stage, captured=True, reason="", nodes=len(captured.graph.nodes),
+                seconds=time.perf_counter() - started))
+        return variant
+
+
+def node_place(node: fx.Node) -> str:
+    return ", ".join(p for p in (module_path(node), source_line(node)) if p)
