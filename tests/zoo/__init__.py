@@ -5,6 +5,7 @@ Every function of the family files returns ``(model.eval(), inputs)``: two layer
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,11 +21,13 @@ Case = tuple[nn.Module, dict[str, Any]]
 Family = Callable[[], Case]
 
 
-def capture_graphs(model: nn.Module, inputs: dict[str, Any], method: str | None = None) -> list[Captured]:
+def capture_graphs(model: nn.Module, inputs: dict[str, Any], method: str | None = None,
+                   dynamic: bool = True) -> list[Captured]:
     """Capture every graph that ``model(**inputs)`` (or ``model.<method>(**inputs)``) runs, in order.
 
     With ``method`` the model's ``forward`` is compiled while the method runs: ``generate`` gives a prefill graph and
-    a decode graph.
+    a decode graph. ``dynamic=False`` fixes all sizes (with a symbolic image size the window arithmetic of
+    hierarchical vision models takes minutes to capture).
     """
     graphs: list[Captured] = []
 
@@ -35,24 +38,20 @@ def capture_graphs(model: nn.Module, inputs: dict[str, Any], method: str | None 
     torch._dynamo.reset()
     with torch.no_grad(), torch._dynamo.config.patch(**DYNAMO_CONFIG):
         if method is None:
-            torch.compile(model, backend=record, dynamic=True, fullgraph=True)(**inputs)
+            torch.compile(model, backend=record, dynamic=dynamic, fullgraph=True)(**inputs)
             return graphs
         forward = torch.compile(
-            lambda module, kwargs: type(module).forward(module, **kwargs), backend=record, dynamic=True, fullgraph=True)
-        signature_of = model.forward
+            lambda module, kwargs: type(module).forward(module, **kwargs), backend=record, dynamic=dynamic,
+            fullgraph=True)
+
+        @functools.wraps(model.forward)
+        def compiled(**kwargs: Any) -> Any:
+            return forward(model, kwargs)
+
         try:
-            model.forward = _with_signature(signature_of, lambda **kwargs: forward(model, kwargs))  # type: ignore
+            model.forward = compiled
             getattr(model, method)(**inputs)
         finally:
             del model.forward
     return graphs
 
-
-def _with_signature(original: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
-    import functools
-
-    @functools.wraps(original)
-    def forward(**kwargs: Any) -> Any:
-        return call(**kwargs)
-
-    return forward

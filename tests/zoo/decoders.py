@@ -12,6 +12,8 @@ from . import Case
 SMALL = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
          "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
          "eos_token_id": 2}
+# These families take the number of logits as a number that Dynamo makes symbolic; the default 0 is no symbolic size.
+LOGITS = {"logits_to_keep": 4}
 GROUPED = SMALL | {"num_key_value_heads": 2}
 
 
@@ -20,10 +22,10 @@ def text(vocab: int = 128, batch: int = 2, length: int = 9) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
 
 
-def _build(config: str, model: str, **settings: Any) -> Case:
+def _build(config: str, model: str, inputs: dict[str, Any] | None = None, **settings: Any) -> Case:
     torch.manual_seed(0)
     made = getattr(tr, model)(getattr(tr, config)(**settings))
-    return made.eval(), text()
+    return made.eval(), text() | (inputs or {})
 
 
 def llama(layers: int = 2) -> Case:
@@ -72,7 +74,7 @@ def gpt_neox() -> Case:
 
 
 def gptj() -> Case:
-    return _build("GPTJConfig", "GPTJForCausalLM", vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=64,
+    return _build("GPTJConfig", "GPTJForCausalLM", LOGITS, vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=64,
                   rotary_dim=8)
 
 
@@ -82,11 +84,11 @@ def opt() -> Case:
 
 
 def bloom() -> Case:
-    return _build("BloomConfig", "BloomForCausalLM", vocab_size=128, hidden_size=64, n_layer=2, n_head=4)
+    return _build("BloomConfig", "BloomForCausalLM", LOGITS, vocab_size=128, hidden_size=64, n_layer=2, n_head=4)
 
 
 def falcon() -> Case:
-    return _build("FalconConfig", "FalconForCausalLM", vocab_size=128, hidden_size=64, num_hidden_layers=2,
+    return _build("FalconConfig", "FalconForCausalLM", LOGITS, vocab_size=128, hidden_size=64, num_hidden_layers=2,
                   num_attention_heads=4)
 
 

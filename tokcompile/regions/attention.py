@@ -18,7 +18,7 @@ from ..capture import module_path, source_line
 from .flow import Flow, Linear, Walk
 from .misses import Misses
 from .model import Region
-from .ops import CONTRACTION, JOIN, LAYOUT, NORM, POINTWISE, REDUCE, SDPA, SELECT, SOFTMAX, TRIVIAL
+from .ops import CONTRACTION, CONV, FUSED, JOIN, LAYOUT, NORM, POINTWISE, REDUCE, SDPA, SELECT, SOFTMAX, TRIVIAL
 
 #: Between a projection and the contraction.
 _HEADS = TRIVIAL | LAYOUT | SELECT | JOIN | POINTWISE | NORM | REDUCE | {
@@ -27,6 +27,8 @@ _HEADS = TRIVIAL | LAYOUT | SELECT | JOIN | POINTWISE | NORM | REDUCE | {
 _SCORES = TRIVIAL | LAYOUT | POINTWISE | SELECT | {"cat", "max", "amax"}
 #: Between a low-rank projection and the one that feeds it.
 _LATENT = TRIVIAL | LAYOUT | SELECT | NORM | REDUCE | {"mul", "pow", "rsqrt", "add"}
+#: Between the tokens and a shorter sequence of keys made from them (spatial reduction, pooling).
+_REDUCED = TRIVIAL | LAYOUT | NORM | CONV | {"avg_pool2d", "max_pool2d", "adaptive_avg_pool2d", "mean", "max"}
 #: Between the attention and its output projection.
 _AFTER = TRIVIAL | LAYOUT | NORM | REDUCE | {"mul", "div", "pow", "rsqrt", "slice", "getitem", "sigmoid"}
 
@@ -40,6 +42,10 @@ def find_attention(flow: Flow, misses: Misses) -> list[Region]:
             region = _from_sdpa(flow, node)
         elif flow.op[node] in SOFTMAX:
             region = _from_softmax(flow, node, misses)
+        elif flow.op[node] in FUSED:
+            misses.add("attention", node, 0.9, f"expected attention in parts, found the fused operation {flow.op[node]}, "
+                       "which computes a whole layer; torch.backends.mha.set_fastpath_enabled(False) before the capture "
+                       "keeps its parts")
         if region is not None:
             found.append(region)
     return found
@@ -182,9 +188,11 @@ def _name_sources(flow: Flow, roles: dict[str, fx.Node], projections: dict[str, 
         variant["projection"] = "fused_qkv" if nodes[0] is nodes[1] else "fused_kv"
     roots = {_root(flow, chain[0]) if chain else None for chain in (chains["query"], chains["key"])}
     same = shared is not None or (None not in roots and len(roots) == 1)
+    reduced = bool(chains["query"] and chains["key"]) and chains["query"][0] in flow.back(
+        chains["key"][0], _REDUCED, limit=30, stop=lambda n: n is chains["query"][0]).stops
     unprojected = not chains["query"] and not chains["key"] and (
         _stems(walks["query"]) == _stems(walks["key"]))
-    variant["cross"] = "self" if same or unprojected else "cross"
+    variant["cross"] = "self" if same or reduced or unprojected else "cross"
 
 
 def _stems(walk: Walk) -> set[fx.Node]:
@@ -205,15 +213,49 @@ def _leads_to(flow: Flow, output: fx.Node, projection: fx.Node) -> bool:
     return linear is not None and flow.reaches(output, linear.input)
 
 
+def _einsum_shapes(flow: Flow, roles: dict[str, fx.Node]) -> dict[str, Any] | None:
+    """Sizes by the letters of the equation of the scores, ``b q h d, b k h d -> b h q k`` in any order."""
+    scores = roles.get("scores")
+    if scores is None or flow.op[scores] != "einsum" or not isinstance(scores.args[0], str):
+        return None
+    left, _, out = scores.args[0].replace(" ", "").partition("->")
+    terms = left.split(",")
+    if len(terms) != 2 or len(out) != 4 or "." in left:
+        return None
+    sizes = dict(zip(terms[1], flow.sizes(roles["key"]), strict=False))
+    sizes |= dict(zip(terms[0], flow.sizes(roles["query"]), strict=False))
+    shared = [c for c in out if c in terms[0] and c in terms[1]]
+    inner = [c for c in terms[0] if c in terms[1] and c not in out]
+    rows = [c for c in out if c in terms[0] and c not in terms[1]]
+    columns = [c for c in out if c in terms[1] and c not in terms[0]]
+    if (len(shared), len(inner), len(rows), len(columns)) != (2, 1, 1, 1):
+        return None
+    letters = {"B": shared[0], "H": shared[1], "Hkv": shared[1], "S": rows[0], "T": columns[0], "Dh": inner[0]}
+    return {name: sizes[letter] for name, letter in letters.items()}
+
+
 def _shapes(flow: Flow, node: fx.Node, roles: dict[str, fx.Node]) -> dict[str, Any]:
+    named = _einsum_shapes(flow, roles)
+    if named is not None:
+        return named
     query, key = _four_axes(flow, roles["query"]), _four_axes(flow, roles["key"])
     sizes, key_sizes = flow.sizes(query), flow.sizes(key)
     shapes: dict[str, Any] = {"S": sizes[-2], "Dh": sizes[-1], "T": key_sizes[-2]}
     if len(sizes) >= 4:
         shapes |= {"B": sizes[0], "H": sizes[-3], "Hkv": _kv_heads(flow, key)}
     else:
-        shapes |= {"B": 1, "H": sizes[0] if len(sizes) == 3 else 1, "Hkv": key_sizes[0] if len(key_sizes) == 3 else 1}
+        heads = _folded_heads(flow, roles, sizes[-1]) if len(sizes) == 3 else 1
+        shapes |= {"B": sizes[0] // heads if len(sizes) == 3 else 1, "H": heads, "Hkv": heads}
     return shapes
+
+
+def _folded_heads(flow: Flow, roles: dict[str, fx.Node], width: Any) -> Any:
+    """Heads of a [B*H, S, Dh] query, from the width of its projection; 1 when there is no telling."""
+    projection = flow.linear(roles["query_proj"]) if "query_proj" in roles else None
+    if projection is None or not isinstance(projection.features, int) or not isinstance(width, int):
+        return 1
+    share = 3 if roles.get("key_proj") is projection.node else 1
+    return max(projection.features // (share * width), 1)
 
 
 def _four_axes(flow: Flow, node: fx.Node) -> fx.Node:

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import os.path
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -131,7 +132,7 @@ def _describe(flow: Flow, down: Linear, inner: Inner) -> Region:
     shapes = dict(zip(("B", "S", "D"), flow.sizes(roles["input"]), strict=False)) \
         if len(flow.sizes(roles["input"])) == 3 else {"D": flow.sizes(roles["input"])[-1]}
     shapes["F"] = flow.sizes(down.input)[-1]
-    path = _common_path([module_path(n) for n in (*linears, down.node)])
+    path = common_path([module_path(n) for n in (*linears, down.node)])
     return Region("feed_forward", path, roles, shapes, variant, source_line(down.node))
 
 
@@ -154,9 +155,9 @@ def _activation(flow: Flow, inner: Inner, gate: tuple[Linear, fx.Node], up: tupl
 
 def _activation_name(flow: Flow, inner: Inner) -> str:
     ops = [flow.op[n] for n in inner.passed]
-    direct = next((op for op in ops if op in NONLINEAR and op not in ("sigmoid", "tanh", "exp", "clamp_min", "erf")), "")
-    if direct == "relu" and ("pow" in ops or "square" in ops or ops.count("mul") and "mul" in ops and len(ops) == 2):
+    if "relu" in ops and ("pow" in ops or "square" in ops):
         return "relu2"
+    direct = next((op for op in ops if op in NONLINEAR and op not in ("sigmoid", "tanh", "exp", "clamp_min", "erf")), "")
     if direct:
         tanh = any(flow.op[n] == "gelu" and n.kwargs.get("approximate") == "tanh" for n in inner.passed)
         return "gelu_tanh" if tanh else direct
@@ -170,7 +171,8 @@ def _activation_name(flow: Flow, inner: Inner) -> str:
     return next(op for op in ops if op in NONLINEAR or op == "pow")
 
 
-def _common_path(paths: list[str]) -> str:
+def common_path(paths: Sequence[str]) -> str:
+    """The module path that all given paths begin with."""
     parts = [path.split(".") for path in paths if path]
     return ".".join(os.path.commonprefix(parts)) if parts else ""
 

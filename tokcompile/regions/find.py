@@ -10,7 +10,7 @@ from torch import fx
 from ..capture import Captured, source_line
 from .attention import find_attention
 from .causal import is_causal
-from .feed_forward import find_feed_forward
+from .feed_forward import common_path, find_feed_forward
 from .flow import Flow
 from .merge import find_merge_points
 from .misses import Misses
@@ -72,12 +72,6 @@ def _decoder_stack(flow: Flow, stream: Stream) -> Region:
                               "B": sizes[0] if len(sizes) > 2 else 1}
     own = [b.region for b in stream.blocks if b.region.kind == "attention" and b.region.variant["cross"] == "self"]
     variant = {"causal": "yes" if any(is_causal(flow, region) for region in own) else "no"}
-    path = _common_path([layer.path for layer in stream.layers])
+    path = common_path([layer.path for layer in stream.layers])
     roles = {"input": stream.start, "output": stream.output}
     return Region("decoder_stack", path, roles, shapes, variant, source_line(stream.start), stream.layers)
-
-
-def _common_path(paths: Sequence[str]) -> str:
-    parts = [path.split(".") for path in paths if path]
-    common = [a[0] for a in zip(*parts, strict=False) if len(set(a)) == 1]
-    return ".".join(common)

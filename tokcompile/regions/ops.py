@@ -44,6 +44,10 @@ CONTRACTION = {"matmul", "bmm", "einsum", "baddbmm", "mm"}
 SOFTMAX = {"softmax", "_softmax", "_safe_softmax"}
 SDPA = {"scaled_dot_product_attention", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
         "_scaled_dot_product_flash_attention_for_cpu"}
+
+#: Whole layers as one operation (nn.TransformerEncoderLayer and nn.MultiheadAttention without gradients).
+FUSED = {"_transformer_encoder_layer_fwd", "_native_multi_head_attention"}
+
 CONV = {"conv1d", "conv2d", "conv3d", "convolution"}
 
 #: The result depends on the operand's shape, type and device only.

@@ -7,7 +7,6 @@ need no rules of their own.
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +14,7 @@ import networkx as nx
 from torch import fx
 
 from ..capture import module_path
+from .feed_forward import common_path
 from .flow import Flow
 from .model import Layer, Region
 from .ops import CONTRACTION, CONV, NORM
@@ -134,9 +134,7 @@ def _layer(flow: Flow, index: int, blocks: list[Block], before: fx.Node, output:
     own = [r for r in attentions if r.variant["cross"] == "self"]
     feeds = [b.region for b in blocks if b.region.kind != "attention"]
     paths = [b.region.path for b in blocks] + [module_path(b.join.add) for b in blocks]
-    parts = [path.split(".") for path in paths if path]
-    path = ".".join(os.path.commonprefix(parts)) if parts else ""
-    return Layer(path, index, before, output, (own or attentions or [None])[0], (feeds or [None])[0])
+    return Layer(common_path(paths), index, before, output, (own or attentions or [None])[0], (feeds or [None])[0])
 
 
 def _last_output(flow: Flow, stream: Stream) -> fx.Node:
