@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 from ruamel.yaml import YAML
-from tokcompile.recipes import Budget, Recipe, Step, Target, json_schema, shipped
 
 from tokcompile import registry
 from tokcompile.errors import RecipeError
+from tokcompile.recipes import Budget, Recipe, Step, Target, json_schema, shipped
 from tokcompile.registry import PassParams, get_pass, load_failures, pass_names, register
 
 GOOD: dict[str, Any] = {
