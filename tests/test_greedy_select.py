@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tokcompile import selection
 from tokcompile.kernels.greedy_select import CRITERIA, decompose, greedy_select, greedy_select_reference, quantise
 from tokcompile.kernels.greedy_select import triton as kernel
 from tokcompile.kernels.greedy_select.onnx import decomposition
 from tokcompile.kernels.greedy_select.op import _choose, greedy_select_host, supports
 from tokcompile.kernels.greedy_select.reference import NORM
-
-from tokcompile import selection
 
 needs_triton = pytest.mark.skipif(not kernel.AVAILABLE, reason="Triton is not installed")
 
@@ -75,7 +75,7 @@ def test_all_forms_equal_brute_force(case):
     assert torch.equal(greedy_select_reference(features, segment, budget, criterion, pivot), expected)
     assert torch.equal(greedy_select(features, segment, budget, criterion, pivot), expected)
     steps = max(1, int(budget.max()))
-    assert torch.equal(decompose(features, segment, budget, criterion, steps, pivot), expected)
+    assert torch.equal(decompose(features, segment, budget, criterion, pivot, steps=steps), expected)
 
 
 @settings(max_examples=60, deadline=None)
@@ -160,7 +160,7 @@ def test_odd_tokens():
         order = greedy_select(features, segment, budget, criterion)
         assert order.sort()[0].tolist() == [list(range(8))]
         assert torch.equal(order, greedy_select_reference(features, segment, budget, criterion))
-        assert torch.equal(order, decompose(features, segment, budget, criterion, 8))
+        assert torch.equal(order, decompose(features, segment, budget, criterion, steps=8))
     assert greedy_select(features[:, :1], segment[:, :1], budget[:, :1], "max_sum").tolist() == [[0]]
 
 
@@ -222,7 +222,8 @@ def test_inductor():
         assert torch.equal(compiled(features, visual), select(features, visual))
 
 
-def test_onnx_decomposition_of_an_exported_program():
+@pytest.mark.parametrize("steps", [None, 9])
+def test_onnx_decomposition_of_an_exported_program(steps):
     class Select(torch.nn.Module):
         def forward(self, features, visual):
             return select(features, visual)
@@ -230,8 +231,9 @@ def test_onnx_decomposition_of_an_exported_program():
     features, visual = realistic(2, 12, 8), torch.rand(2, 12) < 0.7
     dims = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     program = torch.export.export(Select(), (features, visual), dynamic_shapes=(dims, dims))
-    program = program.run_decompositions({torch.ops.tokcompile.greedy_select.default: decomposition(9)})
+    program = program.run_decompositions({torch.ops.tokcompile.greedy_select.default: decomposition(steps)})
     assert not any("tokcompile" in str(n.target) for n in program.graph.nodes)
+    assert steps or len(program.graph.nodes) < 250
     for shape in ((3, 25), (2, 12)):
         features = realistic(*shape, 8)
         visual = torch.rand(shape) < 0.7
@@ -251,11 +253,11 @@ def test_onnxruntime_selects_the_same():
     example = realistic(2, 12, 8), torch.rand(2, 12) < 0.7
     dims = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     program = torch.export.export(Select(), example, dynamic_shapes=(dims, dims))
-    program = program.run_decompositions({torch.ops.tokcompile.greedy_select.default: decomposition(14)})
+    program = program.run_decompositions({torch.ops.tokcompile.greedy_select.default: decomposition()})
     model = torch.onnx.export(program, dynamo=True, opset_version=20, verbose=False).model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    for shape in ((1, 7), (3, 40), (2, 12)):
-        features, visual = realistic(*shape, 8, seed=shape[1]), torch.rand(shape) < 0.8
+    for shape, share in (((1, 7), 0.8), ((3, 40), 0.9), ((1, 90), 1.0), ((2, 12), 0.0)):
+        features, visual = realistic(*shape, 8, seed=shape[1]), torch.rand(shape) < share
         features[:, 3] = features[:, 2]
         found = session.run(None, dict(zip((i.name for i in session.get_inputs()),
                                            (features.numpy(), visual.numpy()), strict=True)))

@@ -142,7 +142,8 @@ def keep_index(keep: Tensor, size: int | torch.SymInt) -> Tensor:
     """
     flag = keep.to(torch.int64)
     seen = torch.cumsum(flag, dim=1)
-    slot = ((size - seen[:, -1:] + seen) * flag).clamp(min=0)  # 1 .. size; slot 0 collects what is dropped
+    slot: Tensor = (seen - seen[:, -1:] + size) * flag  # type: ignore[assignment]  # from the right: size, size - 1, ...
+    slot = slot.clamp(min=0)  # slot 0 collects what is dropped
     table = torch.zeros((keep.shape[0], size + 1), dtype=torch.int64, device=keep.device)
     return table.scatter_add(1, slot, (_index(keep) + 1) * flag)[:, 1:] - 1
 
@@ -285,4 +286,5 @@ def class_attention_scores(query: Tensor, key: Tensor, context: Tensor, scale: f
     """
     attention = row_attention(query[:, :, :1], key, scale)[:, :, 0, prefix:]
     norm = torch.linalg.vector_norm(context[:, :, prefix:].to(torch.float32), dim=-1)
-    return (attention * (norm / (norm.sum(dim=1, keepdim=True) + 1e-8))).sum(dim=1)
+    share: Tensor = norm / (norm.sum(dim=1, keepdim=True) + 1e-8)
+    return (attention * share).sum(dim=1)

@@ -119,7 +119,8 @@ def _quantise(tokens: Tensor) -> Tensor:
     """The values of ``reference.quantise``, a few tokens at a time so that they stay in the processor's cache."""
     result = torch.empty_like(tokens)
     step = max(1, _CHUNK // max(1, tokens.shape[1]))
-    for some, out in zip(tokens.split(step), result.split(step), strict=True):
+    for start in range(0, len(tokens), step):
+        some, out = tokens[start:start + step], result[start:start + step]
         norm = torch.linalg.vector_norm(some, dim=-1, keepdim=True, dtype=torch.float64).to(torch.float32)
         finite = norm < float("inf")
         if not bool(finite.all()):

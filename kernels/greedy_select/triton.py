@@ -40,8 +40,8 @@ def interpreted() -> bool:
 
 if AVAILABLE:
 
-    @triton.jit
-    def greedy_kernel(
+    @triton.jit  # type: ignore[untyped-decorator]
+    def greedy_kernel(  # type: ignore[no-untyped-def]
         similarity,  # float32 [B, S, S], integers
         segment,  # int64 [B, S]
         budget,  # int64 [B, S]
