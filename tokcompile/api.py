@@ -161,12 +161,19 @@ def _install(model: nn.Module, session: Session) -> None:
 
 def _settle(model: nn.Module) -> None:
     """Do now what transformers does under a lock at the first call; Dynamo cannot trace a lock."""
-    with contextlib.suppress(ImportError):
+    try:
         from transformers.utils.output_capturing import maybe_install_capturing_hooks
-
-        for module in model.modules():
-            if hasattr(module, "_can_record_outputs") and hasattr(module, "config"):
-                maybe_install_capturing_hooks(module)  # type: ignore[arg-type]
+    except ImportError:
+        return
+    flag = "_output_capturing_hooks_installed"
+    for module in model.modules():
+        function, captures = type(module).forward, False
+        while function is not None and not captures:
+            captures = "capture_outputs" in getattr(getattr(function, "__code__", None), "co_qualname", "")
+            function = getattr(function, "__wrapped__", None)
+        # a model installs the hooks of the models inside it, and a second set would record everything twice
+        if captures and not any(getattr(inner, flag, False) for inner in module.modules()):
+            maybe_install_capturing_hooks(module)  # type: ignore[arg-type]
 
 
 def _uninstall(model: nn.Module) -> None:
@@ -183,15 +190,26 @@ def _fresh(function: Callable[..., Any]) -> Callable[..., Any]:
                               function.__closure__)
 
 
-def _compiled(function: Callable[..., Any], session: Session) -> Callable[..., Any]:
-    inner = torch.compile(_fresh(function), backend=session.backend, dynamic=True, fullgraph=True)
+def _compiled(function: Callable[..., Any], session: Session, dynamic: bool | None) -> Callable[..., Any]:
+    inner = torch.compile(_fresh(function), backend=session.backend, dynamic=dynamic, fullgraph=True)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(**DYNAMO_CONFIG):
+        with torch._dynamo.config.patch(**DYNAMO_CONFIG), _without_fastpath():
             return inner(*args, **kwargs)
 
     return call
+
+
+@contextlib.contextmanager
+def _without_fastpath() -> Iterator[None]:
+    """nn.TransformerEncoder's inference fast path is one opaque operation; ask for the open form."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _encoder(base: nn.Module, name: str, session: Session) -> Callable[..., Any]:
@@ -201,7 +219,7 @@ def _encoder(base: nn.Module, name: str, session: Session) -> Callable[..., Any]
     def encode(base: nn.Module, kwargs: dict[str, Any]) -> Any:
         return original(base, **kwargs)
 
-    compiled: Callable[..., Any] | None = _compiled(encode, session)
+    compiled: Callable[..., Any] | None = _compiled(encode, session, dynamic=None)
 
     @functools.wraps(types.MethodType(original, base))
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -258,8 +276,9 @@ class _Stages:
                     held.append(torch.ops.tokcompile.held(layer.keys, positions))
             return result, held
 
-        self.plain = _compiled(plain, session)
-        self.tracked = _compiled(tracked, session)
+        # lengths differ from call to call in a language model; an encoder is fastest at the sizes that it has seen
+        self.plain = _compiled(plain, session, dynamic=True if session.tracks_cache else None)
+        self.tracked = _compiled(tracked, session, dynamic=True)
         self.failed: set[str] = set()
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -373,6 +373,13 @@ class _Narrower:
                 for arg in e.args[1:]:
                     total = self._call(fold, (total, build(arg)), before)
                 return total
+            if e.is_Pow and e.exp.is_Integer and e.exp > 0:
+                total = build(e.base)
+                for _ in range(int(e.exp) - 1):
+                    total = self._call(operator.mul, (total, build(e.base)), before)
+                return total
+            if type(e).__name__ in ("FloorDiv", "CleanDiv"):
+                return self._call(operator.floordiv, (build(e.args[0]), build(e.args[1])), before)
             raise NarrowError(f"the size {e} is not in the graph", node=before.name, path=module_path(before),
                               source=source_line(before))
 

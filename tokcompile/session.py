@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from tokcompile.canonical import canonicalise
 from tokcompile.capture import ASSERTIONS, Captured, from_dynamo, module_path, source_line
 from tokcompile.errors import NarrowError, NoMatchError
 from tokcompile.flops import graph_flops
@@ -118,6 +119,7 @@ class Session:
 
     def rewrite(self, ctx: Context, stage: str) -> None:
         """Apply the recipe to one graph and note in the report what happened."""
+        canonicalise(ctx.captured)
         _narrow_pruned_cache(ctx.captured)
         ctx.regions = find_regions(ctx.captured.graph)
         before = graph_flops(ctx.captured.graph)

@@ -85,6 +85,11 @@ def expr(size: Any) -> sympy.Expr:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
 
 
+def op_name(node: fx.Node) -> str:
+    """Name of the ATen op without namespace and overload ("view"); "" for what is not one."""
+    return node.target._schema.name.split("::")[1] if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
 def equal(a: Any, b: Any) -> bool:
     """Whether two sizes are known to be equal."""
     if isinstance(a, int) and isinstance(b, int):
@@ -192,8 +197,8 @@ class Follower:
 
     def _depends_on_values(self, node: fx.Node) -> bool:
         """Sizes and fresh constants take only a shape or a dtype from their operand, not its values."""
-        return node.target not in (aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default) and str(
-            node.target).split(".")[1] not in ("new_zeros", "new_ones", "new_full", "new_empty")
+        return node.target not in (aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default) and op_name(
+            node) not in ("new_zeros", "new_ones", "new_full", "new_empty")
 
     def _apply(self, node: fx.Node) -> Any:
         function = RULES.get(node.target)
@@ -383,7 +388,7 @@ def _softmax(self: Follower, node: fx.Node) -> Any:
 @rule(*overloads("layer_norm", "rms_norm", "native_layer_norm", "group_norm", "batch_norm", "normalize",
                  "linalg_vector_norm", "norm"))
 def _norm(self: Follower, node: fx.Node) -> Any:
-    name = str(node.target).split(".")[1]
+    name = op_name(node)
     dims = self.known(node.args[0])
     if name in ("linalg_vector_norm", "norm"):
         return _reduce(self, node)
@@ -405,7 +410,7 @@ REDUCTIONS = overloads("sum", "mean", "amax", "amin", "max", "min", "var", "std"
 @rule(*REDUCTIONS)
 def _reduce(self: Follower, node: fx.Node) -> Any:
     dims = self.known(node.args[0])
-    name = str(node.target).split(".")[1]
+    name = op_name(node)
     if len(node.all_input_nodes) > 1 and all(_is_tensor(a) for a in node.all_input_nodes):
         return _pointwise(self, node)  # max(a, b)
     position = 2 if name in ("linalg_vector_norm", "norm") else 1
@@ -429,7 +434,7 @@ def _reduce(self: Follower, node: fx.Node) -> Any:
                  "tril", "triu", "diff"))
 def _along(self: Follower, node: fx.Node) -> Any:
     dims = self.known(node.args[0])
-    name = str(node.target).split(".")[1]
+    name = op_name(node)
     if name in ("tril", "triu"):
         touched = [len(dims) - 2, len(dims) - 1]
     elif name == "topk":
@@ -592,7 +597,7 @@ def _expand(self: Follower, node: fx.Node) -> Any:
 @rule(*overloads("transpose", "permute", "t", "movedim", "swapaxes", "numpy_T", "mT", "adjoint"))
 def _permute(self: Follower, node: fx.Node) -> Any:
     dims = self.known(node.args[0])
-    rank, name = len(dims), str(node.target).split(".")[1]
+    rank, name = len(dims), op_name(node)
     order = list(range(rank))
     if name == "permute":
         order = [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr]
@@ -809,7 +814,7 @@ def _index(self: Follower, node: fx.Node) -> Any:
                  "constant_pad_nd", "unfold", "im2col", "interpolate", "upsample_bilinear2d", "upsample_bicubic2d",
                  "adaptive_avg_pool1d", "adaptive_avg_pool2d", "pixel_shuffle", "pixel_unshuffle", "conv2d_padding"))
 def _grid(self: Follower, node: fx.Node) -> Any:
-    name = str(node.target).split(".")[1]
+    name = op_name(node)
     dims = self.known(node.args[0])  # type: ignore[arg-type]
     if name in ("pad", "constant_pad_nd"):
         amounts = list(node.args[1])  # type: ignore[arg-type]

@@ -1,0 +1,62 @@
+"""ToDRE: keep a diverse set of visual tokens, and drop the rest of them late in the decoder.
+
+    before   merge -> layer 0 .. L-1 on S tokens
+    after    merge -> greedy diverse choice -> layer 0 .. l on fewer tokens -> drop visual -> layer l+1 .. on text
+
+Stage 1 chooses tokens one by one, each the least similar (cosine, in the embedding space of the language model) to
+those chosen before: ``max_sum`` looks at the sum of similarities, ``k_center`` at the largest one. Stage 2 removes
+every visual token from the output of a late layer: by then the text has read them (the paper finds 7/8 of the depth
+lossless, and less than 5 % of the attention on them). The drop is static: it does not depend on the input.
+
+Source: "ToDRE: Effective Visual Token Pruning via Token Diversity and Task Relevance", arXiv 2505.18757.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from tokcompile.kernels.greedy_select import op as _op  # noqa: F401  registers the operator
+from tokcompile.plan import Context
+from tokcompile.pruning import VisualSelection, drop_visual
+from tokcompile.recipes import Budget
+from tokcompile.regions.model import Region
+from tokcompile.registry import PassParams, register
+
+
+@register
+class ToDRE(VisualSelection):
+    """Diverse visual tokens, then none in the last layers."""
+
+    name = "todre"
+
+    class Params(PassParams):
+        keep: Budget = Field(description="Visual tokens kept of each image: a ratio in (0, 1], or a count (paper: "
+                                         "0.25 and 0.10).")
+        criterion: Literal["max_sum", "k_center"] = Field(
+            "max_sum", description="Least sum of similarities to the chosen tokens (paper v2), or least largest one.")
+        drop_layer: float | int | None = Field(
+            0.875, ge=0, description="Layer after which no visual token is left: a fraction of the depth (paper: 7/8), "
+                                     "or a layer number from 0; null keeps them to the end.")
+
+    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor) -> Tensor:
+        order = torch.ops.tokcompile.greedy_select(tokens, segment, budget, self.params.criterion)
+        return -order.to(torch.float32)
+
+    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+        merged = region.roles["output"]
+        stack, at = ctx.stack_below(merged), self.params.drop_layer
+        layer = None
+        if at is not None and stack is not None:
+            layer = int(at * len(stack.layers)) if isinstance(at, float) else at
+            if layer < len(stack.layers) - 1:
+                ctx.check(stack.layers[layer].output, suffix=1)  # both stages, or none
+        details = super().apply(ctx, region)
+        if stack is None or layer is None:
+            return details
+        if layer >= len(stack.layers) - 1:
+            return {**details, "late_layer": f"none: layer {layer} of {len(stack.layers)} has no layer after it"}
+        return {**details, **drop_visual(ctx, region, stack, layer)}
