@@ -43,8 +43,10 @@ def find_merge_points(flow: Flow, streams: Sequence[Stream], encoders: Sequence[
     for op in ("masked_scatter", "index_put"):
         for node in flow.by_op.get(op, []):
             if node not in seen and _floating(node):
+                inside = any(flow.reaches(s.start, node) and flow.reaches(node, s.end) for s in streams)
                 misses.add("merge_point", node, 0.5, f"expected {op} to make the sequence that enters a decoder stack, "
-                           "found that its result is not the residual stream of one")
+                           + ("found it inside a stack, between its layers" if inside else
+                              "found that its result is not the residual stream of one"))
             elif node in seen and not any(r.roles["output"] is node for r in found) and _floating(node):
                 misses.add("merge_point", node, 0.7, f"expected {op} of image features into text embeddings, found "
                            "no embedding on one side or no features on the other")

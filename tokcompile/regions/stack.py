@@ -68,8 +68,15 @@ def _stream_above(flow: Flow, node: fx.Node, adds: set[fx.Node]) -> fx.Node:
             break
         if current in adds:
             return current
-        current = flow.primary(current)
+        current = flow.primary(current) or _written(flow, current)
     return node
+
+
+def _written(flow: Flow, node: fx.Node) -> fx.Node | None:
+    """The stream before some of its tokens are replaced, or features are added at some of them."""
+    if flow.op[node] in ("index_put", "index_add", "index_copy", "scatter", "scatter_add", "masked_scatter"):
+        return flow.inputs[node][0]
+    return None
 
 
 def cuts(flow: Flow, start: fx.Node, end: fx.Node) -> list[fx.Node]:
