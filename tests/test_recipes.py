@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import math
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -299,6 +300,14 @@ def test_shipped_recipe(name):
     again = Recipe.load(json.loads(json.dumps(recipe.to_dict())))
     assert again.to_dict() == recipe.to_dict()
     assert [step.params for step in again.steps] == [step.params for step in recipe.steps]
+
+
+def test_the_readme_shows_what_ships():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    example = readme.split("```yaml\n")[1].split("```")[0]
+    assert Recipe.parse(example).steps == Recipe.load("vlm_prune_90").steps
+    table = readme.split("| recipe |")[1].split("\n\n")[0]
+    assert sorted(re.findall(r"`(\w+)`", table)) == shipped()
 
 
 @pytest.mark.parametrize(("name", "saved"), [("vit_prune_30", 0.30), ("vit_prune_50", 0.50)])
