@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokcompile import selection
-from tokcompile.kernels.greedy_select import CRITERIA, decompose, greedy_select, greedy_select_reference, quantise
+from tokcompile.kernels.greedy_select import (
+    CRITERIA,
+    decompose,
+    greedy_select,
+    greedy_select_reference,
+    isolation,
+    quantise,
+)
 from tokcompile.kernels.greedy_select import triton as kernel
 from tokcompile.kernels.greedy_select.onnx import decomposition
 from tokcompile.kernels.greedy_select.op import _choose, greedy_select_host, supports
@@ -314,6 +321,18 @@ def test_triton_compiles_for_gpus(capability, add, block):
                               options={"num_warps": kernel.warps(block)})
     assert compiled.asm["cubin"]
     assert compiled.metadata.shared <= 48 * 1024
+
+
+def test_isolation_starts_where_divprune_does():
+    features = realistic(2, 40, 16)
+    segment = (torch.arange(40) // 20).expand(2, 40).contiguous()
+    pivot = isolation(features, segment)
+    order = greedy_select(features, segment, torch.full_like(segment, 3), "k_center", pivot)
+    unit = torch.nn.functional.normalize(features.double(), dim=-1)
+    for b in range(2):
+        for low in (0, 20):
+            distance = 1 - unit[b, low:low + 20] @ unit[b, low:low + 20].T + 9 * torch.eye(20)
+            assert int(order[b, low:low + 20].argmin()) == int(distance.min(dim=1).values.argmax())
 
 
 def test_host_form_takes_a_pivot_with_nan():

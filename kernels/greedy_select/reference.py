@@ -91,6 +91,25 @@ def greedy_select_reference(
     return order.to(features.device)
 
 
+def isolation(features: Tensor, segment: Tensor) -> Tensor:
+    """A pivot for ``k_center``: DivPrune starts with the token whose nearest other token is farthest away.
+
+    Needs all similarities of a row, ``B * S * S`` fp32 values. Traceable and expressible in ONNX.
+
+    Args:
+        features: float [B, S, D].
+        segment: int64 [B, S].
+
+    Returns:
+        float32 [B, S]: minus the largest similarity to another token of the segment (cosine times 2048 ** 2, exact);
+        no meaning outside segments and in a segment of one token.
+    """
+    tokens = quantise(features)
+    index = torch.arange(segment.shape[1], device=segment.device)
+    other = torch.logical_and(segment.unsqueeze(1) == segment.unsqueeze(2), index.unsqueeze(0) != index.unsqueeze(1))
+    return -torch.where(other, torch.matmul(tokens, tokens.transpose(1, 2)), -(2.0**25)).amax(dim=-1)
+
+
 def first_token(size: int, values: list[float] | None = None) -> int:
     """Place of the first choice in a segment of ``size`` tokens with pivot ``values``."""
     if values is None:
