@@ -38,6 +38,7 @@ def capture_graphs(model: nn.Module, inputs: dict[str, Any], method: str | None 
     torch._dynamo.reset()
     with torch.no_grad(), torch._dynamo.config.patch(**DYNAMO_CONFIG):
         if method is None:
+            model(**inputs)  # some models install hooks at their first call, under a lock that Dynamo cannot enter
             torch.compile(model, backend=record, dynamic=dynamic, fullgraph=True)(**inputs)
             return graphs
         forward = torch.compile(
