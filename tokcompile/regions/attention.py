@@ -22,7 +22,7 @@ from .ops import CONTRACTION, CONV, FUSED, JOIN, LAYOUT, NORM, POINTWISE, REDUCE
 
 #: Between a projection and the contraction.
 _HEADS = TRIVIAL | LAYOUT | SELECT | JOIN | POINTWISE | NORM | REDUCE | {
-    "view_as_complex", "view_as_real", "new_empty", "empty", "zeros", "new_zeros", "_conj"}
+    "view_as_complex", "view_as_real", "new_empty", "empty", "zeros", "new_zeros", "_conj", "index", "index_select"}
 #: Between the two contractions.
 _SCORES = TRIVIAL | LAYOUT | POINTWISE | SELECT | {"cat", "max", "amax"}
 #: Between a low-rank projection and the one that feeds it.

@@ -55,7 +55,8 @@ def _attention_blocks(flow: Flow, attentions: Sequence[Region]) -> list[Block]:
     for region in attentions:
         roles = region.roles
         sources = [roles[n] for n in ("query_source", "query") if n in roles][:1]
-        join = find_join(flow, sources, roles.get("output_proj", roles["output"]))
+        result = roles.get("output_proj", roles["output"])
+        join = find_join(flow, sources, result) or find_join(flow, sources, result, shortcut=True)
         if join is not None:
             blocks.append(Block(region, join))
     return blocks

@@ -39,7 +39,8 @@ class Flow:
     """Index of one graph. All queries are by node; positions follow graph order, which is a topological order."""
 
     def __init__(self, graph: fx.Graph) -> None:
-        self.nodes = [node for node in graph.nodes if node.op != "output"]
+        live = _live(graph)
+        self.nodes = [node for node in graph.nodes if node in live]
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.op = {node: op_name(node) for node in self.nodes}
         self._dims: dict[fx.Node, tuple[Any, ...] | None] = {}
@@ -201,6 +202,18 @@ class Flow:
             if through(node):
                 for user in self.users[node]:
                     heapq.heappush(heap, (self.position[user], user.name, user))
+
+
+def _live(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose values leave the graph, as a result or by a write; a tracer keeps more (random operations)."""
+    stack = [n for node in graph.nodes if node.op == "output" or is_in_place(node) for n in (*node.all_input_nodes, node)]
+    live = {node for node in graph.nodes if node.op in ("placeholder", "get_attr")}
+    while stack:
+        node = stack.pop()
+        if node not in live and node.op != "output":
+            live.add(node)
+            stack.extend(node.all_input_nodes)
+    return live
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -16,7 +16,7 @@ TRIVIAL = {"to", "_to_copy", "dropout", "native_dropout", "feature_dropout", "co
 
 #: Same values, another shape or order.
 LAYOUT = {"view", "reshape", "_unsafe_view", "view_as", "reshape_as", "unsqueeze", "squeeze", "flatten", "unflatten",
-          "transpose", "permute", "t", "mT", "movedim", "swapaxes", "expand", "expand_as", "broadcast_to", "roll"}
+          "transpose", "permute", "t", "T", "mT", "numpy_T", "movedim", "swapaxes", "expand", "expand_as", "broadcast_to", "roll"}
 
 #: Copies of some of the values.
 SELECT = {"slice", "select", "getitem", "chunk", "split", "split_with_sizes", "unsafe_split", "unsafe_chunk", "unbind",

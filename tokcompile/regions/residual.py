@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from .flow import Flow
-from .ops import CONTRACTION, CONV, SDPA, SOFTMAX, TRIVIAL
+from .ops import CONTRACTION, CONV, SDPA, SOFTMAX
 
 _STOPS = CONTRACTION | CONV | SDPA | SOFTMAX | {"linear", "addmm", "embedding", "cat", "topk", "argmax", "masked_scatter"}
 
@@ -29,11 +29,13 @@ class Join:
     branch: fx.Node
 
 
-def find_join(flow: Flow, sources: Sequence[fx.Node], result: fx.Node, through_all: bool = False) -> Join | None:
+def find_join(flow: Flow, sources: Sequence[fx.Node], result: fx.Node, through_all: bool = False,
+              shortcut: bool = False) -> Join | None:
     """The first addition, below ``result``, of the stream that feeds ``sources``.
 
     Other branches may be added first (parallel residual, shared experts). With ``through_all`` no operation
-    between ``result`` and the addition stops the search.
+    between ``result`` and the addition stops the search. With ``shortcut`` the residual is something made from the
+    source itself (a projection and pooling, where a stage changes the width).
     """
     def passes(node: fx.Node) -> bool:
         return through_all or flow.op[node] not in _STOPS
@@ -45,7 +47,10 @@ def find_join(flow: Flow, sources: Sequence[fx.Node], result: fx.Node, through_a
             branch = [n for n in operands if flow.reaches(result, n)]
             others = [n for n in operands if not flow.reaches(result, n)]
             if len(branch) == 1 and len(others) == 1 and flow.dims(branch[0]) == flow.dims(node):
-                residual = _stream(flow, others[0], sources, 4)
+                if shortcut:
+                    residual = others[0] if flow.reaches(sources[0], others[0]) else None
+                else:
+                    residual = _stream(flow, others[0], sources, 4)
                 if residual is not None:
                     return Join(node, flow.canonical(residual), branch[0])
         inside.add(node)
@@ -62,7 +67,7 @@ def _stream(flow: Flow, node: fx.Node, sources: Sequence[fx.Node], depth: int) -
             found = _stream(flow, operand, sources, depth - 1) if flow.dims(operand) == flow.dims(plain) else None
             if found is not None:
                 return found
-    if depth and flow.op[plain] in ("mul", "div") and flow.op[plain] not in TRIVIAL:
+    if depth and flow.op[plain] in ("mul", "div"):
         primary = flow.primary(plain)
         return _stream(flow, primary, sources, depth - 1) if primary is not None else None
     return None
