@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from tokcompile.recipes import Budget
 from tokcompile.regions.model import NearMiss, Region, Regions
-from tokcompile.report import STATUSES, Report, StageReport, StepReport, path_glob, path_globs
+from tokcompile.reporting import STATUSES, Report, StageReport, StepReport, path_glob, path_globs
 
 LONG = (
     "the mask [B, H, S, S] is built from a float that depends on data; " * 4 + "[node mul_3, model.layers.7, m.py:12]"

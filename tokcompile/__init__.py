@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from tokcompile.errors import (CacheError, CaptureError, NarrowError, NoMatchError, RecipeError,
                                    TokcompileError)
     from tokcompile.recipes import Recipe
-    from tokcompile.report import Report
+    from tokcompile.reporting import Report
 
 __version__ = "0.1.0"
 
@@ -18,7 +18,7 @@ _EXPORTS = {
     "explain": "api", "optimize": "api", "record": "api", "report": "api",
     "CacheError": "errors", "CaptureError": "errors", "NarrowError": "errors", "NoMatchError": "errors",
     "RecipeError": "errors", "TokcompileError": "errors",
-    "Recipe": "recipes", "Report": "report",
+    "Recipe": "recipes", "Report": "reporting",
 }
 
 __all__ = ["CacheError", "CaptureError", "NarrowError", "NoMatchError", "Recipe", "RecipeError", "Report",
@@ -26,7 +26,7 @@ __all__ = ["CacheError", "CaptureError", "NarrowError", "NoMatchError", "Recipe"
 
 
 def __getattr__(name: str) -> Any:
-    # `tokcompile.report` is the function; the module of that name is imported by its full path only
+    # `tokcompile.reporting` is the function; the module of that name is imported by its full path only
     if name in _EXPORTS:
         value = getattr(importlib.import_module(f"tokcompile.{_EXPORTS[name]}"), name)
         globals()[name] = value

@@ -19,7 +19,7 @@ from tokcompile.capture import DYNAMO_CONFIG
 from tokcompile.errors import TokcompileError
 from tokcompile.lower import LOWERINGS
 from tokcompile.recipes import Recipe
-from tokcompile.report import Report
+from tokcompile.reporting import Report
 from tokcompile.session import Recording, Session
 
 Model = TypeVar("Model", bound=nn.Module)

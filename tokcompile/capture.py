@@ -25,6 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from tokcompile.errors import CaptureError
+
 aten = torch.ops.aten
 
 #: Dynamo settings under which nearly every model is one graph. Set for the call, never globally.
@@ -132,7 +134,11 @@ def from_dynamo(graph_module: fx.GraphModule) -> Captured:
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     inputs = _Inputs(mode)
     fakes = [inputs.value(_example(node)) for node in graph_module.graph.nodes if node.op == "placeholder"]
+    graph_module = _flatten_vmap(graph_module, fakes, mode)
     traced = trace(lambda *args: fx.Interpreter(graph_module).run(*args), fakes, mode)
+    for node in traced.graph.find_nodes(op="get_attr"):
+        if isinstance(getattr(traced, node.target), FakeTensor):
+            raise CaptureError(f"a value computed at {source_line(node)} ({module_path(node)}) cannot be traced")
     return Captured(traced, mode, "dynamo", inputs.symbols)
 
 
@@ -144,6 +150,78 @@ def from_export(program: torch.export.ExportedProgram) -> Captured:
     fakes = [inputs.value(node.meta["val"]) for node in graph_module.graph.nodes if node.op == "placeholder"]
     traced = trace(lambda *args: fx.Interpreter(graph_module).run(*args), fakes, mode)
     return Captured(traced, mode, "export", inputs.symbols)
+
+
+def _flatten_vmap(graph_module: fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorMode) -> fx.GraphModule:
+    """Replace spans of ``torch.vmap`` (mask code uses it) by what they compute on whole tensors.
+
+    Pre-dispatch tracing sees operations before vmap has expanded them and loses the result, so a span is traced on
+    its own below vmap, and its operations take its place.
+    """
+    spans: list[list[fx.Node]] = []
+    depth = 0
+    for node in graph_module.graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        if name == "_vmap_increment_nesting":
+            if depth == 0:
+                spans.append([])
+            depth += 1
+        if depth:
+            spans[-1].append(node)
+        if name == "_vmap_decrement_nesting":
+            depth -= 1
+    if not spans:
+        return graph_module
+    values: dict[fx.Node, Any] = {}
+
+    class Record(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            values[node] = super().run_node(node)
+            return values[node]
+
+    assert mode.shape_env is not None
+    with mode, enable_python_dispatcher(), mode.shape_env.ignore_fresh_unbacked_symbols():
+        Record(graph_module).run(*fakes)
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    inside = {node: i for i, span in enumerate(spans) for node in span}
+    for node in graph_module.graph.nodes:
+        if node in inside:
+            span = spans[inside[node]]
+            if node is span[-1]:
+                _inline_span(graph_module, graph, span, copied, values, mode)
+        elif node.op == "output":
+            graph.output(fx.map_arg(node.args[0], lambda n: copied[n]))
+        else:
+            copied[node] = graph.node_copy(node, lambda n: copied[n])
+    return fx.GraphModule(graph_module, graph)
+
+
+def _inline_span(graph_module: fx.GraphModule, graph: fx.Graph, span: list[fx.Node], copied: dict[fx.Node, fx.Node],
+                 values: dict[fx.Node, Any], mode: FakeTensorMode) -> None:
+    members = set(span)
+    inputs = list(dict.fromkeys(n for node in span for n in node.all_input_nodes if n not in members))
+    results = [node for node in span if any(user not in members for user in node.users)]
+    part, local = fx.Graph(), {}
+    for node in inputs:
+        local[node] = part.placeholder(node.name)
+    for node in span:
+        local[node] = part.node_copy(node, lambda n: local[n])
+    part.output([local[n] for n in results])
+    module = fx.GraphModule(graph_module, part)
+    with mode:
+        traced = make_fx(lambda *a: fx.Interpreter(module).run(*a), tracing_mode="real")(*(values[n] for n in inputs))
+    below: dict[fx.Node, fx.Node] = dict(
+        zip(traced.graph.find_nodes(op="placeholder"), (copied[n] for n in inputs), strict=True))
+    for node in traced.graph.nodes:
+        if node.op == "output":
+            for result, value in zip(results, node.args[0], strict=True):
+                copied[result] = below[value]
+        elif node.op != "placeholder":
+            below[node] = graph.node_copy(node, lambda n: below[n])
+            for key in ("nn_module_stack", "stack_trace"):
+                if key in span[-1].meta:
+                    below[node].meta[key] = span[-1].meta[key]
 
 
 def _example(node: fx.Node) -> Any:

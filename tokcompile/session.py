@@ -21,7 +21,7 @@ from tokcompile.plan import Context, HostSize, Kept, Pass
 from tokcompile.recipes import Recipe, Step
 from tokcompile.regions import find_regions
 from tokcompile.regions.model import KINDS, Region, Regions
-from tokcompile.report import Report, StageReport, StepReport
+from tokcompile.reporting import Report, StageReport, StepReport
 
 aten = torch.ops.aten
 LOGICAL = torch.ops.tokcompile.logical.default
