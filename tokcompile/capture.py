@@ -82,11 +82,10 @@ class _Inputs:
         expr = value.node.expr
         for symbol in sorted(expr.free_symbols, key=str):
             if symbol not in self.symbols:
-                # Dynamo specialises 0 and 1, so a symbolic size is at least 2 in both environments
-                hint = int(value.node.shape_env.backed_var_to_val[symbol]) if hasattr(
-                    value.node.shape_env, "backed_var_to_val") else int(value.node.shape_env.var_to_val[symbol])
-                self.symbols[symbol] = env.create_symbol(
-                    hint, ConstantSource(f"size_{symbol}"), dynamic_dim=DimDynamic.DYNAMIC)
+                # a size is at least 2 (Dynamo specialises 0 and 1); a plain number, say a length so far, can be 0
+                create = env.create_symbol if symbol.is_positive else env.create_unspecified_symbol
+                self.symbols[symbol] = create(_hint(value.node.shape_env, symbol), ConstantSource(f"size_{symbol}"),
+                                              dynamic_dim=DimDynamic.DYNAMIC)
         new = expr.xreplace(self.symbols)
         hint = int(new.xreplace({self.symbols[s]: _hint(env, self.symbols[s]) for s in expr.free_symbols}))
         return env.create_symintnode(new, hint=hint)
