@@ -6,7 +6,7 @@ Every function of the family files returns ``(model.eval(), inputs)``: two layer
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ Family = Callable[[], Case]
 
 
 def capture_graphs(model: nn.Module, inputs: dict[str, Any], method: str | None = None,
-                   dynamic: bool = True) -> list[Captured]:
+                   dynamic: bool = True, inputs_in_order: Sequence[Any] = ()) -> list[Captured]:
     """Capture every graph that ``model(**inputs)`` (or ``model.<method>(**inputs)``) runs, in order.
 
     With ``method`` the model's ``forward`` is compiled while the method runs: ``generate`` gives a prefill graph and
@@ -38,8 +38,8 @@ def capture_graphs(model: nn.Module, inputs: dict[str, Any], method: str | None 
     torch._dynamo.reset()
     with torch.no_grad(), torch._dynamo.config.patch(**DYNAMO_CONFIG):
         if method is None:
-            model(**inputs)  # some models install hooks at their first call, under a lock that Dynamo cannot enter
-            torch.compile(model, backend=record, dynamic=dynamic, fullgraph=True)(**inputs)
+            model(*inputs_in_order, **inputs)  # some models install hooks at their first call, under a lock that Dynamo cannot enter
+            torch.compile(model, backend=record, dynamic=dynamic, fullgraph=True)(*inputs_in_order, **inputs)
             return graphs
         forward = torch.compile(
             lambda module, kwargs: type(module).forward(module, **kwargs), backend=record, dynamic=dynamic,

@@ -120,8 +120,11 @@ class Flow:
     # Steps ------------------------------------------------------------------------------------------------------
 
     def canonical(self, node: fx.Node, layout: bool = False) -> fx.Node:
-        """Look through operations that keep the values (with ``layout``: that keep them up to shape and order)."""
-        while self.inputs[node] and (self.op[node] in TRIVIAL or (layout and self.op[node] in LAYOUT)):
+        """Look through operations that keep the values (with ``layout``: that keep them up to shape and order).
+
+        A copy that is written to afterwards does not keep them.
+        """
+        while self.inputs[node] and node not in self._writers and (self.op[node] in TRIVIAL or (layout and self.op[node] in LAYOUT)):
             node = self.inputs[node][0]
         return node
 

@@ -5,6 +5,8 @@
     embedding(input_ids) ------------------------------+
     features (vision encoder output or a graph input) -+-> masked_scatter | index_put | where | cat -> decoder stack
     mask (positions of the image tokens) --------------+
+
+With the form ``copy`` (``x[:, 1:3] = features``) the output is the buffer as it is after the node ``write``.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ def find_merge_points(flow: Flow, streams: Sequence[Stream], encoders: Sequence[
     found: list[Region] = []
     seen: set[fx.Node] = set()
     for stream in streams:
-        for node in flow.back(stream.start, _ABOVE, limit=200).passed:
+        for node in flow.back(stream.start, _ABOVE, limit=200, reader=stream.end).passed:
             if flow.op[node] not in _MERGES or node in seen:
                 continue
             seen.add(node)
@@ -88,6 +90,8 @@ def _merge(flow: Flow, node: fx.Node, embeddings: int, images: list[fx.Node]) ->
     roles = {"output": _base(flow, node) if op == "copy" else node, "embeddings": text[0], "features": features[0]}
     if isinstance(mask, fx.Node):
         roles["mask"] = mask
+    if op == "copy":
+        roles["write"] = node
     shapes = {"B": sizes[0], "S": sizes[1], "D": sizes[2]} if len(sizes) == 3 else {"D": sizes[-1]}
     source = "encoder" if _from_images(flow, features[0], images) else "input"
     return Region("merge_point", module_path(node), roles, shapes, {"form": op, "features": source}, source_line(node))
