@@ -54,7 +54,8 @@ class PrunedLayer(DynamicLayer):
         if not self.is_initialized:
             self.dtype, self.device = key_states.dtype, key_states.device
             self.is_initialized = True
-            self.keys, self.values = key_states, value_states
+            # contiguous as after every later step: another layout would compile the decode step a second time
+            self.keys, self.values = key_states.contiguous(), value_states.contiguous()
             return self.keys, self.values
         keys, values = self.keys, self.values
         if self.held is not None:
