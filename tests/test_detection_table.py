@@ -47,19 +47,44 @@ TABLE = [
     Row(d.mistral, DECODER, GQA, SWIGLU, "yes", HEADS),
     Row(d.qwen2, DECODER, GQA, SWIGLU, "yes", HEADS),
     Row(d.qwen3, DECODER, GQA | {"qk_norm": "yes"}, SWIGLU, "yes", HEADS),
-    Row(d.gemma, DECODER, {"heads": "mqa", "rope": "yes"}, {"form": "gated", "activation": "gelu_tanh"}, "yes", {"Hkv": 1}),
-    Row(d.gemma2, DECODER, {"form": "eager", "softcap": "yes", "heads": "gqa", "mask": "tensor", "rope": "yes"},
-        {"form": "gated", "activation": "gelu_tanh"}, "yes", HEADS),
+    Row(
+        d.gemma,
+        DECODER,
+        {"heads": "mqa", "rope": "yes"},
+        {"form": "gated", "activation": "gelu_tanh"},
+        "yes",
+        {"Hkv": 1},
+    ),
+    Row(
+        d.gemma2,
+        DECODER,
+        {"form": "eager", "softcap": "yes", "heads": "gqa", "mask": "tensor", "rope": "yes"},
+        {"form": "gated", "activation": "gelu_tanh"},
+        "yes",
+        HEADS,
+    ),
     Row(d.gemma3_text, DECODER, GQA | {"qk_norm": "yes"}, {"activation": "gelu_tanh"}, "yes", HEADS),
     Row(d.phi, DECODER, {"heads": "mha", "rope": "yes"}, {"form": "mlp", "activation": "gelu_tanh"}, "yes"),
-    Row(d.phi3, DECODER, {"heads": "gqa", "rope": "yes", "projection": "fused_qkv"},
-        {"form": "fused_gate_up", "activation": "silu"}, "yes", HEADS),
+    Row(
+        d.phi3,
+        DECODER,
+        {"heads": "gqa", "rope": "yes", "projection": "fused_qkv"},
+        {"form": "fused_gate_up", "activation": "silu"},
+        "yes",
+        HEADS,
+    ),
     Row(d.gpt2, DECODER, MHA | {"projection": "fused_qkv"}, {"form": "mlp", "activation": "gelu_tanh"}, "yes"),
     Row(d.gpt_neox, DECODER, {"heads": "mha", "rope": "yes", "projection": "fused_qkv"}, {"form": "mlp"}, "yes"),
     Row(d.gptj, DECODER, {"heads": "mha", "rope": "yes", "form": "eager"}, {"form": "mlp"}, "yes"),
     Row(d.opt, DECODER, MHA, {"form": "mlp", "activation": "relu"}, "yes"),
-    Row(d.bloom, DECODER, MHA | {"form": "eager", "projection": "fused_qkv", "mask": "tensor"}, {"form": "mlp"}, "yes",
-        {"H": 4, "Dh": 16}),
+    Row(
+        d.bloom,
+        DECODER,
+        MHA | {"form": "eager", "projection": "fused_qkv", "mask": "tensor"},
+        {"form": "mlp"},
+        "yes",
+        {"H": 4, "Dh": 16},
+    ),
     Row(d.falcon, DECODER, {"heads": "mqa", "rope": "yes", "projection": "fused_qkv"}, {"form": "mlp"}, "yes"),
     Row(d.stablelm, DECODER, GQA, SWIGLU, "yes", HEADS),
     Row(d.olmo2, DECODER, GQA | {"qk_norm": "yes"}, SWIGLU, "yes", HEADS),
@@ -81,23 +106,39 @@ TABLE = [
     Row(e.distilbert, DECODER, MHA, {"form": "mlp"}, "no"),
     Row(e.modernbert, DECODER, {"rope": "yes", "projection": "fused_qkv"}, {"form": "fused_gate_up"}, "no"),
     Row(e.clip_text, DECODER, MHA, {"form": "mlp", "activation": "quick_gelu"}, "yes"),
-    Row(e.torch_encoder, DECODER, MHA | {"projection": "fused_qkv"}, {"form": "mlp", "activation": "relu"}, "no",
-        {"H": 4, "Dh": 16}),
+    Row(
+        e.torch_encoder,
+        DECODER,
+        MHA | {"projection": "fused_qkv"},
+        {"form": "mlp", "activation": "relu"},
+        "no",
+        {"H": 4, "Dh": 16},
+    ),
     Row(e.torch_encoder_pre_norm, DECODER, MHA | {"projection": "fused_qkv"}, {"form": "mlp"}, "no"),
-    Row(e.hand_written, DECODER, MHA | {"form": "eager", "projection": "fused_qkv"},
-        {"form": "mlp", "activation": "relu2"}, "no", {"H": 4, "Dh": 16}),
+    Row(
+        e.hand_written,
+        DECODER,
+        MHA | {"form": "eager", "projection": "fused_qkv"},
+        {"form": "mlp", "activation": "relu2"},
+        "no",
+        {"H": 4, "Dh": 16},
+    ),
     Row(v.vit, VISION, MHA, {"form": "mlp"}, encoder={"N": 17, "P": 16, "prefix": 1, "D": 64}),
     Row(v.deit, VISION, MHA, {"form": "mlp"}, encoder={"N": 18, "P": 16, "prefix": 2}),
     Row(v.dinov2, VISION, MHA, {"form": "mlp"}, encoder={"prefix": 1}),
     Row(v.dinov2_swiglu, VISION, MHA, SWIGLU, encoder={"prefix": 1}),
     Row(v.dinov2_registers, VISION, MHA, {"form": "mlp"}, encoder={"prefix": 4}),
     Row(v.dinov3, VISION, {"heads": "mha", "rope": "yes"}, {"form": "mlp"}, encoder={"prefix": 4}),
-    Row(v.clip_vision, VISION, MHA, {"form": "mlp", "activation": "quick_gelu"}, encoder={"N": 17, "P": 16, "prefix": 1}),
+    Row(
+        v.clip_vision, VISION, MHA, {"form": "mlp", "activation": "quick_gelu"}, encoder={"N": 17, "P": 16, "prefix": 1}
+    ),
     # one more attention and feed-forward: the pooling head, which is outside the encoder's stream
     Row(v.siglip, (1, 0, 0, 3, 3, 0), {"heads": "mha"}, {"form": "mlp"}, encoder={"prefix": 0}),
     Row(v.beit, VISION, MHA | {"mask": "tensor"}, {"form": "mlp"}, encoder={"prefix": 1}),
     Row(v.swin, (1, 0, 0, 4, 4, 0), MHA, {"form": "mlp"}, encoder={"N": 64, "prefix": 0, "layers": 4}, dynamic=False),
-    Row(v.hiera, (1, 0, 0, 3, 3, 0), {"projection": "fused_qkv"}, {"form": "mlp"}, encoder={"layers": 3}, dynamic=False),
+    Row(
+        v.hiera, (1, 0, 0, 3, 3, 0), {"projection": "fused_qkv"}, {"form": "mlp"}, encoder={"layers": 3}, dynamic=False
+    ),
     Row(v.videomae, VISION, MHA, {"form": "mlp"}, encoder={"prefix": 0}),
     Row(v.segformer, VISION, MHA, {"form": "mlp", "convolution": "yes"}, encoder={"prefix": 0}, dynamic=False),
     Row(v.fused_vit, VISION, MHA | {"projection": "fused_qkv"}, {"form": "mlp"}, encoder={"prefix": 1}),
@@ -118,7 +159,7 @@ def test_family(row: Row) -> None:
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # nn.TransformerEncoder would be one opaque operation per layer
     try:
-        captured, = capture_graphs(*row.family(), dynamic=row.dynamic)
+        (captured,) = capture_graphs(*row.family(), dynamic=row.dynamic)
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
     regions = find_regions(captured)
@@ -175,7 +216,7 @@ def connects(flow: Flow, start: torch.fx.Node, end: torch.fx.Node, without: torc
 
 @pytest.mark.parametrize("row", [s.t5, s.bart, s.whisper], ids=lambda f: f.__name__)
 def test_seq2seq_roles(row: Family) -> None:
-    captured, = capture_graphs(*row())
+    (captured,) = capture_graphs(*row())
     regions = find_regions(captured)
     encoder, decoder = regions.of("decoder_stack")
     assert (encoder.variant["causal"], decoder.variant["causal"]) == ("no", "yes")
@@ -195,10 +236,10 @@ def test_vlm_through_generate(name: str) -> None:
     inputs: dict[str, Any] = case.inputs(batch=2, left_padding=2) | {"max_new_tokens": 3, "do_sample": False}
     found = [find_regions(captured) for captured in capture_graphs(case.model, inputs, "generate")]
     assert [counts(regions) for regions in found] == GENERATED[name]
-    merge, = found[0].of("merge_point")
+    (merge,) = found[0].of("merge_point")
     assert merge.variant == {"form": "masked_scatter", "features": "input"}
     assert {"output", "embeddings", "features", "mask"} <= merge.roles.keys()
-    stack, = found[0].of("decoder_stack")
+    (stack,) = found[0].of("decoder_stack")
     assert stack.roles["input"] is merge.roles["output"]
     assert len(stack.layers) == 4
     assert {r.variant["cache"] for r in found[0].of("attention")} == {"no"}
@@ -211,10 +252,10 @@ def test_vlm_through_generate(name: str) -> None:
 @pytest.mark.parametrize("name", DIRECT)
 def test_vlm_in_one_graph(name: str) -> None:
     case = VLMS[name]()
-    captured, = capture_graphs(case.model, case.inputs(batch=2))
+    (captured,) = capture_graphs(case.model, case.inputs(batch=2))
     regions = find_regions(captured)
     assert counts(regions) == DIRECT[name]
-    merge, = regions.of("merge_point")
+    (merge,) = regions.of("merge_point")
     assert merge.variant["features"] == "encoder"
-    stack, = regions.of("decoder_stack")
+    (stack,) = regions.of("decoder_stack")
     assert stack.roles["input"] is merge.roles["output"]

@@ -35,7 +35,7 @@ def linear(inside: int = WIDTH, outside: int = WIDTH) -> nn.Linear:
 
 def regions_of(call: Callable[..., Any], *inputs: torch.Tensor, **layers: nn.Module) -> Regions:
     model = Module(call, **layers).eval()
-    captured, = capture_graphs(model, {}, inputs_in_order=inputs)
+    (captured,) = capture_graphs(model, {}, inputs_in_order=inputs)
     return find_regions(captured)
 
 
@@ -76,6 +76,7 @@ IMAGES = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
 
 def test_eager_attention_with_every_step() -> None:
     """Scale, softcap, mask, sinks, dropout and cast between the contractions are passed."""
+
     def call(m: Any, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         q, k, v = heads(m.q(x)), heads(m.k(x)), heads(m.v(x))
         scores = torch.tanh(torch.matmul(q, k.transpose(-1, -2)) / 8 / 30) * 30 + mask
@@ -84,11 +85,30 @@ def test_eager_attention_with_every_step() -> None:
         return x + m.o((weights @ v).transpose(1, 2).flatten(2))
 
     regions = regions_of(call, TOKENS, torch.zeros(2, 1, 6, 6), **projections())
-    region, = regions.of("attention")
-    assert region.variant == {"form": "eager", "mask": "tensor", "softcap": "yes", "projection": "separate",
-                              "cross": "self", "heads": "mha", "rope": "no", "qk_norm": "no", "cache": "no"}
-    assert {"query_proj", "key_proj", "value_proj", "query_source", "key_source", "value_source", "scores", "softmax",
-            "mask", "output_proj"} <= region.roles.keys()
+    (region,) = regions.of("attention")
+    assert region.variant == {
+        "form": "eager",
+        "mask": "tensor",
+        "softcap": "yes",
+        "projection": "separate",
+        "cross": "self",
+        "heads": "mha",
+        "rope": "no",
+        "qk_norm": "no",
+        "cache": "no",
+    }
+    assert {
+        "query_proj",
+        "key_proj",
+        "value_proj",
+        "query_source",
+        "key_source",
+        "value_source",
+        "scores",
+        "softmax",
+        "mask",
+        "output_proj",
+    } <= region.roles.keys()
     assert region.roles["mask"].op == "placeholder"
     assert (region.shapes["H"], region.shapes["Dh"]) == (HEADS, WIDTH // HEADS)
 
@@ -99,8 +119,9 @@ def test_cross_attention_with_fused_keys_and_values() -> None:
         mixed = F.scaled_dot_product_attention(heads(m.q(x)), heads(k), heads(v))
         return x + m.o(mixed.transpose(1, 2).flatten(2))
 
-    region, = regions_of(call, TOKENS, torch.ones(2, 9, WIDTH), q=linear(), kv=linear(WIDTH, 2 * WIDTH),
-                         o=linear()).of("attention")
+    (region,) = regions_of(
+        call, TOKENS, torch.ones(2, 9, WIDTH), q=linear(), kv=linear(WIDTH, 2 * WIDTH), o=linear()
+    ).of("attention")
     assert (region.variant["cross"], region.variant["projection"]) == ("cross", "fused_kv")
     assert region.roles["key_proj"] is region.roles["value_proj"]
     assert region.roles["query_source"] is not region.roles["key_source"]
@@ -113,7 +134,7 @@ def test_keys_from_a_cache() -> None:
         return x + m.o(mixed.transpose(1, 2).flatten(2)), k, v
 
     past = torch.ones(2, HEADS, 5, WIDTH // HEADS)
-    region, = regions_of(call, TOKENS, past, past + 1, **projections()).of("attention")
+    (region,) = regions_of(call, TOKENS, past, past + 1, **projections()).of("attention")
     assert region.variant["cache"] == "yes"
     assert region.variant["cross"] == "self"
     assert region.roles["past_key"].op == region.roles["past_value"].op == "placeholder"
@@ -122,6 +143,7 @@ def test_keys_from_a_cache() -> None:
 
 def test_keys_written_in_place_are_followed() -> None:
     """A buffer that is filled slice by slice leads to what was written."""
+
     def call(m: Any, x: torch.Tensor) -> torch.Tensor:
         k = heads(m.k(x))
         buffer = torch.empty_like(k)
@@ -130,7 +152,7 @@ def test_keys_written_in_place_are_followed() -> None:
         mixed = F.scaled_dot_product_attention(heads(m.q(x)), buffer, heads(m.v(x)))
         return x + m.o(mixed.transpose(1, 2).flatten(2))
 
-    region, = regions_of(call, TOKENS, **projections()).of("attention")
+    (region,) = regions_of(call, TOKENS, **projections()).of("attention")
     assert region.variant["cross"] == "self"
     assert "key_proj" in region.roles
 
@@ -156,7 +178,7 @@ def test_class_probabilities_are_no_near_miss() -> None:
 
 
 def test_fused_encoder_layer_is_a_near_miss_that_says_what_to_do() -> None:
-    captured, = capture_graphs(*encoders.torch_encoder())
+    (captured,) = capture_graphs(*encoders.torch_encoder())
     regions = find_regions(captured)
     assert counts(regions) == {}
     assert "set_fastpath_enabled(False)" in reason(regions, "attention")
@@ -165,24 +187,35 @@ def test_fused_encoder_layer_is_a_near_miss_that_says_what_to_do() -> None:
 # Feed-forward ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("activation", "name"), [
-    (F.relu, "relu"), (F.gelu, "gelu"), (F.silu, "silu"), (lambda x: F.gelu(x, approximate="tanh"), "gelu_tanh"),
-    (lambda x: F.relu(x) ** 2, "relu2"), (lambda x: x * torch.sigmoid(1.702 * x), "quick_gelu"), (F.mish, "mish"),
-])
+@pytest.mark.parametrize(
+    ("activation", "name"),
+    [
+        (F.relu, "relu"),
+        (F.gelu, "gelu"),
+        (F.silu, "silu"),
+        (lambda x: F.gelu(x, approximate="tanh"), "gelu_tanh"),
+        (lambda x: F.relu(x) ** 2, "relu2"),
+        (lambda x: x * torch.sigmoid(1.702 * x), "quick_gelu"),
+        (F.mish, "mish"),
+    ],
+)
 def test_activation_names(activation: Callable[[torch.Tensor], torch.Tensor], name: str) -> None:
     regions = regions_of(lambda m, x: x + m.down(activation(m.up(x))), TOKENS, **projections())
-    region, = regions.of("feed_forward")
+    (region,) = regions.of("feed_forward")
     assert region.variant == {"form": "mlp", "activation": name}
 
 
 def test_gated_feed_forward_tells_gate_from_up() -> None:
     for order in (False, True):
+
         def call(m: Any, x: torch.Tensor, order: bool = order) -> torch.Tensor:
             a, b = (m.up(x), m.gate(x)) if order else (m.gate(x), m.up(x))
             gate, up = (b, a) if order else (a, b)
             return x + m.down(up * F.silu(gate))
 
-        region, = regions_of(call, TOKENS, gate=linear(WIDTH, 64), up=linear(WIDTH, 64), down=linear(64)).of("feed_forward")
+        (region,) = regions_of(call, TOKENS, gate=linear(WIDTH, 64), up=linear(WIDTH, 64), down=linear(64)).of(
+            "feed_forward"
+        )
         roles = region.roles
         assert region.variant["form"] == "gated"
         assert roles["activation"].args[0] is roles["gate_proj"]
@@ -223,7 +256,7 @@ def _expert_layers() -> dict[str, nn.Module]:
 def test_dense_loop_over_experts_is_one_mixture() -> None:
     regions = regions_of(lambda m, x: x + _experts(m, x), TOKENS, **_expert_layers())
     assert counts(regions) == {"moe": 1}
-    region, = regions.of("moe")
+    (region,) = regions.of("moe")
     assert (region.shapes["E"], region.shapes["K"], region.variant["scores"]) == (3, 2, "softmax")
     assert region.roles["input"].op == "placeholder"
 
@@ -241,18 +274,22 @@ def _two_layers(block: Callable[[Any, torch.Tensor], torch.Tensor]) -> Callable[
     return lambda m, x: block(m, block(m, x)) * 1.5
 
 
-@pytest.mark.parametrize("block", [
-    lambda m, x: (lambda y: y + feed(m, m.two(y)))(x + attend(m, m.one(x))),
-    lambda m, x: m.two((lambda y: y + feed(m, y))(m.one(x + attend(m, x)))),
-    lambda m, x: x + attend(m, m.one(x)) + feed(m, m.one(x)),
-    lambda m, x: (attend(m, m.one(x)) + feed(m, m.two(x))) + x,
-    lambda m, x: (lambda y: y + 0.3 * m.two(feed(m, y)))(x + 0.3 * m.one(attend(m, x))),
-], ids=["pre_norm", "post_norm", "parallel", "parallel_sum_first", "norm_inside_and_scale"])
+@pytest.mark.parametrize(
+    "block",
+    [
+        lambda m, x: (lambda y: y + feed(m, m.two(y)))(x + attend(m, m.one(x))),
+        lambda m, x: m.two((lambda y: y + feed(m, y))(m.one(x + attend(m, x)))),
+        lambda m, x: x + attend(m, m.one(x)) + feed(m, m.one(x)),
+        lambda m, x: (attend(m, m.one(x)) + feed(m, m.two(x))) + x,
+        lambda m, x: (lambda y: y + 0.3 * m.two(feed(m, y)))(x + 0.3 * m.one(attend(m, x))),
+    ],
+    ids=["pre_norm", "post_norm", "parallel", "parallel_sum_first", "norm_inside_and_scale"],
+)
 def test_layers_of_every_residual_form(block: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
     norms = {"one": nn.LayerNorm(WIDTH), "two": nn.LayerNorm(WIDTH)}
     regions = regions_of(_two_layers(block), TOKENS, **projections(), **norms)
     assert counts(regions) == {"decoder_stack": 1, "attention": 2, "feed_forward": 2}
-    stack, = regions.of("decoder_stack")
+    (stack,) = regions.of("decoder_stack")
     first, second = stack.layers
     assert first.input is stack.roles["input"]
     assert first.input.op == "placeholder"
@@ -307,7 +344,7 @@ def test_patches_by_views_and_a_linear() -> None:
         return encode(m, m.patch(rows))
 
     regions = regions_of(call, IMAGES, patch=linear(48), **projections())
-    region, = regions.of("vision_encoder")
+    (region,) = regions.of("vision_encoder")
     assert region.variant["patches"] == "linear"
     assert region.roles["patch_embedding"] is region.roles["tokens"]
     assert region.shapes["prefix"] == 0
@@ -318,7 +355,7 @@ def test_tokens_behind_the_patches_are_no_prefix() -> None:
         return encode(m, torch.cat([extra[:, :2], patches(m, images), extra], dim=1))
 
     regions = regions_of(call, IMAGES, TOKENS, patch=nn.Conv2d(3, WIDTH, 4, 4), **projections())
-    region, = regions.of("vision_encoder")
+    (region,) = regions.of("vision_encoder")
     assert region.shapes["prefix"] == 2
     assert region.roles["class_token"] is region.roles["tokens"]
 
@@ -360,8 +397,8 @@ def _merge(form: str) -> Callable[..., torch.Tensor]:
 @pytest.mark.parametrize("form", ["masked_scatter", "where", "cat", "index_put", "copy"])
 def test_merge_points_of_every_form(form: str) -> None:
     regions = regions_of(_merge(form), IDS, TOKENS, table=nn.Embedding(20, WIDTH), **projections())
-    merge, = regions.of("merge_point")
-    stack, = regions.of("decoder_stack")
+    (merge,) = regions.of("merge_point")
+    (stack,) = regions.of("decoder_stack")
     assert merge.variant == {"form": form, "features": "input"}
     assert stack.roles["input"] is merge.roles["output"]
     assert ("write" in merge.roles) == (form == "copy")
@@ -391,7 +428,7 @@ def test_position_embeddings_are_no_merge() -> None:
 
 def test_names_of_modules_do_not_matter() -> None:
     """The same graph without any module information has the same regions."""
-    captured, = capture_graphs(*vision.fused_vit())
+    (captured,) = capture_graphs(*vision.fused_vit())
     named = find_regions(captured)
     for node in captured.graph.nodes:
         node.meta.pop("nn_module_stack", None)
@@ -405,7 +442,7 @@ def test_names_of_modules_do_not_matter() -> None:
 
 
 def test_detection_adds_no_guard() -> None:
-    captured, = capture_graphs(*decoders.qwen2())
+    (captured,) = capture_graphs(*decoders.qwen2())
     env = captured.fake_mode.shape_env
     assert env is not None
     before = len(env.guards)
@@ -414,7 +451,7 @@ def test_detection_adds_no_guard() -> None:
 
 
 def test_thirty_two_layers_within_a_second() -> None:
-    captured, = capture_graphs(*decoders.llama(layers=32))
+    (captured,) = capture_graphs(*decoders.llama(layers=32))
     start = time.process_time()
     regions = find_regions(captured)
     spent = time.process_time() - start

@@ -21,8 +21,13 @@ Case = tuple[nn.Module, dict[str, Any]]
 Family = Callable[[], Case]
 
 
-def capture_graphs(model: nn.Module, inputs: dict[str, Any], method: str | None = None,
-                   dynamic: bool = True, inputs_in_order: Sequence[Any] = ()) -> list[Captured]:
+def capture_graphs(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    method: str | None = None,
+    dynamic: bool = True,
+    inputs_in_order: Sequence[Any] = (),
+) -> list[Captured]:
     """Capture every graph that ``model(**inputs)`` (or ``model.<method>(**inputs)``) runs, in order.
 
     With ``method`` the model's ``forward`` is compiled while the method runs: ``generate`` gives a prefill graph and
@@ -38,12 +43,17 @@ def capture_graphs(model: nn.Module, inputs: dict[str, Any], method: str | None 
     torch._dynamo.reset()
     with torch.no_grad(), torch._dynamo.config.patch(**DYNAMO_CONFIG):
         if method is None:
-            model(*inputs_in_order, **inputs)  # some models install hooks at their first call, under a lock that Dynamo cannot enter
+            model(
+                *inputs_in_order, **inputs
+            )  # some models install hooks at their first call, under a lock that Dynamo cannot enter
             torch.compile(model, backend=record, dynamic=dynamic, fullgraph=True)(*inputs_in_order, **inputs)
             return graphs
         forward = torch.compile(
-            lambda module, kwargs: type(module).forward(module, **kwargs), backend=record, dynamic=dynamic,
-            fullgraph=True)
+            lambda module, kwargs: type(module).forward(module, **kwargs),
+            backend=record,
+            dynamic=dynamic,
+            fullgraph=True,
+        )
 
         @functools.wraps(model.forward)
         def compiled(**kwargs: Any) -> Any:
@@ -55,4 +65,3 @@ def capture_graphs(model: nn.Module, inputs: dict[str, Any], method: str | None 
         finally:
             del model.forward
     return graphs
-

@@ -9,9 +9,17 @@ import transformers as tr
 
 from . import Case
 
-SMALL = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
-         "eos_token_id": 2}
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 # These families take the number of logits as a number that Dynamo makes symbolic; the default 0 is no symbolic size.
 LOGITS = {"logits_to_keep": 4}
 GROUPED = SMALL | {"num_key_value_heads": 2}
@@ -49,8 +57,9 @@ def gemma() -> Case:
 
 
 def gemma2() -> Case:
-    return _build("Gemma2Config", "Gemma2ForCausalLM", **GROUPED, head_dim=16, sliding_window=4,
-                  attn_implementation="eager")
+    return _build(
+        "Gemma2Config", "Gemma2ForCausalLM", **GROUPED, head_dim=16, sliding_window=4, attn_implementation="eager"
+    )
 
 
 def gemma3_text() -> Case:
@@ -74,13 +83,31 @@ def gpt_neox() -> Case:
 
 
 def gptj() -> Case:
-    return _build("GPTJConfig", "GPTJForCausalLM", LOGITS, vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=64,
-                  rotary_dim=8)
+    return _build(
+        "GPTJConfig",
+        "GPTJForCausalLM",
+        LOGITS,
+        vocab_size=128,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        rotary_dim=8,
+    )
 
 
 def opt() -> Case:
-    return _build("OPTConfig", "OPTForCausalLM", vocab_size=128, hidden_size=64, ffn_dim=96, num_hidden_layers=2,
-                  num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=64)
+    return _build(
+        "OPTConfig",
+        "OPTForCausalLM",
+        vocab_size=128,
+        hidden_size=64,
+        ffn_dim=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=64,
+    )
 
 
 def bloom() -> Case:
@@ -88,8 +115,15 @@ def bloom() -> Case:
 
 
 def falcon() -> Case:
-    return _build("FalconConfig", "FalconForCausalLM", LOGITS, vocab_size=128, hidden_size=64, num_hidden_layers=2,
-                  num_attention_heads=4)
+    return _build(
+        "FalconConfig",
+        "FalconForCausalLM",
+        LOGITS,
+        vocab_size=128,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
 
 
 def stablelm() -> Case:
@@ -129,13 +163,27 @@ def mixtral() -> Case:
 
 
 def qwen3_moe() -> Case:
-    return _build("Qwen3MoeConfig", "Qwen3MoeForCausalLM", **GROUPED, head_dim=16, num_experts=4,
-                  num_experts_per_tok=2, moe_intermediate_size=48)
+    return _build(
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        **GROUPED,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+    )
 
 
 def qwen2_moe() -> Case:
-    return _build("Qwen2MoeConfig", "Qwen2MoeForCausalLM", **GROUPED, num_experts=4, num_experts_per_tok=2,
-                  moe_intermediate_size=48, shared_expert_intermediate_size=96)
+    return _build(
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        **GROUPED,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+        shared_expert_intermediate_size=96,
+    )
 
 
 def olmoe() -> Case:
@@ -143,11 +191,32 @@ def olmoe() -> Case:
 
 
 def deepseek_v3() -> Case:
-    return _build("DeepseekV3Config", "DeepseekV3ForCausalLM", **SMALL, num_key_value_heads=4, n_routed_experts=4,
-                  num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=1, q_lora_rank=24,
-                  kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, moe_intermediate_size=48)
+    return _build(
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        **SMALL,
+        num_key_value_heads=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=24,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=16,
+        moe_intermediate_size=48,
+    )
 
 
 def gpt_oss() -> Case:
-    return _build("GptOssConfig", "GptOssForCausalLM", **GROUPED, head_dim=16, num_local_experts=4,
-                  num_experts_per_tok=2, sliding_window=4)
+    return _build(
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        **GROUPED,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=4,
+    )

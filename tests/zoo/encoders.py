@@ -36,13 +36,30 @@ def roberta() -> Case:
 
 
 def distilbert() -> Case:
-    return _build("DistilBertConfig", "DistilBertForSequenceClassification", vocab_size=128, dim=64, hidden_dim=96,
-                  n_layers=2, n_heads=4, max_position_embeddings=64)
+    return _build(
+        "DistilBertConfig",
+        "DistilBertForSequenceClassification",
+        vocab_size=128,
+        dim=64,
+        hidden_dim=96,
+        n_layers=2,
+        n_heads=4,
+        max_position_embeddings=64,
+    )
 
 
 def modernbert() -> Case:
-    return _build("ModernBertConfig", "ModernBertModel", **ENCODER, cls_token_id=1, sep_token_id=2,
-                  global_attn_every_n_layers=2, local_attention=4, bos_token_id=1, eos_token_id=2)
+    return _build(
+        "ModernBertConfig",
+        "ModernBertModel",
+        **ENCODER,
+        cls_token_id=1,
+        sep_token_id=2,
+        global_attn_every_n_layers=2,
+        local_attention=4,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
 
 
 def clip_text() -> Case:

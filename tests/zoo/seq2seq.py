@@ -10,9 +10,21 @@ import transformers as tr
 from . import Case
 from .decoders import text
 
-SMALL = {"vocab_size": 128, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-         "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "max_position_embeddings": 64,
-         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+SMALL = {
+    "vocab_size": 128,
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
 
 
 def _build(config: str, model: str, inputs: dict[str, Any] | None = None, **settings: Any) -> Case:
@@ -22,13 +34,32 @@ def _build(config: str, model: str, inputs: dict[str, Any] | None = None, **sett
 
 
 def t5() -> Case:
-    return _build("T5Config", "T5ForConditionalGeneration", vocab_size=128, d_model=64, d_kv=16, d_ff=96, num_layers=2,
-                  num_heads=4, decoder_start_token_id=0)
+    return _build(
+        "T5Config",
+        "T5ForConditionalGeneration",
+        vocab_size=128,
+        d_model=64,
+        d_kv=16,
+        d_ff=96,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
 
 
 def t5_gated() -> Case:
-    return _build("T5Config", "T5ForConditionalGeneration", vocab_size=128, d_model=64, d_kv=16, d_ff=96, num_layers=2,
-                  num_heads=4, decoder_start_token_id=0, feed_forward_proj="gated-gelu")
+    return _build(
+        "T5Config",
+        "T5ForConditionalGeneration",
+        vocab_size=128,
+        d_model=64,
+        d_kv=16,
+        d_ff=96,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        feed_forward_proj="gated-gelu",
+    )
 
 
 def bart() -> Case:

@@ -40,8 +40,15 @@ def dinov2_swiglu() -> Case:
 
 
 def dinov2_registers() -> Case:
-    return _build("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel", **SMALL, mlp_ratio=2, image_size=32,
-                  patch_size=8, num_register_tokens=3)
+    return _build(
+        "Dinov2WithRegistersConfig",
+        "Dinov2WithRegistersModel",
+        **SMALL,
+        mlp_ratio=2,
+        image_size=32,
+        patch_size=8,
+        num_register_tokens=3,
+    )
 
 
 def dinov3() -> Case:
@@ -61,26 +68,62 @@ def beit() -> Case:
 
 
 def swin() -> Case:
-    return _build("SwinConfig", "SwinModel", image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4],
-                  window_size=4)
+    return _build(
+        "SwinConfig",
+        "SwinModel",
+        image_size=32,
+        patch_size=4,
+        embed_dim=16,
+        depths=[2, 2],
+        num_heads=[2, 4],
+        window_size=4,
+    )
 
 
 def hiera() -> Case:
-    return _build("HieraConfig", "HieraModel", image_size=[32, 32], patch_size=[7, 7], patch_stride=[4, 4],
-                  patch_padding=[3, 3], embed_dim=16, depths=[1, 2], num_heads=[1, 2], masked_unit_size=[2, 2],
-                  query_stride=[2, 2], num_query_pool=1)
+    return _build(
+        "HieraConfig",
+        "HieraModel",
+        image_size=[32, 32],
+        patch_size=[7, 7],
+        patch_stride=[4, 4],
+        patch_padding=[3, 3],
+        embed_dim=16,
+        depths=[1, 2],
+        num_heads=[1, 2],
+        masked_unit_size=[2, 2],
+        query_stride=[2, 2],
+        num_query_pool=1,
+    )
 
 
 def videomae() -> Case:
     video = torch.linspace(-1, 1, 2 * 4 * 3 * 32 * 32).reshape(2, 4, 3, 32, 32)
-    return _build("VideoMAEConfig", "VideoMAEModel", {"pixel_values": video}, **SMALL, image_size=32, patch_size=8,
-                  num_frames=4, tubelet_size=2)
+    return _build(
+        "VideoMAEConfig",
+        "VideoMAEModel",
+        {"pixel_values": video},
+        **SMALL,
+        image_size=32,
+        patch_size=8,
+        num_frames=4,
+        tubelet_size=2,
+    )
 
 
 def segformer() -> Case:
-    return _build("SegformerConfig", "SegformerModel", num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1],
-                  hidden_sizes=[16, 32], num_attention_heads=[1, 2], mlp_ratios=[2, 2], patch_sizes=[7, 3],
-                  strides=[4, 2])
+    return _build(
+        "SegformerConfig",
+        "SegformerModel",
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        sr_ratios=[2, 1],
+        hidden_sizes=[16, 32],
+        num_attention_heads=[1, 2],
+        mlp_ratios=[2, 2],
+        patch_sizes=[7, 3],
+        strides=[4, 2],
+    )
 
 
 class FusedVit(nn.Module):

@@ -16,13 +16,22 @@ from torch import fx
 
 from ..capture import module_path, source_line
 from .flow import Flow, Linear, Walk
+from .heads import head_shapes
 from .misses import Misses
 from .model import Region
 from .ops import CONTRACTION, CONV, FUSED, JOIN, LAYOUT, NORM, POINTWISE, REDUCE, SDPA, SELECT, SOFTMAX, TRIVIAL
 
 #: Between a projection and the contraction.
-_HEADS = TRIVIAL | LAYOUT | SELECT | JOIN | POINTWISE | NORM | REDUCE | {
-    "view_as_complex", "view_as_real", "new_empty", "empty", "zeros", "new_zeros", "_conj", "index", "index_select"}
+_HEADS = (
+    TRIVIAL
+    | LAYOUT
+    | SELECT
+    | JOIN
+    | POINTWISE
+    | NORM
+    | REDUCE
+    | {"view_as_complex", "view_as_real", "new_empty", "empty", "zeros", "new_zeros", "_conj", "index", "index_select"}
+)
 #: Between the two contractions.
 _SCORES = TRIVIAL | LAYOUT | POINTWISE | SELECT | {"cat", "max", "amax"}
 #: Between a low-rank projection and the one that feeds it.
@@ -43,9 +52,14 @@ def find_attention(flow: Flow, misses: Misses) -> list[Region]:
         elif flow.op[node] in SOFTMAX:
             region = _from_softmax(flow, node, misses)
         elif flow.op[node] in FUSED:
-            misses.add("attention", node, 0.9, f"expected attention in parts, found the fused operation {flow.op[node]}, "
-                       "which computes a whole layer; torch.backends.mha.set_fastpath_enabled(False) before the capture "
-                       "keeps its parts")
+            misses.add(
+                "attention",
+                node,
+                0.9,
+                f"expected attention in parts, found the fused operation {flow.op[node]}, "
+                "which computes a whole layer; torch.backends.mha.set_fastpath_enabled(False) before the capture "
+                "keeps its parts",
+            )
         if region is not None:
             found.append(region)
     return found
@@ -62,8 +76,11 @@ def _from_sdpa(flow: Flow, node: fx.Node) -> Region:
     roles = {"query": query, "key": key, "value": value, "output": node}
     if isinstance(mask, fx.Node):
         roles["mask"] = mask
-    variant = {"form": "sdpa", "mask": "causal" if causal else "tensor" if isinstance(mask, fx.Node) else "none",
-               "softcap": "no"}
+    variant = {
+        "form": "sdpa",
+        "mask": "causal" if causal else "tensor" if isinstance(mask, fx.Node) else "none",
+        "softcap": "no",
+    }
     return _describe(flow, node, roles, variant)  # type: ignore[arg-type]
 
 
@@ -78,73 +95,97 @@ def _from_softmax(flow: Flow, softmax: fx.Node, misses: Misses) -> Region | None
     if scores is None or output is None:
         if scores is not output:
             side, where = ("before", output) if scores is None else ("after", scores)
-            misses.add("attention", softmax, 0.5, f"expected a softmax between two contractions (query x key, then "
-                       f"weights x value), found no contraction {side} the softmax; the other one is {where}")
+            misses.add(
+                "attention",
+                softmax,
+                0.5,
+                f"expected a softmax between two contractions (query x key, then "
+                f"weights x value), found no contraction {side} the softmax; the other one is {where}",
+            )
         return None
     first, second = _operands(flow, scores), _operands(flow, output)
     if first is None or second is None:
-        misses.add("attention", softmax, 0.6, "expected contractions of two tensors, found "
-                   f"{flow.op[scores]} and {flow.op[output]} with other operands")
+        misses.add(
+            "attention",
+            softmax,
+            0.6,
+            f"expected contractions of two tensors, found {flow.op[scores]} and {flow.op[output]} with other operands",
+        )
         return None
     query, key = first
     weights = [n for n in second if flow.reaches(softmax, n)]
     values = [n for n in second if not flow.reaches(softmax, n)]
     if len(weights) != 1 or len(values) != 1:
-        misses.add("attention", softmax, 0.7, "expected weights x value after the softmax, found both operands of "
-                   f"{output} to come from the softmax")
+        misses.add(
+            "attention",
+            softmax,
+            0.7,
+            f"expected weights x value after the softmax, found both operands of {output} to come from the softmax",
+        )
         return None
     roles = {"query": query, "key": key, "value": values[0], "scores": scores, "softmax": softmax, "output": output}
     mask = _eager_mask(flow, scores, before)
     if mask is not None:
         roles["mask"] = mask
     bends = [n for n in before.passed if flow.op[n] == "tanh"]
-    variant = {"form": "eager", "mask": "tensor" if mask is not None else "none",
-               "softcap": "yes" if any(flow.reaches(scores, n) for n in bends) else "no"}
+    variant = {
+        "form": "eager",
+        "mask": "tensor" if mask is not None else "none",
+        "softcap": "yes" if any(flow.reaches(scores, n) for n in bends) else "no",
+    }
     return _describe(flow, softmax, roles, variant)
 
 
 def _operands(flow: Flow, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The two factors of a contraction; a transposition of the second one's last axes is taken off."""
+    args: Any = node.args
+    pair: Any = args[1:3] if flow.op[node] == "baddbmm" else args[:2]
     if flow.op[node] == "einsum":
-        pair = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
-    else:
-        pair = node.args[1:3] if flow.op[node] == "baddbmm" else node.args[:2]
-    if len(pair) != 2 or not all(isinstance(n, fx.Node) for n in pair):  # type: ignore[arg-type]
+        pair = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
+    if len(pair) != 2 or not all(isinstance(n, fx.Node) for n in pair):
         return None
-    left, right = pair  # type: ignore[misc]
+    left: fx.Node = pair[0]
+    right: fx.Node = pair[1]
     last = len(flow.dims(right) or ()) - 1
     inner = flow.canonical(right)
-    if flow.op[inner] in ("transpose", "swapaxes") and {a % (last + 1) for a in inner.args[1:3]} == {last - 1, last}:
-        right = inner.args[0]
+    axes: Any = inner.args[1:3]
+    if flow.op[inner] in ("transpose", "swapaxes") and {axis % (last + 1) for axis in axes} == {last - 1, last}:
+        right = flow.inputs[inner][0]
     return left, right
 
 
 def _eager_mask(flow: Flow, scores: fx.Node, before: Walk) -> fx.Node | None:
     """What is added to the scores, or fills them, on the way to the softmax (also through baddbmm)."""
-    if flow.op[scores] == "baddbmm" and len(flow.dims(scores.args[0]) or ()) >= 2:  # type: ignore[arg-type]
-        extra = scores.args[0]
-    else:
-        extra = None
+    added = flow.op[scores] == "baddbmm" and scores.kwargs.get("beta", 1) != 0
+    extra = flow.inputs[scores][0] if added else None
     for node in before.passed:
         if flow.op[node] not in ("add", "masked_fill", "where", "sub") or not flow.reaches(scores, node):
             continue
         for operand in flow.inputs[node]:
             if not flow.reaches(scores, operand) and len(flow.dims(operand) or ()) >= 2:
                 return operand
-    return extra  # type: ignore[return-value]
+    return extra
 
 
 def _describe(flow: Flow, node: fx.Node, roles: dict[str, fx.Node], variant: dict[str, str]) -> Region:
     readers = {"query": roles.get("scores", node), "key": roles.get("scores", node), "value": roles["output"]}
-    walks = {role: flow.back(roles[role], _HEADS, stop=lambda n: flow.linear(n) is not None, reader=reader)
-             for role, reader in readers.items()}
+    walks = {
+        role: flow.back(roles[role], _HEADS, stop=lambda n: flow.linear(n) is not None, reader=reader)
+        for role, reader in readers.items()
+    }
     projections = {role: _projection(flow, walk) for role, walk in walks.items()}
     _name_sources(flow, roles, projections, walks, variant)
-    after = next((n for n in flow.forward(roles["output"], lambda n: flow.op[n] in _AFTER and flow.linear(n) is None,
-                                          limit=25) if flow.linear(n) is not None), None)
+    after = next(
+        (
+            n
+            for n in flow.forward(roles["output"], lambda n: flow.op[n] in _AFTER and flow.linear(n) is None, limit=25)
+            if flow.linear(n) is not None
+        ),
+        None,
+    )
     if after is not None and _leads_to(flow, roles["output"], after):
         roles["output_proj"] = after
-    shapes = _shapes(flow, node, roles)
+    shapes = head_shapes(flow, roles)
     heads, kv_heads = shapes.get("H"), shapes.get("Hkv")
     variant["heads"] = "mha" if heads == kv_heads else "mqa" if kv_heads == 1 else "gqa"
     variant["rope"] = "yes" if _has_rope(flow, walks["query"]) else "no"
@@ -165,15 +206,27 @@ def _sources(flow: Flow, projection: Linear | None) -> list[fx.Node]:
     sources: list[fx.Node] = []
     while projection is not None and len(sources) < 3:
         sources.append(flow.canonical(projection.input, layout=True))
-        walk = flow.back(sources[-1], _LATENT, limit=20, stop=lambda n: flow.linear(n) is not None
-                         or (flow.op[n] == "add" and flow.primary(n) is None and len(flow.inputs[n]) == 2))
+        walk = flow.back(
+            sources[-1],
+            _LATENT,
+            limit=20,
+            stop=lambda n: (
+                flow.linear(n) is not None
+                or (flow.op[n] == "add" and flow.primary(n) is None and len(flow.inputs[n]) == 2)
+            ),
+        )
         linears = [m for m in (flow.linear(n) for n in walk.stops) if m is not None]
         projection = linears[0] if len(linears) == 1 else None
     return sources
 
 
-def _name_sources(flow: Flow, roles: dict[str, fx.Node], projections: dict[str, Linear | None],
-                  walks: dict[str, Walk], variant: dict[str, str]) -> None:
+def _name_sources(
+    flow: Flow,
+    roles: dict[str, fx.Node],
+    projections: dict[str, Linear | None],
+    walks: dict[str, Walk],
+    variant: dict[str, str],
+) -> None:
     chains = {role: _sources(flow, projections[role]) for role in projections}
     shared = next((n for n in chains["query"] if n in chains["key"]), None)
     for role, projection in projections.items():
@@ -188,10 +241,12 @@ def _name_sources(flow: Flow, roles: dict[str, fx.Node], projections: dict[str, 
         variant["projection"] = "fused_qkv" if nodes[0] is nodes[1] else "fused_kv"
     roots = {_root(flow, chain[0]) if chain else None for chain in (chains["query"], chains["key"])}
     same = shared is not None or (None not in roots and len(roots) == 1)
-    reduced = bool(chains["query"] and chains["key"]) and chains["query"][0] in flow.back(
-        chains["key"][0], _REDUCED, limit=30, stop=lambda n: n is chains["query"][0]).stops
-    unprojected = not chains["query"] and not chains["key"] and (
-        _stems(walks["query"]) == _stems(walks["key"]))
+    reduced = (
+        bool(chains["query"] and chains["key"])
+        and chains["query"][0]
+        in flow.back(chains["key"][0], _REDUCED, limit=30, stop=lambda n: n is chains["query"][0]).stops
+    )
+    unprojected = not chains["query"] and not chains["key"] and (_stems(walks["query"]) == _stems(walks["key"]))
     variant["cross"] = "self" if same or reduced or unprojected else "cross"
 
 
@@ -211,87 +266,6 @@ def _root(flow: Flow, node: fx.Node) -> fx.Node:
 def _leads_to(flow: Flow, output: fx.Node, projection: fx.Node) -> bool:
     linear = flow.linear(projection)
     return linear is not None and flow.reaches(output, linear.input)
-
-
-def _einsum_shapes(flow: Flow, roles: dict[str, fx.Node]) -> dict[str, Any] | None:
-    """Sizes by the letters of the equation of the scores, ``b q h d, b k h d -> b h q k`` in any order."""
-    scores = roles.get("scores")
-    if scores is None or flow.op[scores] != "einsum" or not isinstance(scores.args[0], str):
-        return None
-    left, _, out = scores.args[0].replace(" ", "").partition("->")
-    terms = left.split(",")
-    if len(terms) != 2 or len(out) != 4 or "." in left:
-        return None
-    sizes = dict(zip(terms[1], flow.sizes(roles["key"]), strict=False))
-    sizes |= dict(zip(terms[0], flow.sizes(roles["query"]), strict=False))
-    shared = [c for c in out if c in terms[0] and c in terms[1]]
-    inner = [c for c in terms[0] if c in terms[1] and c not in out]
-    rows = [c for c in out if c in terms[0] and c not in terms[1]]
-    columns = [c for c in out if c in terms[1] and c not in terms[0]]
-    if (len(shared), len(inner), len(rows), len(columns)) != (2, 1, 1, 1):
-        return None
-    letters = {"B": shared[0], "H": shared[1], "Hkv": shared[1], "S": rows[0], "T": columns[0], "Dh": inner[0]}
-    return {name: sizes[letter] for name, letter in letters.items()}
-
-
-def _shapes(flow: Flow, node: fx.Node, roles: dict[str, fx.Node]) -> dict[str, Any]:
-    named = _einsum_shapes(flow, roles)
-    if named is not None:
-        return named
-    query, key = _four_axes(flow, roles["query"]), _four_axes(flow, roles["key"])
-    sizes, key_sizes = flow.sizes(query), flow.sizes(key)
-    shapes: dict[str, Any] = {"S": sizes[-2], "Dh": sizes[-1], "T": key_sizes[-2]}
-    if len(sizes) >= 4:
-        shapes |= {"B": sizes[0], "H": sizes[-3], "Hkv": _kv_heads(flow, key)}
-    else:
-        heads = _folded_heads(flow, roles, sizes[-1]) if len(sizes) == 3 else 1
-        shapes |= {"B": sizes[0] // heads if len(sizes) == 3 else 1, "H": heads, "Hkv": heads}
-    return shapes
-
-
-def _folded_heads(flow: Flow, roles: dict[str, fx.Node], width: Any) -> Any:
-    """Heads of a [B*H, S, Dh] query, from the width of its projection; 1 when there is no telling."""
-    projection = flow.linear(roles["query_proj"]) if "query_proj" in roles else None
-    if projection is None or not isinstance(projection.features, int) or not isinstance(width, int):
-        return 1
-    share = 3 if roles.get("key_proj") is projection.node else 1
-    return max(projection.features // (share * width), 1)
-
-
-def _four_axes(flow: Flow, node: fx.Node) -> fx.Node:
-    """The [B, H, S, Dh] form of a [B*H, S, Dh] operand, when the graph has it."""
-    dims = flow.dims(node) or ()
-    current = node
-    while len(dims) == 3:
-        source = flow.primary(current) if flow.op[current] not in NORM else None
-        if source is None:
-            return node
-        current = source
-        other = flow.dims(current) or ()
-        if len(other) == 4 and other[-1] == dims[-1] and other[-2] == dims[-2]:
-            return current
-        if len(other) == 4 and {other[-1], other[-2]} == {dims[-1], dims[-2]}:
-            return node
-    return node
-
-
-def _kv_heads(flow: Flow, key: fx.Node) -> Any:
-    """Heads before ``expand`` or ``repeat_interleave`` gave every query head its copy."""
-    node = key
-    while flow.op[node] in TRIVIAL and flow.inputs[node]:
-        node = flow.inputs[node][0]
-    if flow.op[node] == "repeat_interleave":
-        return flow.sizes(flow.inputs[node][0])[-3]
-    if flow.op[node] in ("reshape", "view", "flatten", "_unsafe_view", "contiguous", "clone"):
-        inner = flow.canonical(flow.inputs[node][0])
-        if flow.op[inner] in ("expand", "repeat", "broadcast_to") and len(flow.dims(inner) or ()) == 5:
-            source = flow.sizes(flow.inputs[inner][0])
-            return source[1] if len(source) == 5 else flow.sizes(key)[-3]
-    if flow.op[node] in ("expand", "broadcast_to") and flow.inputs[node]:
-        source = flow.sizes(flow.inputs[node][0])
-        if len(source) == 4:
-            return source[-3]
-    return flow.sizes(key)[-3]
 
 
 def _has_rope(flow: Flow, walk: Walk) -> bool:

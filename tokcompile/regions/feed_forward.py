@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-import os.path
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,9 +56,14 @@ def find_feed_forward(flow: Flow, misses: Misses) -> list[FeedForward]:
         result = node
         join = find_join(flow, [inner.parts[0][0].input], result)
         if join is None:
-            misses.add("feed_forward", node, 0.8, "expected linear - activation - linear added to a residual stream, "
-                       f"found that the result of {node} is not added to the value that {region.roles['input']} "
-                       "comes from (a projector or a head)")
+            misses.add(
+                "feed_forward",
+                node,
+                0.8,
+                "expected linear - activation - linear added to a residual stream, "
+                f"found that the result of {node} is not added to the value that {region.roles['input']} "
+                "comes from (a projector or a head)",
+            )
             continue
         found.append(FeedForward(region, join))
     return found
@@ -120,7 +125,7 @@ def _describe(flow: Flow, down: Linear, inner: Inner) -> Region:
     linears = {part[0].node for part in inner.parts}
     glu = any(flow.op[n] == "glu" for n in inner.passed)
     form = "mlp" if len(inner.parts) == 1 and not glu else "fused_gate_up" if len(linears) == 1 else "gated"
-    gate, up = _gate_and_up(flow, down, inner)
+    gate, up = _gate_and_up(flow, inner)
     activation = _activation(flow, inner, gate, up)
     roles = {"input": flow.canonical(inner.parts[0][0].input, layout=True)}
     if form != "mlp":
@@ -129,18 +134,21 @@ def _describe(flow: Flow, down: Linear, inner: Inner) -> Region:
     variant = {"form": form, "activation": _activation_name(flow, inner)}
     if inner.convolution:
         variant["convolution"] = "yes"
-    shapes = dict(zip(("B", "S", "D"), flow.sizes(roles["input"]), strict=False)) \
-        if len(flow.sizes(roles["input"])) == 3 else {"D": flow.sizes(roles["input"])[-1]}
+    shapes = (
+        dict(zip(("B", "S", "D"), flow.sizes(roles["input"]), strict=False))
+        if len(flow.sizes(roles["input"])) == 3
+        else {"D": flow.sizes(roles["input"])[-1]}
+    )
     shapes["F"] = flow.sizes(down.input)[-1]
     path = common_path([module_path(n) for n in (*linears, down.node)])
     return Region("feed_forward", path, roles, shapes, variant, source_line(down.node))
 
 
-def _gate_and_up(flow: Flow, down: Linear, inner: Inner) -> tuple[tuple[Linear, fx.Node], tuple[Linear, fx.Node]]:
+def _gate_and_up(flow: Flow, inner: Inner) -> tuple[tuple[Linear, fx.Node], tuple[Linear, fx.Node]]:
     """The gate is the part that reaches the product through the activation."""
     if len(inner.parts) == 1:
         return inner.parts[0], inner.parts[0]
-    bends = [n for n in inner.passed if flow.op[n] in NONLINEAR - {"clamp_min", "tanh"} or flow.op[n] == "tanh"]
+    bends = [n for n in inner.passed if flow.op[n] in NONLINEAR]
     scores = [sum(flow.reaches(part[1], bend) for bend in bends) for part in inner.parts]
     gate = 0 if scores[0] >= scores[1] else 1
     return inner.parts[gate], inner.parts[1 - gate]
@@ -148,8 +156,13 @@ def _gate_and_up(flow: Flow, down: Linear, inner: Inner) -> tuple[tuple[Linear, 
 
 def _activation(flow: Flow, inner: Inner, gate: tuple[Linear, fx.Node], up: tuple[Linear, fx.Node]) -> fx.Node:
     """The last node that depends on the gate only."""
-    nodes = [n for n in inner.passed if flow.op[n] not in TRIVIAL | LAYOUT | NORM
-             and flow.reaches(gate[1], n) and (gate is up or not flow.reaches(up[1], n))]
+    nodes = [
+        n
+        for n in inner.passed
+        if flow.op[n] not in TRIVIAL | LAYOUT | NORM
+        and flow.reaches(gate[1], n)
+        and (gate is up or not flow.reaches(up[1], n))
+    ]
     return max(nodes or inner.passed, key=lambda n: flow.position[n])
 
 
@@ -157,11 +170,12 @@ def _activation_name(flow: Flow, inner: Inner) -> str:
     ops = [flow.op[n] for n in inner.passed]
     if "relu" in ops and ("pow" in ops or "square" in ops):
         return "relu2"
-    direct = next((op for op in ops if op in NONLINEAR and op not in ("sigmoid", "tanh", "exp", "clamp_min", "erf")), "")
+    parts_of_others = ("sigmoid", "tanh", "exp", "clamp_min", "erf")
+    direct = next((op for op in ops if op in NONLINEAR and op not in parts_of_others), "")
     if direct:
         tanh = any(flow.op[n] == "gelu" and n.kwargs.get("approximate") == "tanh" for n in inner.passed)
         return "gelu_tanh" if tanh else direct
-    if "tanh" in ops and "pow" in ops or ("tanh" in ops and ops.count("mul") >= 4):
+    if "tanh" in ops and ("pow" in ops or ops.count("mul") >= 4):
         return "gelu_tanh"
     if "erf" in ops:
         return "gelu"
@@ -174,6 +188,5 @@ def _activation_name(flow: Flow, inner: Inner) -> str:
 def common_path(paths: Sequence[str]) -> str:
     """The module path that all given paths begin with."""
     parts = [path.split(".") for path in paths if path]
-    return ".".join(os.path.commonprefix(parts)) if parts else ""
-
-
+    same = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parts, strict=False))
+    return ".".join(names[0] for names in same)

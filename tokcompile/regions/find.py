@@ -40,7 +40,8 @@ def find_regions(captured: Captured | fx.GraphModule | fx.Graph) -> Regions:
     mixtures = find_moe(flow, feeds, misses)
     inside = {id(block) for mixture in mixtures for block in mixture.inside}
     feeds = [block for block in feeds if id(block) not in inside]
-    blocks = [Block(b.region, b.join) for b in (*feeds, *mixtures)] + _attention_blocks(flow, attentions)
+    blocks = [Block(b.region, b.join) for b in feeds] + [Block(b.region, b.join) for b in mixtures]
+    blocks += _attention_blocks(flow, attentions)
     streams = [s for s in find_streams(flow, blocks) if _is_stack(s)]
     encoders, others = find_vision_encoders(flow, streams, misses)
     stacks = [_decoder_stack(flow, stream) for stream in others]
@@ -69,8 +70,11 @@ def _is_stack(stream: Stream) -> bool:
 
 def _decoder_stack(flow: Flow, stream: Stream) -> Region:
     sizes = flow.sizes(stream.start)
-    shapes: dict[str, Any] = {"D": sizes[-1], "S": sizes[-2] if len(sizes) > 1 else 1,
-                              "B": sizes[0] if len(sizes) > 2 else 1}
+    shapes: dict[str, Any] = {
+        "D": sizes[-1],
+        "S": sizes[-2] if len(sizes) > 1 else 1,
+        "B": sizes[0] if len(sizes) > 2 else 1,
+    }
     own = [b.region for b in stream.blocks if b.region.kind == "attention" and b.region.variant["cross"] == "self"]
     variant = {"causal": "yes" if any(is_causal(flow, region) for region in own) else "no"}
     path = common_path([layer.path for layer in stream.layers])

@@ -108,8 +108,11 @@ class Flow:
         """Sizes as ints and symbolic expressions: comparing them never adds a guard. None when not one tensor."""
         if node not in self._dims:
             value = node.meta.get("val")
-            self._dims[node] = tuple(s.node.expr if isinstance(s, torch.SymInt) else int(s) for s in value.shape) \
-                if isinstance(value, torch.Tensor) else None
+            self._dims[node] = (
+                tuple(s.node.expr if isinstance(s, torch.SymInt) else int(s) for s in value.shape)
+                if isinstance(value, torch.Tensor)
+                else None
+            )
         return self._dims[node]
 
     def sizes(self, node: fx.Node) -> tuple[Any, ...]:
@@ -124,7 +127,11 @@ class Flow:
 
         A copy that is written to afterwards does not keep them.
         """
-        while self.inputs[node] and node not in self._writers and (self.op[node] in TRIVIAL or (layout and self.op[node] in LAYOUT)):
+        while (
+            self.inputs[node]
+            and node not in self._writers
+            and (self.op[node] in TRIVIAL or (layout and self.op[node] in LAYOUT))
+        ):
             node = self.inputs[node][0]
         return node
 
@@ -169,8 +176,14 @@ class Flow:
 
     # Walks ------------------------------------------------------------------------------------------------------
 
-    def back(self, start: fx.Node, through: Collection[str], limit: int = 120,
-             stop: Callable[[fx.Node], bool] | None = None, reader: fx.Node | None = None) -> Walk:
+    def back(
+        self,
+        start: fx.Node,
+        through: Collection[str],
+        limit: int = 120,
+        stop: Callable[[fx.Node], bool] | None = None,
+        reader: fx.Node | None = None,
+    ) -> Walk:
         """Walk against the flow through the named operations; latest node first.
 
         With ``reader`` (who reads ``start``), in-place writes to ``start`` before it count as its sources.
@@ -209,7 +222,9 @@ class Flow:
 
 def _live(graph: fx.Graph) -> set[fx.Node]:
     """Nodes whose values leave the graph, as a result or by a write; a tracer keeps more (random operations)."""
-    stack = [n for node in graph.nodes if node.op == "output" or is_in_place(node) for n in (*node.all_input_nodes, node)]
+    stack = [
+        n for node in graph.nodes if node.op == "output" or is_in_place(node) for n in (*node.all_input_nodes, node)
+    ]
     live = {node for node in graph.nodes if node.op in ("placeholder", "get_attr")}
     while stack:
         node = stack.pop()

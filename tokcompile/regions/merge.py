@@ -25,10 +25,12 @@ from .ops import LAYOUT, NORM, POINTWISE, REDUCE, TRIVIAL
 from .stack import Stream
 
 _MERGES = {"masked_scatter", "index_put", "where", "cat", "index_copy", "scatter", "slice_scatter", "copy"}
-_ABOVE = (TRIVIAL | LAYOUT | NORM | REDUCE | POINTWISE | _MERGES | {"new_empty", "empty", "zeros", "zeros_like", "slice"})
+_ABOVE = TRIVIAL | LAYOUT | NORM | REDUCE | POINTWISE | _MERGES | {"new_empty", "empty", "zeros", "zeros_like", "slice"}
 
 
-def find_merge_points(flow: Flow, streams: Sequence[Stream], encoders: Sequence[Region], misses: Misses) -> list[Region]:
+def find_merge_points(
+    flow: Flow, streams: Sequence[Stream], encoders: Sequence[Region], misses: Misses
+) -> list[Region]:
     """Walk from the start of each stack up to the embeddings; what joins features to them on the way is a merge."""
     embeddings = flow.mask(flow.by_op.get("embedding", []))
     images = [r.roles["output"] for r in encoders]
@@ -46,12 +48,25 @@ def find_merge_points(flow: Flow, streams: Sequence[Stream], encoders: Sequence[
         for node in flow.by_op.get(op, []):
             if node not in seen and _floating(node):
                 inside = any(flow.reaches(s.start, node) and flow.reaches(node, s.end) for s in streams)
-                misses.add("merge_point", node, 0.5, f"expected {op} to make the sequence that enters a decoder stack, "
-                           + ("found it inside a stack, between its layers" if inside else
-                              "found that its result is not the residual stream of one"))
+                misses.add(
+                    "merge_point",
+                    node,
+                    0.5,
+                    f"expected {op} to make the sequence that enters a decoder stack, "
+                    + (
+                        "found it inside a stack, between its layers"
+                        if inside
+                        else "found that its result is not the residual stream of one"
+                    ),
+                )
             elif node in seen and not any(r.roles["output"] is node for r in found) and _floating(node):
-                misses.add("merge_point", node, 0.7, f"expected {op} of image features into text embeddings, found "
-                           "no embedding on one side or no features on the other")
+                misses.add(
+                    "merge_point",
+                    node,
+                    0.7,
+                    f"expected {op} of image features into text embeddings, found "
+                    "no embedding on one side or no features on the other",
+                )
     return sorted(found, key=lambda r: flow.position[r.roles["output"]])
 
 
@@ -117,5 +132,5 @@ def _is_features(flow: Flow, node: fx.Node, images: list[fx.Node]) -> bool:
     """Made by a vision encoder, or from a floating-point input of the graph with a width."""
     if _from_images(flow, node, images):
         return True
-    leaves = [n for n in flow.nodes[:flow.position[node] + 1] if n.op == "placeholder" and flow.reaches(n, node)]
+    leaves = [n for n in flow.nodes[: flow.position[node] + 1] if n.op == "placeholder" and flow.reaches(n, node)]
     return any(_floating(n) for n in leaves)

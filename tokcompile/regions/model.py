@@ -20,7 +20,7 @@ class Region:
         path: module path of the code that made it ("" when the graph has no module information).
         roles: role name -> node (for example ``query``, ``key``, ``value``, ``mask``, ``output``).
         shapes: dimension name -> size, an int or a SymInt (B, S, H, Hkv, Dh, D, F, N ...).
-        variant: which alternative was taken (for example ``{"form": "sdpa", "heads": "gqa", "projection": "separate"}``).
+        variant: which alternative was taken (for example ``{"form": "sdpa", "heads": "gqa"}``).
         source: ``file:line``.
         layers: for ``decoder_stack`` and ``vision_encoder``: the layers along the residual stream, in order.
     """

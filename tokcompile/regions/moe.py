@@ -46,8 +46,13 @@ def find_moe(flow: Flow, blocks: list[FeedForward], misses: Misses) -> list[Mixt
     for router, choice in routers.values():
         join = find_join(flow, [router.input], router.node, through_all=True)
         if join is None or not flow.reaches(choice, join.branch):
-            misses.add("moe", choice, 0.6, "expected a router whose choice weights experts that join the residual "
-                       f"stream, found that {choice} of the linear {router.node} never reaches one")
+            misses.add(
+                "moe",
+                choice,
+                0.6,
+                "expected a router whose choice weights experts that join the residual "
+                f"stream, found that {choice} of the linear {router.node} never reaches one",
+            )
             continue
         found.append(_describe(flow, router, choice, join, blocks))
     return found
@@ -60,11 +65,11 @@ def _describe(flow: Flow, router: Linear, choice: fx.Node, join: Join, blocks: l
         if block.join.add is not join.add and not flow.reaches(block.region.roles["output"], join.branch):
             continue
         routed = flow.reaches(router.node, block.region.roles["input"]) or flow.reaches(
-            router.node, block.region.roles["output"])
+            router.node, block.region.roles["output"]
+        )
         if routed or block.region.roles["input"] is source:
-            if flow.position[block.region.roles["input"]] >= flow.position[source]:
-                inside.append(block)
-                shared = shared or not routed
+            inside.append(block)
+            shared = shared or not routed
     sizes = flow.sizes(source)
     shapes = {"D": sizes[-1], "E": router.features}
     if len(sizes) == 3:
@@ -73,12 +78,20 @@ def _describe(flow: Flow, router: Linear, choice: fx.Node, join: Join, blocks: l
         shapes["K"] = choice.args[1]
     else:
         shapes["K"] = 1
-    between = [n for n in flow.nodes[flow.position[router.node]:flow.position[join.add]]
-               if flow.reaches(router.node, n)]
+    between = [
+        n for n in flow.nodes[flow.position[router.node] : flow.position[join.add]] if flow.reaches(router.node, n)
+    ]
     ops = {flow.op[n] for n in between}
     scores = "softmax" if ops & SOFTMAX else "sigmoid" if "sigmoid" in ops else "linear"
-    form = "grouped" if any("grouped_mm" in op for op in ops) else "loop" if ops & {"index_add", "nonzero"} else \
-        "batched" if ops & {"bmm", "matmul", "baddbmm", "einsum"} else "other"
+    form = (
+        "grouped"
+        if any("grouped_mm" in op for op in ops)
+        else "loop"
+        if ops & {"index_add", "nonzero"}
+        else "batched"
+        if ops & {"bmm", "matmul", "baddbmm", "einsum"}
+        else "other"
+    )
     variant = {"form": form, "scores": scores, "shared_expert": "yes" if shared else "no"}
     roles = {"input": source, "router": router.node, "top_k": choice, "output": flow.canonical(join.branch)}
     path = module_path(join.branch) or module_path(router.node)

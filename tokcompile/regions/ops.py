@@ -11,39 +11,151 @@ from torch import fx
 from torch._ops import OpOverload
 
 #: Same values, same order: looked through wherever a value is named.
-TRIVIAL = {"to", "_to_copy", "dropout", "native_dropout", "feature_dropout", "contiguous", "clone", "alias", "detach",
-           "lift_fresh", "lift_fresh_copy", "type_as"}
+TRIVIAL = {
+    "to",
+    "_to_copy",
+    "dropout",
+    "native_dropout",
+    "feature_dropout",
+    "contiguous",
+    "clone",
+    "alias",
+    "detach",
+    "lift_fresh",
+    "lift_fresh_copy",
+    "type_as",
+}
 
 #: Same values, another shape or order.
-LAYOUT = {"view", "reshape", "_unsafe_view", "view_as", "reshape_as", "unsqueeze", "squeeze", "flatten", "unflatten",
-          "transpose", "permute", "t", "T", "mT", "numpy_T", "movedim", "swapaxes", "expand", "expand_as", "broadcast_to", "roll"}
+LAYOUT = {
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "view_as",
+    "reshape_as",
+    "unsqueeze",
+    "squeeze",
+    "flatten",
+    "unflatten",
+    "transpose",
+    "permute",
+    "t",
+    "T",
+    "mT",
+    "numpy_T",
+    "movedim",
+    "swapaxes",
+    "expand",
+    "expand_as",
+    "broadcast_to",
+    "roll",
+}
 
 #: Copies of some of the values.
-SELECT = {"slice", "select", "getitem", "chunk", "split", "split_with_sizes", "unsafe_split", "unsafe_chunk", "unbind",
-          "tensor_split", "narrow", "repeat", "repeat_interleave", "pad", "constant_pad_nd"}
+SELECT = {
+    "slice",
+    "select",
+    "getitem",
+    "chunk",
+    "split",
+    "split_with_sizes",
+    "unsafe_split",
+    "unsafe_chunk",
+    "unbind",
+    "tensor_split",
+    "narrow",
+    "repeat",
+    "repeat_interleave",
+    "pad",
+    "constant_pad_nd",
+}
 
 #: Operations that put values together without mixing them.
-JOIN = {"cat", "concat", "stack", "copy", "slice_scatter", "select_scatter", "index_copy", "index_put", "_index_put_impl"}
+JOIN = {
+    "cat",
+    "concat",
+    "stack",
+    "copy",
+    "slice_scatter",
+    "select_scatter",
+    "index_copy",
+    "index_put",
+    "_index_put_impl",
+}
 
 #: The bend in an activation function.
-NONLINEAR = {"gelu", "silu", "relu", "relu6", "sigmoid", "tanh", "erf", "mish", "leaky_relu", "elu", "celu", "selu",
-             "hardswish", "hardsigmoid", "hardtanh", "softplus", "logsigmoid", "prelu", "exp", "expm1", "clamp_min",
-             "threshold", "glu", "softsign", "square"}
+NONLINEAR = {
+    "gelu",
+    "silu",
+    "relu",
+    "relu6",
+    "sigmoid",
+    "tanh",
+    "erf",
+    "mish",
+    "leaky_relu",
+    "elu",
+    "celu",
+    "selu",
+    "hardswish",
+    "hardsigmoid",
+    "hardtanh",
+    "softplus",
+    "logsigmoid",
+    "prelu",
+    "exp",
+    "expm1",
+    "clamp_min",
+    "threshold",
+    "glu",
+    "softsign",
+    "square",
+}
 
 POINTWISE = NONLINEAR | {
-    "add", "sub", "rsub", "mul", "div", "true_divide", "neg", "pow", "sqrt", "rsqrt", "reciprocal", "abs", "clamp",
-    "clamp_max", "minimum", "maximum", "where", "masked_fill", "log", "log1p", "sin", "cos", "addcmul", "nan_to_num"}
+    "add",
+    "sub",
+    "rsub",
+    "mul",
+    "div",
+    "true_divide",
+    "neg",
+    "pow",
+    "sqrt",
+    "rsqrt",
+    "reciprocal",
+    "abs",
+    "clamp",
+    "clamp_max",
+    "minimum",
+    "maximum",
+    "where",
+    "masked_fill",
+    "log",
+    "log1p",
+    "sin",
+    "cos",
+    "addcmul",
+    "nan_to_num",
+}
 
-NORM = {"layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm", "group_norm", "batch_norm", "instance_norm",
-        "normalize"}
+NORM = {
+    "layer_norm",
+    "native_layer_norm",
+    "rms_norm",
+    "_fused_rms_norm",
+    "group_norm",
+    "batch_norm",
+    "instance_norm",
+    "normalize",
+}
 
 #: Reductions of which normalisations are made when they are written out.
 REDUCE = {"mean", "var", "std", "sum", "linalg_vector_norm", "norm", "var_mean", "amax", "max"}
 
 CONTRACTION = {"matmul", "bmm", "einsum", "baddbmm", "mm"}
 SOFTMAX = {"softmax", "_softmax", "_safe_softmax"}
-SDPA = {"scaled_dot_product_attention", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_flash_attention_for_cpu"}
+SDPA = {"scaled_dot_product_attention"}
 
 #: Whole layers as one operation (nn.TransformerEncoderLayer and nn.MultiheadAttention without gradients).
 FUSED = {"_transformer_encoder_layer_fwd", "_native_multi_head_attention"}
@@ -51,12 +163,41 @@ FUSED = {"_transformer_encoder_layer_fwd", "_native_multi_head_attention"}
 CONV = {"conv1d", "conv2d", "conv3d", "convolution"}
 
 #: The result depends on the operand's shape, type and device only.
-SHAPE_ONLY = {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full",
-              "rand_like", "randn_like", "arange", "zeros", "ones", "empty", "full", "new_empty_strided", "sym_size"}
+SHAPE_ONLY = {
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "full_like",
+    "new_zeros",
+    "new_ones",
+    "new_empty",
+    "new_full",
+    "rand_like",
+    "randn_like",
+    "arange",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "new_empty_strided",
+    "sym_size",
+}
 
 #: The result shares memory with its first operand, so that writing to it writes to the operand.
-VIEWS = LAYOUT | {"slice", "select", "getitem", "chunk", "split", "split_with_sizes", "unbind", "narrow", "alias",
-                  "detach", "to", "contiguous"}
+VIEWS = LAYOUT | {
+    "slice",
+    "select",
+    "getitem",
+    "chunk",
+    "split",
+    "split_with_sizes",
+    "unbind",
+    "narrow",
+    "alias",
+    "detach",
+    "to",
+    "contiguous",
+}
 
 COMPARE = {"le", "lt", "ge", "gt"}
 

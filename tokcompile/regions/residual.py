@@ -17,7 +17,9 @@ from torch import fx
 from .flow import Flow
 from .ops import CONTRACTION, CONV, SDPA, SOFTMAX
 
-_STOPS = CONTRACTION | CONV | SDPA | SOFTMAX | {"linear", "addmm", "embedding", "cat", "topk", "argmax", "masked_scatter"}
+_STOPS = (
+    CONTRACTION | CONV | SDPA | SOFTMAX | {"linear", "addmm", "embedding", "cat", "topk", "argmax", "masked_scatter"}
+)
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,16 @@ class Join:
     branch: fx.Node
 
 
-def find_join(flow: Flow, sources: Sequence[fx.Node], result: fx.Node, through_all: bool = False,
-              shortcut: bool = False) -> Join | None:
+def find_join(
+    flow: Flow, sources: Sequence[fx.Node], result: fx.Node, through_all: bool = False, shortcut: bool = False
+) -> Join | None:
     """The first addition, below ``result``, of the stream that feeds ``sources``.
 
     Other branches may be added first (parallel residual, shared experts). With ``through_all`` no operation
     between ``result`` and the addition stops the search. With ``shortcut`` the residual is something made from the
     source itself (a projection and pooling, where a stage changes the width).
     """
+
     def passes(node: fx.Node) -> bool:
         return through_all or flow.op[node] not in _STOPS
 

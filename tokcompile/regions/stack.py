@@ -7,6 +7,7 @@ need no rules of their own.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -51,8 +52,10 @@ def find_streams(flow: Flow, blocks: Sequence[Block]) -> list[Stream]:
         links.add_edge(_stream_above(flow, block.join.residual, adds), block.join.add)
     streams = []
     for component in nx.connected_components(links):
-        members = sorted((b for b in blocks if b.join.add in component),
-                         key=lambda b: (flow.position[b.join.add], flow.position[b.region.roles["output"]]))
+        members = sorted(
+            (b for b in blocks if b.join.add in component),
+            key=lambda b: (flow.position[b.join.add], flow.position[b.region.roles["output"]]),
+        )
         start = min((b.join.residual for b in members), key=flow.position.__getitem__)
         stream = Stream(start, members[-1].join.add, members)
         stream.layers = _layers(flow, stream)
@@ -83,7 +86,7 @@ def cuts(flow: Flow, start: fx.Node, end: fx.Node) -> list[fx.Node]:
     """All nodes that every path from ``start`` to ``end`` passes, both included, in graph order."""
     graph = nx.DiGraph()
     graph.add_node(start)
-    for node in flow.nodes[flow.position[start]:flow.position[end] + 1]:
+    for node in flow.nodes[flow.position[start] : flow.position[end] + 1]:
         if flow.reaches(start, node) and flow.reaches(node, end):
             graph.add_edges_from((source, node) for source in flow.inputs[node] if source in graph)
     above = nx.immediate_dominators(graph, start)
@@ -128,10 +131,15 @@ def _segments(flow: Flow, stream: Stream, points: list[fx.Node]) -> list[tuple[i
             number += 1
         owned.setdefault(number, []).append(block)
     mixing = CONTRACTION | CONV | {"linear", "addmm"}
-    for number, (low, high) in enumerate(zip(positions, positions[1:], strict=False)):
-        if number not in owned and high - low > 1 and any(
+    for number, (low, high) in enumerate(itertools.pairwise(positions)):
+        if (
+            number not in owned
+            and high - low > 1
+            and any(
                 flow.op[n] in mixing and flow.reaches(points[number], n) and flow.reaches(n, points[number + 1])
-                for n in flow.nodes[low + 1:high]):
+                for n in flow.nodes[low + 1 : high]
+            )
+        ):
             owned[number] = []
     return sorted(owned.items())
 
@@ -141,7 +149,9 @@ def _layer(flow: Flow, index: int, blocks: list[Block], before: fx.Node, output:
     own = [r for r in attentions if r.variant["cross"] == "self"]
     feeds = [b.region for b in blocks if b.region.kind != "attention"]
     paths = [b.region.path for b in blocks] + [module_path(b.join.add) for b in blocks]
-    return Layer(common_path(paths), index, before, output, (own or attentions or [None])[0], (feeds or [None])[0])
+    return Layer(
+        common_path(paths), index, before, output, next(iter(own or attentions), None), next(iter(feeds), None)
+    )
 
 
 def _last_output(flow: Flow, stream: Stream) -> fx.Node:

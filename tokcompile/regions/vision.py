@@ -67,22 +67,31 @@ def _is_merge(flow: Flow, node: fx.Node) -> bool:
 def _extend(region: Region, stream: Stream) -> None:
     """Append the layers of a later stage, after patch merging."""
     first = len(region.layers)
-    region.layers += [Layer(n.path, first + n.index, n.input, n.output, n.attention, n.feed_forward)
-                      for n in stream.layers]
+    region.layers += [
+        Layer(n.path, first + n.index, n.input, n.output, n.attention, n.feed_forward) for n in stream.layers
+    ]
     region.roles["output"] = stream.output
     region.variant["stages"] = str(int(region.variant["stages"]) + 1)
 
 
 def _patches(flow: Flow, start: fx.Node, misses: Misses) -> Patches | None:
-    convs = [n for n in flow.by_op.get("conv2d", []) + flow.by_op.get("conv3d", []) + flow.by_op.get("convolution", [])
-             if flow.is_conv(n) and flow.reaches(n, start)]
+    convs = [
+        n
+        for n in flow.by_op.get("conv2d", []) + flow.by_op.get("conv3d", []) + flow.by_op.get("convolution", [])
+        if flow.is_conv(n) and flow.reaches(n, start)
+    ]
     if convs:
         last = max(convs, key=flow.position.__getitem__)
         kernel, stride = kernel_and_stride(flow, last)
         if max(stride) > 1:
             return Patches(last, "conv" if kernel == stride else "overlapping_conv")
-        misses.add("vision_encoder", last, 0.6, "expected a patch embedding (convolution with stride equal to its "
-                   f"kernel), found kernel {kernel} with stride {stride}: tokens of a convolutional backbone")
+        misses.add(
+            "vision_encoder",
+            last,
+            0.6,
+            "expected a patch embedding (convolution with stride equal to its "
+            f"kernel), found kernel {kernel} with stride {stride}: tokens of a convolutional backbone",
+        )
         return None
     return _linear_patches(flow, start)
 
@@ -94,8 +103,14 @@ def _linear_patches(flow: Flow, start: fx.Node) -> Patches | None:
     if linear is None:
         return None
     source, ops = linear.input, set()
-    while not flow.is_leaf(source) and flow.inputs[source] and (
-            flow.op[source] in TRIVIAL | LAYOUT | {"im2col", "unfold", "slice", "pad", "constant_pad_nd", "sub", "div", "mul"}):
+    while (
+        not flow.is_leaf(source)
+        and flow.inputs[source]
+        and (
+            flow.op[source]
+            in TRIVIAL | LAYOUT | {"im2col", "unfold", "slice", "pad", "constant_pad_nd", "sub", "div", "mul"}
+        )
+    ):
         ops.add(flow.op[source])
         source = flow.inputs[source][0]
     value = source.meta.get("val")
@@ -110,11 +125,15 @@ def _linear_patches(flow: Flow, start: fx.Node) -> Patches | None:
 
 def _patch_width(width: Any) -> bool:
     """Whether a row can be a square patch of an RGB image, or of two RGB frames."""
-    return isinstance(width, int) and any(width == 3 * frames * side * side for frames in (1, 2) for side in range(4, 65))
+    return isinstance(width, int) and any(
+        width == 3 * frames * side * side for frames in (1, 2) for side in range(4, 65)
+    )
 
 
 def _towards(flow: Flow, start: fx.Node, goal: Any) -> fx.Node | None:
-    walk = flow.back(start, TRIVIAL | LAYOUT | {"add", "cat", "layer_norm", "slice", "mul", "rms_norm"}, limit=40, stop=goal)
+    walk = flow.back(
+        start, TRIVIAL | LAYOUT | {"add", "cat", "layer_norm", "slice", "mul", "rms_norm"}, limit=40, stop=goal
+    )
     return next((n for n in walk.stops if goal(n)), None)
 
 
@@ -123,7 +142,7 @@ def kernel_and_stride(flow: Flow, conv: fx.Node) -> tuple[list[int], list[int]]:
     kernel = list((flow.dims(conv.args[1]) or ())[2:])  # type: ignore[arg-type]
     given = conv.args[3] if len(conv.args) > 3 else conv.kwargs.get("stride", 1)
     stride = list(given) if isinstance(given, (list, tuple)) else [given]
-    return kernel, (stride * len(kernel))[:len(kernel)]  # type: ignore[return-value]
+    return kernel, (stride * len(kernel))[: len(kernel)]  # type: ignore[return-value]
 
 
 def _describe(flow: Flow, stream: Stream, patches: Patches) -> Region:
@@ -131,8 +150,12 @@ def _describe(flow: Flow, stream: Stream, patches: Patches) -> Region:
     sizes = flow.sizes(stream.start)
     count = _patch_count(flow, patches)
     grid = len(sizes) == 4
-    shapes: dict[str, Any] = {"B": sizes[0] if len(sizes) > 2 else 1, "D": sizes[-1], "P": count,
-                              "N": sizes[1] * sizes[2] if grid else sizes[-2]}
+    shapes: dict[str, Any] = {
+        "B": sizes[0] if len(sizes) > 2 else 1,
+        "D": sizes[-1],
+        "P": count,
+        "N": sizes[1] * sizes[2] if grid else sizes[-2],
+    }
     prefix, token = _prefix(flow, stream.start, patches.node)
     shapes["prefix"] = prefix
     if token is not None:
@@ -140,7 +163,9 @@ def _describe(flow: Flow, stream: Stream, patches: Patches) -> Region:
     variant = {"patches": patches.form, "stages": "1", "tokens": "grid" if grid else "sequence"}
     layers = list(stream.layers)
     path = module_path(patches.node)
-    common = [a for a, b in zip(path.split("."), (layers[0].path if layers else path).split("."), strict=False) if a == b]
+    common = [
+        a for a, b in zip(path.split("."), (layers[0].path if layers else path).split("."), strict=False) if a == b
+    ]
     return Region("vision_encoder", ".".join(common), roles, shapes, variant, source_line(patches.node), layers)
 
 
@@ -166,7 +191,7 @@ def _prefix(flow: Flow, start: fx.Node, patches: fx.Node) -> tuple[Any, fx.Node 
         if flow.op[node] == "cat" and axis == len(flow.dims(node) or ()) - 2:
             following = max(sources, key=lambda n: (_hint(flow, n), flow.position[n]))
             operands = list(node.args[0])  # type: ignore[arg-type]
-            count = count + sum(flow.sizes(n)[axis] for n in operands[:operands.index(following)])
+            count = count + sum(flow.sizes(n)[axis] for n in operands[: operands.index(following)])
             token = token or node
         elif flow.op[node] == "slice" and axis == len(flow.dims(node) or ()) - 2:
             first = node.args[2] if len(node.args) > 2 else 0
@@ -191,5 +216,10 @@ def _unclaimed(flow: Flow, claimed: set[fx.Node], starts: list[fx.Node], misses:
         kernel, stride = kernel_and_stride(flow, node)
         if node in claimed or kernel != stride or max(kernel) == 1 or any(flow.reaches(node, n) for n in starts):
             continue
-        misses.add("vision_encoder", node, 0.5, "expected the patches to become the tokens of a stack of attention "
-                   f"layers, found a convolution with kernel and stride {kernel} whose result reaches none")
+        misses.add(
+            "vision_encoder",
+            node,
+            0.5,
+            "expected the patches to become the tokens of a stack of attention "
+            f"layers, found a convolution with kernel and stride {kernel} whose result reaches none",
+        )
