@@ -13,18 +13,18 @@ Source: score of "Adaptive Sparse ViT", IJCAI 2023, arXiv 2209.13802 (there with
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, fx
+from torch import Tensor
 
 from tokcompile.plan import Context, Pass
 from tokcompile.recipes import Budget
 from tokcompile.regions.model import Region
 from tokcompile.registry import PassParams, register
-from tokcompile.selection import budgets, budgets_count, keep_mask, row_attention, segments
+from tokcompile.scores import attention_rows
+from tokcompile.selection import budgets, budgets_count, keep_mask, segments
 
 
 @register
@@ -70,20 +70,13 @@ class ClassAttention(Pass):
         layer = region.layers[stage - 1]
         attention, node = layer.attention, layer.output
         assert attention is not None
-        roles = attention.roles
-        fused = attention.variant.get("form") == "sdpa"
-        inputs = [roles["query"], roles["key"]] if fused else [roles["softmax"]]
-        if any(n.meta["val"].dim() != 4 for n in [*inputs, roles["output"]]):
-            raise ctx.refuse(roles["output"], "attention with batch and heads flattened together cannot be scored")
-        scale = _scale(roles["output"]) if fused else 1.0
+        context = attention.roles["output"]
+        if context.meta["val"].dim() != 4:
+            raise ctx.refuse(context, "attention with batch and heads flattened together cannot be scored")
+        rows = attention_rows(ctx, layer, 1 if prefix else None)
 
-        def choose(x: Tensor, context: Tensor, *rest: Tensor) -> Tensor:
-            rows = 1 if prefix else x.shape[1]
-            if fused:
-                weights = row_attention(rest[0][:, :, :rows], rest[1], scale)
-            else:
-                weights = rest[0][:, :, :rows].to(torch.float32)
-            weights = weights.mean(2)[:, :, prefix:]  # [B, H, patches]
+        def choose(x: Tensor, context: Tensor, rows: Tensor) -> Tensor:
+            weights = rows.mean(2)[:, :, prefix:]  # [B, H, patches]
             if prefix:
                 norm = torch.linalg.vector_norm(context[:, :, prefix:].to(torch.float32), dim=-1)
                 weights = weights * (norm / (norm.sum(1, keepdim=True) + 1e-8))
@@ -95,7 +88,7 @@ class ClassAttention(Pass):
             scores = torch.cat([scores.new_zeros(x.shape[0], prefix), scores], 1)
             return keep_mask(scores, segment, budget)
 
-        kept = ctx.emit(choose, node, roles["output"], *inputs, before=ctx.after(node, roles["output"], *inputs))
+        kept = ctx.emit(choose, node, context, rows, before=ctx.after(node, context, rows))
         count = node.meta["val"].shape[1]
         if isinstance(count, torch.SymInt):
             size: Any = ctx.emit(lambda x: keep.count(x.shape[1] - prefix) + prefix, node, before=ctx.after(node))
@@ -105,8 +98,3 @@ class ClassAttention(Pass):
         ctx.cut(node, kept, size, stack=region.path or "encoder", layer=region.layers[stage], index=stage, prefix=prefix)
         return number
 
-
-def _scale(sdpa: fx.Node) -> float:
-    scale = sdpa.kwargs.get("scale")
-    width = sdpa.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
-    return float(scale) if scale is not None else 1 / math.sqrt(width)  # type: ignore[arg-type]

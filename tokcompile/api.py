@@ -217,9 +217,15 @@ def _encoder(base: nn.Module, name: str, session: Session) -> Callable[..., Any]
     original = getattr(type(base), name)
 
     def encode(base: nn.Module, kwargs: dict[str, Any]) -> Any:
-        return original(base, **kwargs)
+        return original(base, **kwargs), None
 
-    compiled: Callable[..., Any] | None = _compiled(encode, session, dynamic=None)
+    def encode_and_score(base: nn.Module, kwargs: dict[str, Any]) -> Any:
+        result = original(base, **kwargs)
+        rows = torch.cat([f.reshape(-1, f.shape[-1]) for f in result.pooler_output])
+        return result, torch.ops.tokcompile.feature_scores(rows)
+
+    compiled: Callable[..., Any] | None = _compiled(
+        encode_and_score if session.wants_scores else encode, session, dynamic=None)
 
     @functools.wraps(types.MethodType(original, base))
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -228,13 +234,41 @@ def _encoder(base: nn.Module, name: str, session: Session) -> Callable[..., Any]
         if compiled is not None:
             try:
                 with session.at_stage("encoder"):
-                    return compiled(base, kwargs)
+                    result, scores = compiled(base, kwargs)
+                if session.scored_features:
+                    _attach(result, scores)
+                return result
             except _CAPTURE_FAILURES as error:
                 session.note_uncaptured("encoder", error)
                 compiled = None
         return original(base, **kwargs)
 
     return call
+
+
+def _attach(result: Any, scores: torch.Tensor) -> None:
+    """Let scores travel with the image features, as their last column: whatever reorders features reorders both."""
+    parts, start = [], 0
+    for features in result.pooler_output:
+        count = features.numel() // features.shape[-1]
+        column = scores[start: start + count].reshape(*features.shape[:-1], 1).to(features.dtype)
+        parts.append(torch.cat([features, column], -1))
+        start += count
+    whole = isinstance(result.pooler_output, torch.Tensor)
+    result.pooler_output = torch.stack(parts) if whole else type(result.pooler_output)(parts)
+
+
+def _detach(outputs: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
+    """Undo :func:`_attach`: the features as the model knows them, and the scores of all rows."""
+    plain, scores = {}, []
+    for name, output in outputs.items():
+        new = copy.copy(output)
+        pooled = output.pooler_output
+        scores += [f[..., -1].reshape(-1) for f in pooled]
+        stripped = [f[..., :-1].contiguous() for f in pooled]
+        new.pooler_output = torch.stack(stripped) if isinstance(pooled, torch.Tensor) else type(pooled)(stripped)
+        plain[name] = new
+    return plain, torch.cat(scores)
 
 
 _CAPTURE_FAILURES = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.InternalTorchDynamoError,
@@ -266,7 +300,9 @@ class _Stages:
         def plain(model: nn.Module, kwargs: dict[str, Any]) -> Any:
             return original(model, **kwargs)
 
-        def tracked(model: nn.Module, kwargs: dict[str, Any]) -> Any:
+        def tracked(model: nn.Module, kwargs: dict[str, Any], scores: torch.Tensor | None) -> Any:
+            # first, so that the scores are in front of whatever uses them
+            marked = None if scores is None else torch.ops.tokcompile.visual_scores(scores)
             result = original(model, **kwargs)
             held = []
             for layer in kwargs["past_key_values"].layers:
@@ -274,11 +310,16 @@ class _Stages:
                     rows, length = layer.keys.shape[0], layer.keys.shape[-2]
                     positions = torch.arange(length, device=layer.keys.device)[None].expand(rows, length)
                     held.append(torch.ops.tokcompile.held(layer.keys, positions))
-            return result, held
+            return result, held, marked
+
+        def uncached(model: nn.Module, kwargs: dict[str, Any], scores: torch.Tensor | None) -> Any:
+            marked = None if scores is None else torch.ops.tokcompile.visual_scores(scores)
+            return original(model, **kwargs), None, marked
 
         # lengths differ from call to call in a language model; an encoder is fastest at the sizes that it has seen
         self.plain = _compiled(plain, session, dynamic=True if session.tracks_cache else None)
         self.tracked = _compiled(tracked, session, dynamic=True)
+        self.uncached = _compiled(uncached, session, dynamic=True)
         self.failed: set[str] = set()
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -299,7 +340,7 @@ class _Stages:
             use_cache = bool(getattr(text, "use_cache", True))
         if kwargs.get("past_key_values") is None:
             if not use_cache:
-                return self._stage("prefill", self.plain, model, kwargs)
+                return self._stage("prefill", self.uncached, model, kwargs).result
             from transformers import DynamicCache
 
             kwargs = {**kwargs, "past_key_values": DynamicCache(config=model.config)}
@@ -312,27 +353,32 @@ class _Stages:
             append_held(layers_of(cache), 1)
             return result
         past = cache.get_seq_length()
-        result = self._stage("prefill", self.tracked, model, kwargs, with_held=True)
-        if isinstance(result, _WithHeld):
-            note_held(layers_of(cache), result.held, past + count)
-            return result.result
-        return result
+        found = self._stage("prefill", self.tracked, model, kwargs)
+        if found.held is not None:
+            note_held(layers_of(cache), found.held, past + count)
+        return found.result
 
-    def _stage(self, name: str, compiled: Callable[..., Any], model: nn.Module, kwargs: dict[str, Any],
-               with_held: bool = False) -> Any:
+    def _stage(self, name: str, compiled: Callable[..., Any], model: nn.Module, kwargs: dict[str, Any]) -> Any:
+        """Run one stage compiled, or as it is where it cannot be captured. Prefills give a :class:`_Prefill`."""
+        prefill = name == "prefill"
+        scores: tuple[Any, ...] = (None,) if prefill else ()
+        if prefill and self.session.scored_features and kwargs.get("mm_encoder_outputs"):
+            outputs, rows = _detach(kwargs["mm_encoder_outputs"])
+            kwargs, scores = {**kwargs, "mm_encoder_outputs": outputs}, (rows,)
         if name not in self.failed:
             try:
                 with self.session.at_stage(name):
-                    result = compiled(model, kwargs)
-                return _WithHeld(*result) if with_held else result
+                    result = compiled(model, kwargs, *scores)
+                return _Prefill(result[0], result[1]) if prefill else result
             except _CAPTURE_FAILURES as error:
                 self.failed.add(name)
                 self.session.note_uncaptured(name, error)
                 if name in ("prefill", "forward"):
                     self.session.check_matches()
-        return self.original(model, **kwargs)
+        result = self.original(model, **kwargs)
+        return _Prefill(result, None) if prefill else result
 
 
-class _WithHeld:
-    def __init__(self, result: Any, held: list[torch.Tensor]) -> None:
+class _Prefill:
+    def __init__(self, result: Any, held: list[torch.Tensor] | None) -> None:
         self.result, self.held = result, held

@@ -21,11 +21,12 @@ from tokcompile import ops as _ops  # noqa: F401  registers the marker operators
 from tokcompile.capture import Captured, module_path, propagate, source_line, trace
 from tokcompile.errors import NarrowError
 from tokcompile.token_axis import MAX_INT, RULES, Axis, Demand, Dim, Dims, Factor, Flow, Follower, equal, expr, \
-    held_rule, is_token, plain, shape_of
+    held_rule, is_token, marker_rule, plain, shape_of
 
 aten = torch.ops.aten
 HELD = torch.ops.tokcompile.held.default
 RULES[HELD] = held_rule
+RULES[torch.ops.tokcompile.feature_scores.default] = marker_rule
 
 
 @dataclass(eq=False)

@@ -5,6 +5,8 @@
 ``logical``  the keys (or values) of a cache layer that lost tokens, seen at their unpruned length. The model's own
              code, which knows nothing of pruning, then computes positions and masks that are right. Rewriting
              replaces it by the shorter tensor; run as it is, it raises.
+``feature_scores``, ``visual_scores``  where scores of image features leave the graph of the image encoder, and where
+             they enter that of the language model. In between they travel as one more column of the features.
 """
 
 from __future__ import annotations
@@ -35,3 +37,25 @@ def logical(states: torch.Tensor, held: torch.Tensor, length: int, ragged: bool)
 @logical.register_fake
 def _(states: torch.Tensor, held: torch.Tensor, length: int, ragged: bool) -> torch.Tensor:
     return states.new_empty(states.shape[0], states.shape[1], length, states.shape[3])
+
+
+@torch.library.custom_op("tokcompile::feature_scores", mutates_args=())
+def feature_scores(features: torch.Tensor) -> torch.Tensor:
+    """A score ``[R]`` for each row of image features ``[R, D]``; zeros until a pass puts its own in place."""
+    return features.new_zeros(features.shape[0], dtype=torch.float32)
+
+
+@feature_scores.register_fake
+def _(features: torch.Tensor) -> torch.Tensor:
+    return features.new_empty(features.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("tokcompile::visual_scores", mutates_args=())
+def visual_scores(scores: torch.Tensor) -> torch.Tensor:
+    """Marks scores ``[R]`` that came with the image features of a call, in the order of the features."""
+    return scores.clone()
+
+
+@visual_scores.register_fake
+def _(scores: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(scores, memory_format=torch.contiguous_format)

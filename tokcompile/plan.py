@@ -39,6 +39,17 @@ class Pass:
     def __init__(self, params: Any) -> None:
         self.params = params
 
+    #: Whether :meth:`score_features` has something to do in the graph of the image encoder.
+    scores_features: ClassVar[bool] = False
+
+    def score_features(self, ctx: Context, features: fx.Node) -> fx.Node:
+        """Score image features ``[R, D]`` in the graph of the encoder that makes them: -> ``[R]``.
+
+        Raises:
+            NarrowError: the features are not one for each patch, say.
+        """
+        raise NotImplementedError
+
     def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
         """Rewrite ``ctx.captured`` for ``region``; return details for the report.
 
@@ -117,6 +128,15 @@ class Context:
 
         The last position is what the next token is read from, so it is never up for removal.
         """
+        mask = self.feature_mask(region)
+        if mask not in self._masks:
+            self._masks[mask] = self.emit(
+                lambda m: m & (torch.arange(m.shape[1], device=m.device) < m.shape[1] - 1), mask,
+                before=self.after(mask))
+        return self._masks[mask]
+
+    def feature_mask(self, region: Region) -> fx.Node:
+        """bool ``[B, S]``: the positions that a merge point fills with image features."""
         merged = region.roles["output"]
         if merged not in self._masks:
             mask = region.roles.get("mask")
@@ -128,8 +148,7 @@ class Context:
                 mask = mask.to(torch.bool)
                 if rank == 3:
                     mask = mask.select(2, 0)
-                mask = mask.expand(merged.shape[0], merged.shape[1])
-                return mask & (torch.arange(merged.shape[1], device=mask.device) < merged.shape[1] - 1)
+                return mask.expand(merged.shape[0], merged.shape[1])
 
             self._masks[merged] = self.emit(visual, mask, merged, before=self.after(mask, merged))
         return self._masks[merged]
@@ -225,6 +244,19 @@ class Context:
                         raise self.refuse(result, "the model breaks into several graphs here, and a value that carries "
                                                   "tokens leaves this one; compile with fullgraph=True, or use "
                                                   "tokcompile.optimize")
+
+    def check_rows(self, encoder: Region, features: fx.Node) -> None:
+        """Raise unless ``features`` are, row by row, the patches of ``encoder`` (one image after the other)."""
+        tokens, prefix = encoder.roles["tokens"], int(encoder.shapes.get("prefix", 0))
+        flow = check(self.captured, tokens, prefix=prefix)
+        dims = flow.labels.get(features)
+        axes = [f.axis for d in dims[:-1] for f in d if f.axis is not None and f.axis.kind == "token"] if dims else []
+        parts = [p for axis in axes for p in (axis.parts or (axis,))]
+        fits = bool(parts) and all(getattr(p, "kind", "") == "token" and p.start == prefix and (
+            prefix == 0 or p.base is not None) for p in parts)
+        if not fits:
+            raise self.refuse(features, "the image features are not one for each patch of the encoder, so scores of "
+                                        "patches do not fit them")
 
     def stack_below(self, node: fx.Node) -> Region | None:
         """The stack of layers whose residual stream starts at ``node``, or as near below it as any does."""

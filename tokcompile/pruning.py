@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from tokcompile.plan import Context, Pass
 from tokcompile.recipes import Budget
@@ -39,15 +39,19 @@ class VisualSelection(Pass):
         raise NotImplementedError
 
     def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+        return self.select(ctx, region)
+
+    def select(self, ctx: Context, region: Region, *inputs: fx.Node) -> dict[str, Any]:
+        """Score (``inputs`` are handed to :meth:`score`), choose, and cut."""
         merged = region.roles["output"]
         ctx.check(merged, suffix=1)
         mask = ctx.visual_mask(region)
         keep: Budget = self.params.keep
 
-        def choose(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        def choose(tokens: Tensor, mask: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
             segment = segments(mask)
             budget = budgets_count(segment, keep.num) if keep.is_count else budgets(segment, keep.num, keep.den)
-            result = self.score(tokens, segment, budget)
+            result = self.score(tokens, segment, budget, *inputs)
             tokens, scores = result if isinstance(result, tuple) else (tokens, result)
             return tokens, keep_mask(scores, segment, budget)
 
@@ -55,7 +59,7 @@ class VisualSelection(Pass):
             return kept_size(mask, count=keep.num) if keep.is_count else kept_size(mask, keep.num, keep.den)
 
         size, ragged = ctx.host_size(mask, slots, "kept")
-        tokens, kept = ctx.emit(choose, merged, mask, before=ctx.after(merged, mask))
+        tokens, kept = ctx.emit(choose, merged, mask, *inputs, before=ctx.after(merged, mask, *inputs))
         stack = ctx.stack_below(merged)
         ctx.cut(merged, kept, size, ragged=ragged, stack="decoder", layer=stack.layers[0] if stack else None, index=0,
                 suffix=1, value=None if tokens is merged else tokens)

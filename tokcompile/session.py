@@ -25,6 +25,7 @@ from tokcompile.reporting import Report, StageReport, StepReport
 
 aten = torch.ops.aten
 LOGICAL = torch.ops.tokcompile.logical.default
+FEATURE_SCORES = torch.ops.tokcompile.feature_scores.default
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Session:
                 kind = get_pass(step.pass_)
                 self.passes.append((step, kind(kind.Params.model_validate(step.params))))
         self.stage = "forward"
+        self.scored_features = False
         self.tracks_cache = False
         self.recordings: list[Recording] = []
         self.graphs: list[CompiledGraph] = []
@@ -124,6 +126,8 @@ class Session:
         ctx.regions = find_regions(ctx.captured.graph)
         before = graph_flops(ctx.captured.graph)
         self._note_regions(ctx.regions, stage)
+        for node in ctx.captured.graph.find_nodes(op="call_function", target=FEATURE_SCORES):
+            self._score_features(ctx, node)
         for index, (step, method) in enumerate(self.passes):
             ctx.step = index
             self._apply(ctx, step, method, self.report.steps[index], stage)
@@ -131,6 +135,23 @@ class Session:
         matched = [r for i, r in enumerate(self.report.steps) if any(k.step == i for k in ctx.kept)]
         for entry in matched:
             entry.flop_ratio = before / max(after, 1)
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether a pass scores image features inside the image encoder."""
+        return any(method.scores_features for _, method in self.passes)
+
+    def _score_features(self, ctx: Context, marker: fx.Node) -> None:
+        for index, (_, method) in enumerate(self.passes):
+            if not method.scores_features:
+                continue
+            try:
+                scores = method.score_features(ctx, marker.args[0])  # type: ignore[arg-type]
+            except NarrowError as error:
+                self.report.steps[index].status, self.report.steps[index].reason = "condition_failed", str(error)
+                continue
+            marker.replace_all_uses_with(scores)
+            self.scored_features = True
 
     def _apply(self, ctx: Context, step: Step, method: Pass, entry: StepReport, stage: str) -> None:
         kind = step.target.region or method.regions

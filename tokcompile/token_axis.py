@@ -831,3 +831,8 @@ def held_rule(self: Follower, node: fx.Node) -> Any:
     """``tokcompile::held(keys [B, H, T, Dh], positions [B, T]) -> [B, T]``: aligned on batch and tokens."""
     table = self.align(node, [(node.args[0], ["b", "h", "t", "d"]), (node.args[1], ["b", "t"])])
     return self.output(node, ["b", "t"], table)
+
+
+def marker_rule(self: Follower, node: fx.Node) -> Any:
+    """A marker that only reads: it narrows nothing."""
+    return None
