@@ -92,8 +92,8 @@ class PrunedLayer(DynamicLayer):
         self._rows(lambda p: p[indices, ...])
 
     def crop(self, tokens_to_remove: int) -> None:
-        count = abs(tokens_to_remove)
-        if self.held is not None and count:
+        count = -tokens_to_remove
+        if self.held is not None and count > 0:
             held = self.held
             if held.owner is self:
                 tail = torch.arange(held.length - count, held.length, device=held.positions.device)

@@ -16,12 +16,13 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from tokcompile import ops as _ops  # noqa: F401  registers the marker operators
 from tokcompile.capture import Captured, module_path, propagate, source_line, trace
 from tokcompile.errors import NarrowError
-from tokcompile.token_axis import MAX_INT, RULES, Axis, Demand, Dim, Dims, Factor, Flow, Follower, equal, expr, \
-    held_rule, is_token, marker_rule, plain, shape_of
+from tokcompile.token_axis import MAX_INT, RESIZED, RULES, Axis, Demand, Dim, Dims, Factor, Flow, Follower, _dim, \
+    equal, expr, held_rule, is_token, is_tracked, marker_rule, op_name, plain, shape_of
 
 aten = torch.ops.aten
 HELD = torch.ops.tokcompile.held.default
@@ -78,9 +79,10 @@ def check(captured: Captured, node: fx.Node, *, prefix: int = 0, suffix: int = 0
     shape = shape_of(node)
     batch = Axis("batch", shape[batch_dim], kind="batch")
     axis = Axis("tokens", shape[token_dim], prefix=prefix, suffix=suffix)
-    flow = Follower(captured.graph, batch).follow({node: _labels(shape, token_dim, axis, batch_dim, batch)})
     if ragged:
-        _check_ragged(flow)
+        axis.prefix = 0
+    flow = Follower(captured.graph, batch).follow({node: _labels(shape, token_dim, axis, batch_dim, batch)})
+    _check_ragged(flow, {axis} if ragged else set())
     return flow
 
 
@@ -129,16 +131,54 @@ def _labels(shape: Sequence[Any], token_dim: int, axis: Axis, batch_dim: int, ba
     return tuple(dims)
 
 
-def _check_ragged(flow: Flow) -> None:
+def _check_ragged(flow: Flow, ragged: set[Axis]) -> None:
+    """Refuse what would let the empty slots of the ``ragged`` axes (and of axes made from them) count."""
+
+    def padded(axis: Axis | None) -> bool:
+        return axis is not None and (axis in ragged or padded(axis.base) or any(
+            padded(p) for p in axis.parts if isinstance(p, Axis)))
+
+    def refuse(node: fx.Node, reason: str) -> NarrowError:
+        return NarrowError(reason, node=node.name, path=module_path(node), source=source_line(node))
+
+    counts = ("over the tokens, and rows of this batch keep different numbers of them; run rows with equal numbers of "
+              "visual tokens in one batch")
     for node in flow.reductions:
-        raise NarrowError(
-            f"{node.target} reduces over the tokens, and rows of this batch keep different numbers of them; run rows "
-            "with equal numbers of visual tokens in one batch", node=node.name, path=module_path(node),
-            source=source_line(node))
+        dims = flow.labels[node.args[0]]  # type: ignore[index]
+        if any(padded(f.axis) for d in dims for f in d):
+            raise refuse(node, f"{node.target} reduces {counts}")
+    for node, axes in flow.contractions.items():
+        for axis in axes:
+            if padded(axis) and not any(_vanishes(flow, arg, axis) for arg in node.all_input_nodes):
+                raise refuse(node, f"{node.target} sums {counts}")
     for node, (_query, key) in flow.attention.items():
+        if not any(padded(f.axis) for f in key):
+            continue
         if len(key) > 1:
-            raise NarrowError("attention over a flattened token axis cannot mask empty slots", node=node.name,
-                              path=module_path(node), source=source_line(node))
+            raise refuse(node, "attention over a flattened token axis cannot mask empty slots")
+        if node.target is not aten.scaled_dot_product_attention.default and not any(
+                d[0].axis is flow.batch and len(d) == 1 for d in flow.labels[node]):
+            raise refuse(node, "attention with batch and heads flattened together cannot mask empty slots")
+
+
+#: Ops whose result is zero where their first operand is.
+KEEPS_ZEROS = {"to", "_to_copy", "type_as", "dropout", "native_dropout", "clone", "contiguous", "alias", "detach", "view",
+               "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "t",
+               "mT", "swapaxes", "swapdims", "movedim", "expand", "slice", "select", "div", "neg", "nan_to_num", "split",
+               "chunk", "split_with_sizes", "repeat_interleave"}
+
+
+def _vanishes(flow: Flow, node: fx.Node, axis: Axis) -> bool:
+    """Whether ``node`` is known to be zero at the empty slots of ``axis``: it comes from a softmax over them."""
+    if node not in flow.labels:
+        return False
+    if node in flow.attention:
+        over = flow.attention[node][1][0].axis
+        return "log" not in op_name(node) and (over is axis or over is not None and axis in over.parts)
+    name = op_name(node)
+    if name in KEEPS_ZEROS or node.target is operator.getitem or name == "masked_fill" and node.args[2] == 0:
+        return _vanishes(flow, node.args[0], axis)  # type: ignore[arg-type]
+    return name == "mul" and any(_vanishes(flow, arg, axis) for arg in node.all_input_nodes)
 
 
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
@@ -175,14 +215,15 @@ class _Narrower:
             shape = shape_of(cut.node)
             axis = self.axes.get(cut.index)
             if axis is None:
-                axis = self.axes[cut.index] = Axis("tokens", shape[cut.token_dim], prefix=cut.prefix, suffix=cut.suffix)
+                # padding goes in front, so the first tokens of a ragged axis are not in its first slots
+                axis = self.axes[cut.index] = Axis("tokens", shape[cut.token_dim], suffix=cut.suffix,
+                                                   prefix=0 if cut.ragged else cut.prefix)
                 self.roots[axis] = cut
             start[cut.node] = _labels(shape, cut.token_dim, axis, cut.batch_dim, self.batch)
         follower = Follower(self.graph, self.batch)
         follower.skip = self.fixed - set(start)  # what computes the kept index is not below the cut
         self.flow = follower.follow(start)
-        if any(cut.ragged for cut in self.cuts):
-            _check_ragged(self.flow)
+        _check_ragged(self.flow, {axis for axis, cut in self.roots.items() if cut.ragged})
         return self.flow
 
     # .. rewriting
@@ -190,13 +231,17 @@ class _Narrower:
     def rewrite(self) -> None:
         replaced: dict[fx.Node, fx.Node] = {}
         order = list(self.graph.nodes)
-        for cut in self.cuts:
-            at = _after(order, [cut.node, cut.index, *([cut.size] if isinstance(cut.size, fx.Node) else [])])
+        position = {n: i for i, n in enumerate(order)}
+        places = {cut: _after(order, [cut.node, cut.index, *([cut.size] if isinstance(cut.size, fx.Node) else [])])
+                  for cut in self.cuts}
+        for cut in sorted(self.cuts, key=lambda c: position[places[c]]):
+            at = places[cut]
             if cut.narrowed is None:
                 replaced[cut.node] = self._gather(cut.node, self._dims_of(cut), at)
             else:
                 replaced[cut.node] = cut.narrowed
         new = set(replaced.values())
+        ragged = any(cut.ragged for cut in self.cuts)
         self._detach_sizes(order)
         for node in order:
             if node not in self.flow.labels or node in self.fixed and node not in replaced:
@@ -213,7 +258,9 @@ class _Narrower:
             node.args = fx.map_arg(node.args, lambda n, swap=swap: swap.get(n, n))
             node.kwargs = fx.map_arg(node.kwargs, lambda n, swap=swap: swap.get(n, n))
             self._rewrite_node(node)
-        propagate(self.captured)
+            if ragged:
+                self._derive(node)  # what is traced further down for empty slots must see shapes after the cut
+        propagate(self.captured, self.flow.labels.keys() - replaced.keys())  # what is new has its value already
         self.graph.lint()
         self.captured.graph_module.recompile()
 
@@ -223,13 +270,22 @@ class _Narrower:
     def _rewrite_node(self, node: fx.Node) -> None:
         dims = self.flow.sizes.get(node)
         if dims is not None:
-            old = list(node.args[1])  # type: ignore[arg-type]
+            if node.target in RESIZED:
+                old = [None if is_token(d) else self.number(_times(d), node) for d in dims]
+                node.target, node.args, node.kwargs = aten.reshape.default, (node.args[0], old), {}
+            else:
+                old = list(node.args[1])  # type: ignore[arg-type]
             sizes = [self._dim_size(d, node) if is_token(d) else old[i] for i, d in enumerate(dims)]
             node.args = (node.args[0], sizes, *node.args[2:])
         if node in self.flow.full_slices:
             args = [*list(node.args), *[None] * (4 - len(node.args))]
             args[2], args[3] = args[2] or 0, MAX_INT
             node.args = tuple(args)
+        if node in self.flow.slices:
+            before, picked, to_end = self.flow.slices[node]
+            start = self._parts_size(before, node)
+            end = MAX_INT if to_end else self._sum(start, self._parts_size(picked, node), node)
+            node.args = (*node.args[:2], start, end, *node.args[4:])
         for (user, position), axis in self.flow.indices.items():
             if user is node:
                 self._map_index(node, position, axis)
@@ -239,7 +295,14 @@ class _Narrower:
             token = next((f.axis for f in self.flow.labels[node][1]), None)
             alive = self.alive(token, node) if token is not None else None
             if alive is not None:
+                self._derive(node)
                 self._after(node, lambda held, ok: torch.where(ok, held, -1), [alive])
+
+    def _derive(self, node: fx.Node) -> None:
+        """Derive the value of ``node`` anew from those of its arguments."""
+        with self.captured.fake_mode, enable_python_dispatcher():
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _after(self, node: fx.Node, function: Callable[..., Any], extra: list[fx.Node]) -> None:
         """Replace ``node`` for all its users by ``function(node, *extra)``."""
@@ -312,12 +375,16 @@ class _Narrower:
             elif axis.base is not None:
                 size = self._sum(self.size(axis.base, before), -axis.start, before)
             else:
-                size = 0
-                for part in axis.parts:
-                    more = self.size(part, before) if isinstance(part, Axis) else self.number(part, before)
-                    size = self._sum(size, more, before)
+                size = self._parts_size(axis.parts, before)
             self._size[axis] = size
         return self._size[axis]
+
+    def _parts_size(self, parts: Sequence[Any], before: fx.Node) -> Any:
+        size: Any = 0
+        for part in parts:
+            more = self.size(part, before) if isinstance(part, Axis) else self.number(part, before)
+            size = self._sum(size, more, before)
+        return size
 
     def _sum(self, a: Any, b: Any, before: fx.Node) -> Any:
         if isinstance(a, int) and isinstance(b, int):
@@ -408,10 +475,14 @@ class _Narrower:
         axes = [f.axis for d in dims for f in d if f.axis is not None and f.axis.kind == "token"]
         indices = [self.index(a, before) for a in axes]  # type: ignore[arg-type]
         flat = [f for d in dims for f in d]
-        composite = any(len(d) > 1 and is_token(d) for d in dims)
+        composite = any(len(d) > 1 and is_tracked(d) for d in dims)
         split = [self.number(f.size, before) for f in flat] if composite else []
         joined = [self._dim_size(d, before) if is_token(d) else self.number(_times(d), before)
                   for d in dims] if composite else []
+        shape = shape_of(value)
+        shape = [1] * (len(dims) - len(shape)) + shape
+        grow = [i for i, d in enumerate(dims) if composite and equal(shape[i], 1) and not equal(_times(d), 1)]
+        grown = [self.number(_times(dims[i]), before) for i in grow]
         factors = flat if composite else [next((f for f in d if f.axis is not None), d[0]) for d in dims]
         batch = next((i for i, f in enumerate(factors) if f.axis is self.batch), None)
         places = [i for i, f in enumerate(factors) if f.axis is not None and f.axis.kind == "token"]
@@ -423,6 +494,8 @@ class _Narrower:
             while x.dim() < len(dims):
                 x = x.unsqueeze(0)
             if composite:
+                sizes, full = sizes[: len(flat) + len(dims)], sizes[len(flat) + len(dims):]
+                x = x.expand([full[grow.index(i)] if i in grow else -1 for i in range(len(dims))])
                 x = x.reshape(sizes[: len(flat)])
             for at, i in zip(places, index, strict=True):
                 if batch is None or one_row:
@@ -437,24 +510,25 @@ class _Narrower:
                 x = x.gather(at, i.reshape(view).expand(shape))
             return x.reshape(sizes[len(flat):]) if composite else x
 
-        return inline(self.captured, take, [value, *indices, *split, *joined], before)
+        return inline(self.captured, take, [value, *indices, *split, *joined, *grown], before)
 
     def _map_index(self, node: fx.Node, position: int, axis: Axis) -> None:
         """Positions in the unpruned sequence -> positions among the kept: how many kept ones lie before."""
         indices = list(node.args[1])  # type: ignore[arg-type]
-        dims = self.flow.labels[node.args[0]] if node.args[0] in self.flow.labels else None
-        rows = indices[position - 1] if position > 0 else None
-        del dims
-        if rows is None and not equal(self.batch.size, 1):
-            raise NarrowError("tokens are picked by one index for all rows", node=node.name, path=module_path(node),
-                              source=source_line(node))
-        keep = self.index(axis, node)
-        if rows is not None:
-            mapped = inline(self.captured, lambda k, r, p: (k[r] < p.unsqueeze(-1)).sum(-1),
-                            [keep, rows, indices[position]], node)
-        else:
-            mapped = inline(self.captured, lambda k, p: (k[0] < p.unsqueeze(-1)).sum(-1), [keep, indices[position]], node)
-        indices[position] = mapped
+        dims = self.flow.labels[node.args[0]]
+        rows = indices[position - 1] if position > 0 and dims[position - 1][0].axis is self.batch else None
+        alive = self.alive(axis, node)
+        extra = [a for a in (rows, alive) if a is not None]
+
+        def slot(kept: torch.Tensor, at: torch.Tensor, size: Any, *rest: torch.Tensor) -> torch.Tensor:
+            if alive is not None:
+                kept = torch.where(rest[-1], kept, -1)
+            kept = kept[0] if rows is None else kept[rest[0]]
+            at = torch.where(at < 0, at + size, at)
+            return (kept < at.unsqueeze(-1)).sum(-1)
+
+        indices[position] = inline(self.captured, slot, [
+            self.index(axis, node), indices[position], self.number(axis.size, node), *extra], node)
         node.args = (node.args[0], indices, *node.args[2:])
 
     def _mask_empty(self, node: fx.Node, query: Dim, key: Dim) -> None:
@@ -496,15 +570,13 @@ class _Narrower:
             node.args, node.kwargs = tuple(args), kwargs
             return
         dims = self.flow.labels[node]
-        at = next(i for i, d in enumerate(dims) if is_token(d) and d[0].axis is key_axis and i == len(dims) - 1)
-        batch = next((i for i, d in enumerate(dims) if d[0].axis is self.batch and len(d) == 1), None)
-        if batch is None:
-            raise NarrowError("attention with batch and heads flattened together cannot mask empty slots",
-                              node=node.name, path=module_path(node), source=source_line(node))
+        at = _dim(node, 1, -1, len(dims))
+        batch = next(i for i, d in enumerate(dims) if d[0].axis is self.batch and len(d) == 1)
 
         def hide(scores: torch.Tensor, alive_k: torch.Tensor) -> torch.Tensor:
+            alive_k = alive_k if batch < at else alive_k.transpose(0, 1)
             view = [1] * scores.dim()
-            view[batch], view[at] = alive_k.shape
+            view[min(batch, at)], view[max(batch, at)] = alive_k.shape
             return scores.masked_fill(~alive_k.view(view), torch.finfo(scores.dtype).min)
 
         hidden = inline(self.captured, hide, [node.args[0], alive_key], node)
@@ -512,13 +584,19 @@ class _Narrower:
 
     def _detach_sizes(self, order: list[fx.Node]) -> None:
         """Sizes read off values below the cut, but used for what lies outside, keep their old value."""
+        cut = {c.node for c in self.cuts}
         for node in order:
-            if node.target is aten.sym_size.int and node.args[0] in self.flow.labels and node.users:
-                if isinstance(node.args[0], fx.Node) and node.args[0] in {c.node for c in self.cuts}:
-                    continue
-                dims = self.flow.labels[node.args[0]]
-                if isinstance(dims, tuple) and is_token(dims[int(node.args[1])]):  # type: ignore[arg-type]
-                    node.replace_all_uses_with(self.number(node.meta["val"], node))
+            if node.target not in (aten.sym_size.int, aten.sym_numel.default) or node.args[0] in cut:
+                continue
+            dims = self.flow.labels.get(node.args[0])  # type: ignore[arg-type]
+            which = slice(None) if len(node.args) < 2 else slice(int(node.args[1]), int(node.args[1]) + 1)  # type: ignore
+            if isinstance(dims, tuple) and any(is_token(d) for d in dims[which]):
+                if node.users:
+                    value = self.number(node.meta["val"], node)
+                    for user in list(node.users):
+                        user.args, user.kwargs = fx.map_arg(
+                            (user.args, user.kwargs), lambda n, node=node, value=value: value if n is node else n)
+                self.graph.erase_node(node)
 
 
 def _times(dim: Dim) -> Any:
