@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokcompile.api import explain, optimize, record, report
-    from tokcompile.errors import (CacheError, CaptureError, NarrowError, NoMatchError, RecipeError,
-                                   TokcompileError)
+    from tokcompile.errors import CacheError, CaptureError, NarrowError, NoMatchError, RecipeError, TokcompileError
     from tokcompile.recipes import Recipe
     from tokcompile.reporting import Report
 

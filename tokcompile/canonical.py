@@ -33,7 +33,7 @@ def _masked_add(captured: Captured, put: fx.Node) -> bool:
     The first form gathers the chosen tokens of all rows into one list, whose length depends on the data.
     """
     x, indices, values = put.args[:3]
-    if len(put.args) > 3 and put.args[3] or not isinstance(values, fx.Node) or values.target not in _ADD:
+    if (len(put.args) > 3 and put.args[3]) or not isinstance(values, fx.Node) or values.target not in _ADD:
         return False
     if len([i for i in indices if i is not None]) != 1 or not isinstance(indices[0], fx.Node):  # type: ignore
         return False

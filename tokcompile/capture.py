@@ -12,7 +12,7 @@ both belong to a separate shape environment, see :class:`Captured`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,6 +108,8 @@ def trace(call: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode)
     """Trace ``call(*inputs)`` to pre-dispatch ATen under ``mode``."""
     with mode, fx_traceback.preserve_node_meta():
         graph_module = make_fx(call, tracing_mode="real", pre_dispatch=True)(*inputs)
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        node.meta.setdefault("val", mode.from_tensor(getattr(graph_module, node.target)))
     placeholders = (node for node in graph_module.graph.nodes if node.op == "placeholder")
     for node, value in zip(placeholders, inputs, strict=True):
         node.meta["val"] = value
@@ -227,24 +229,14 @@ def _example(node: fx.Node) -> Any:
     return node.meta["example_value"] if "example_value" in node.meta else node.meta.get("val")
 
 
-def propagate(captured: Captured, start: fx.Node | None = None) -> None:
-    """Derive every ``meta["val"]`` anew (from ``start`` on), in place; an inconsistent shape raises here."""
-    env: dict[fx.Node, Any] = {}
-    active = start is None
+def propagate(captured: Captured, nodes: Collection[fx.Node] | None = None) -> None:
+    """Derive ``meta["val"]`` anew, in place, for ``nodes`` (None: all); an inconsistent shape raises here."""
     # symbolic sizes reach the meta kernels only through the Python dispatcher
     with captured.fake_mode, enable_python_dispatcher():
         for node in captured.graph.nodes:
-            if node is start:
-                active = True
-            if not active or node.op in ("placeholder", "output", "get_attr") and "val" in node.meta:
-                env[node] = node.meta.get("val")
-                continue
-            if node.op == "get_attr":
-                node.meta["val"] = captured.fake_mode.from_tensor(getattr(captured.graph_module, node.target))
-            elif node.op == "call_function":
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
+            if node.op == "call_function" and (nodes is None or node in nodes):
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
                 node.meta["val"] = node.target(*args, **kwargs)
-            env[node] = node.meta.get("val")
 
 
 def module_path(node: fx.Node) -> str:

@@ -21,8 +21,28 @@ from torch._dispatch.python import enable_python_dispatcher
 from tokcompile import ops as _ops  # noqa: F401  registers the marker operators
 from tokcompile.capture import Captured, module_path, propagate, source_line, trace
 from tokcompile.errors import NarrowError
-from tokcompile.token_axis import MAX_INT, RESIZED, RULES, Axis, Demand, Dim, Dims, Factor, Flow, Follower, _dim, \
-    equal, expr, held_rule, is_token, is_tracked, marker_rule, op_name, plain, shape_of
+from tokcompile.token_axis import (
+    MAX_INT,
+    RESIZED,
+    RULES,
+    Axis,
+    Demand,
+    Dim,
+    Dims,
+    Factor,
+    Flow,
+    Follower,
+    _dim,
+    equal,
+    expr,
+    held_rule,
+    is_token,
+    is_tracked,
+    marker_rule,
+    op_name,
+    plain,
+    shape_of,
+)
 
 aten = torch.ops.aten
 HELD = torch.ops.tokcompile.held.default
@@ -174,9 +194,9 @@ def _vanishes(flow: Flow, node: fx.Node, axis: Axis) -> bool:
         return False
     if node in flow.attention:
         over = flow.attention[node][1][0].axis
-        return "log" not in op_name(node) and (over is axis or over is not None and axis in over.parts)
+        return "log" not in op_name(node) and (over is axis or (over is not None and axis in over.parts))
     name = op_name(node)
-    if name in KEEPS_ZEROS or node.target is operator.getitem or name == "masked_fill" and node.args[2] == 0:
+    if name in KEEPS_ZEROS or node.target is operator.getitem or (name == "masked_fill" and node.args[2] == 0):
         return _vanishes(flow, node.args[0], axis)  # type: ignore[arg-type]
     return name == "mul" and any(_vanishes(flow, arg, axis) for arg in node.all_input_nodes)
 
@@ -244,7 +264,7 @@ class _Narrower:
         ragged = any(cut.ragged for cut in self.cuts)
         self._detach_sizes(order)
         for node in order:
-            if node not in self.flow.labels or node in self.fixed and node not in replaced:
+            if node not in self.flow.labels or (node in self.fixed and node not in replaced):
                 if node.op == "output":
                     node.args = fx.map_arg(node.args, lambda n: replaced.get(n, n))
                 continue

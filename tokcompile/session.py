@@ -12,8 +12,8 @@ import torch
 from torch import fx
 
 from tokcompile.canonical import canonicalise
-from tokcompile.capture import ASSERTIONS, Captured, from_dynamo, module_path, source_line
-from tokcompile.errors import NarrowError, NoMatchError
+from tokcompile.capture import ASSERTIONS, Captured, from_dynamo
+from tokcompile.errors import NarrowError, NoMatchError, RecipeError
 from tokcompile.flops import graph_flops
 from tokcompile.lower import Guard, lower
 from tokcompile.narrow import Cut, narrow
@@ -21,6 +21,7 @@ from tokcompile.plan import Context, HostSize, Kept, Pass
 from tokcompile.recipes import Recipe, Step
 from tokcompile.regions import find_regions
 from tokcompile.regions.model import KINDS, Region, Regions
+from tokcompile.registry import get_pass
 from tokcompile.reporting import Report, StageReport, StepReport
 
 aten = torch.ops.aten
@@ -76,11 +77,10 @@ class Session:
         self.recipe, self.lowering, self.on_no_match = recipe, lowering, on_no_match
         self.passes: list[tuple[Step, Pass]] = []
         if recipe is not None:
-            from tokcompile.registry import get_pass
-
             for step in recipe.steps:
                 kind = get_pass(step.pass_)
-                self.passes.append((step, kind(kind.Params.model_validate(step.params))))
+                self.passes.append((step, kind(step.params)))
+            _check_supported(recipe)
         self.stage = "forward"
         self.scored_features = False
         self.tracks_cache = False
@@ -155,7 +155,8 @@ class Session:
 
     def _apply(self, ctx: Context, step: Step, method: Pass, entry: StepReport, stage: str) -> None:
         kind = step.target.region or method.regions
-        candidates = select(ctx.regions.of(kind), step)
+        candidates = [r for r in ctx.regions.of(kind) if step.target.matches_path(r.path) and not (
+            self.recipe and self.recipe.protect and self.recipe.protect.covers(r.path))]
         problems: list[tuple[str, str]] = []
         done: list[Region] = []
         for region in candidates:
@@ -223,11 +224,22 @@ class Session:
         raise NoMatchError(text + "\nPass on_no_match='warn' or 'ignore' to run the model unchanged.")
 
 
-def select(regions: list[Region], step: Step) -> list[Region]:
-    """Regions that pass the target filters of ``step`` (path glob; layer numbers are the pass's own matter)."""
-    import fnmatch
-
-    return [r for r in regions if step.target.path is None or fnmatch.fnmatch(r.path, step.target.path)]
+def _check_supported(recipe: Recipe) -> None:
+    """Refuse what a recipe may say and no pass of this version acts on: nothing is ignored silently."""
+    problems = []
+    for number, step in enumerate(recipe.steps):
+        where, method = f"steps[{number}] ({step.pass_})", get_pass(step.pass_)
+        if step.region != method.regions:
+            problems.append(f"{where}: works on {method.regions}, not on {step.region}; leave target.region out")
+        if step.target.layers is not None:
+            problems.append(f"{where}: takes no target.layers; its own parameters say at which depth it acts")
+        if step.target.modality is not None:
+            problems.append(f"{where}: cannot tell images from video; leave target.modality out")
+    if recipe.protect is not None and recipe.protect.leading_tokens is not None:
+        problems.append("protect.leading_tokens: no pass of this recipe removes text tokens, which are always kept; "
+                        "leave it out")
+    if problems:
+        raise RecipeError("\n".join(problems))
 
 
 def _narrow_pruned_cache(captured: Captured) -> None:
@@ -283,29 +295,25 @@ class CompiledGraph:
 
     def _compile(self, args: Sequence[Any]) -> Variant:
         session = self.session
-        with torch._dynamo.utils.disable_current_modes() if False else contextlib.nullcontext():
-            started = time.perf_counter()
-            captured = from_dynamo(self.graph_module)
-            ctx = Context(captured, Regions(), args, whole=self.whole)
-            session.rewrite(ctx, self.stage)
-            if ctx.kept:
-                output = next(iter(captured.graph.find_nodes(op="output")))
-                output.args = ((*output.args[0], *(k.node for k in ctx.kept)),)
-            captured.graph.eliminate_dead_code(
-                is_impure_node=lambda n: n.is_impure() and n.target not in (aten.item.default, *ASSERTIONS))
-            captured.graph_module.recompile()
-            if self.stage in ("prefill", "forward") or self.whole and not session.tracks_cache:
-                session.check_matches()
-            if session.keep_graphs:
-                session.captured.append(captured)
-            run = lower(captured, session.lowering)
-            variant = Variant(run, Guard(captured), ctx.sizes, ctx.ragged, ctx.kept)
-            self.variants.append(variant)
-            session.report.stages.append(StageReport(
-                name=self.stage, captured=True, reason="", nodes=len(captured.graph.nodes),
-                seconds=time.perf_counter() - started))
+        started = time.perf_counter()
+        captured = from_dynamo(self.graph_module)
+        ctx = Context(captured, Regions(), args, whole=self.whole)
+        session.rewrite(ctx, self.stage)
+        if ctx.kept:
+            output = next(iter(captured.graph.find_nodes(op="output")))
+            output.args = ((*output.args[0], *(k.node for k in ctx.kept)),)
+        captured.graph.eliminate_dead_code(
+            is_impure_node=lambda n: n.is_impure() and n.target not in (aten.item.default, *ASSERTIONS))
+        captured.graph_module.recompile()
+        if self.stage in ("prefill", "forward") or (self.whole and not session.tracks_cache):
+            session.check_matches()
+        if session.keep_graphs:
+            session.captured.append(captured)
+        run = lower(captured, session.lowering)
+        variant = Variant(run, Guard(captured), ctx.sizes, ctx.ragged, ctx.kept)
+        self.variants.append(variant)
+        session.report.stages.append(StageReport(
+            name=self.stage, captured=True, reason="", nodes=len(captured.graph.nodes),
+            seconds=time.perf_counter() - started))
         return variant
 
-
-def node_place(node: fx.Node) -> str:
-    return ", ".join(p for p in (module_path(node), source_line(node)) if p)

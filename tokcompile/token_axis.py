@@ -128,7 +128,9 @@ class Flow:
         indices: (user, position of the index list) -> the axis whose old positions the index tensor holds.
         attention: nodes that normalise over a token axis (softmax, sdpa) -> (query dims, key dims).
         reductions: nodes that reduce over a token axis.
+        contractions: products that sum over token axes -> these axes.
         full_slices: slices over the whole of a token axis.
+        slices: slices of a concatenation -> (segments in front of the result, segments of the result, up to the end).
     """
 
     labels: dict[fx.Node, Any] = field(default_factory=dict)
@@ -137,7 +139,9 @@ class Flow:
     indices: dict[tuple[fx.Node, int], Axis] = field(default_factory=dict)
     attention: dict[fx.Node, tuple[Dim, Dim]] = field(default_factory=dict)
     reductions: list[fx.Node] = field(default_factory=list)
+    contractions: dict[fx.Node, list[Axis]] = field(default_factory=dict)
     full_slices: dict[fx.Node, int] = field(default_factory=dict)
+    slices: dict[fx.Node, tuple[tuple[Any, ...], tuple[Any, ...], bool]] = field(default_factory=dict)
     batch: Axis | None = None
 
 
@@ -289,12 +293,22 @@ class Follower:
             elif not equal(batch.size, 1):  # type: ignore[union-attr]
                 raise self.refuse(node, f"'{side.name}' is shared by all rows of the batch, which keep different "
                                         "tokens, and has no place for a batch dimension")
-        self.flow.demands.setdefault(node, []).append(Demand(side, tuple(wanted)))
+        before = self.flow.demands.setdefault(node, [])
+        if any(d.side is side and not (len(d.dims) == len(wanted) and all(map(same_dim, d.dims, wanted)))
+               for d in before):
+            raise self.refuse(node, f"'{side.name}' is used twice with different dimensions as its token axis")
+        before.append(Demand(side, tuple(wanted)))
 
     def output(self, node: fx.Node, keys: Sequence[Any], table: dict[Any, Dim], value: Any = None) -> Dims:
         shape = list((node.meta["val"] if value is None else value).shape)
         return tuple(table.get(key, plain(size)) if not equal(size, 1) or _is_one(table.get(key)) else plain(size)
                      for key, size in zip(keys, shape, strict=True))
+
+    def contract(self, node: fx.Node, over: dict[Any, Dim]) -> None:
+        """Note a product that sums over tokens (probabilities x values): right over the kept ones, as in masking."""
+        summed = [f.axis for dim in over.values() for f in dim if f.axis is not None and f.axis.kind == "token"]
+        if summed:
+            self.flow.contractions[node] = summed
 
     def concat(self, parts: tuple[Any, ...], total: Any) -> Axis:
         key = tuple(p if isinstance(p, Axis) else expr(p) for p in parts)
@@ -345,18 +359,23 @@ def _dim(node: fx.Node, position: int, default: int, rank: int) -> int:
 
 def _pointwise(self: Follower, node: fx.Node) -> Any:
     value = node.meta["val"]
-    if not isinstance(value, torch.Tensor):
+    several = isinstance(value, (tuple, list))
+    if several and any(v.dim() != len(shape_of(node.all_input_nodes[0])) for v in value):
+        raise self.refuse(node, f"{op_name(node)} picks entries by their values")
+    if not several and not isinstance(value, torch.Tensor):
         return None
-    rank = value.dim()
+    rank = value[0].dim() if several else value.dim()
     keys = list(range(rank))
     flat = list(_nodes(node.args)) + list(_nodes(node.kwargs))
     for arg in flat:
-        if isinstance(arg.meta.get("val"), torch.SymInt) and any(
+        if isinstance(arg.meta.get("val"), (torch.SymInt, torch.SymFloat)) and any(
                 f.axis is not None and f.axis.kind == "token" and not isinstance(f.size, int)
                 and expr(f.size).free_symbols & arg.meta["val"].node.expr.free_symbols
                 for a in flat if self.dims(a) for d in self._flat(a) for f in d):
             raise self.refuse(node, "the number of tokens is used as a number in arithmetic")
     table = self.align(node, [(arg, keys) for arg in flat])
+    if several:
+        return [self.output(node, keys, table, v) for v in value]
     return self.output(node, keys, table)
 
 
@@ -371,8 +390,37 @@ POINTWISE = overloads(
     "native_dropout", "masked_fill", "masked_fill_", "where", "__and__", "__or__", "__xor__", "logical_and",
     "logical_not", "type_as", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "softplus", "prelu",
     "relu6", "leaky_relu", "hardtanh", "clamp", "clip", "square", "rsub", "add_", "mul_", "sub_", "div_", "copy",
-    "feature_dropout", "alpha_dropout", "nan_to_num", "conj", "resolve_conj", "float_power", "_conj", "gelu", "isin")
+    "feature_dropout", "alpha_dropout", "nan_to_num", "conj", "resolve_conj", "float_power", "_conj", "gelu")
 rule(*POINTWISE)(_pointwise)
+
+
+@rule(*overloads("isin"))
+def _isin(self: Follower, node: fx.Node) -> Any:
+    """Elements against a set: the set is not aligned with them."""
+    if any(is_token(d) for arg in _nodes(node.args[1]) for d in self._flat(arg)):
+        raise self.refuse(node, "tokens are looked up among tokens")
+    return self.known(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+
+
+@rule(aten.prelu.default)
+def _prelu(self: Follower, node: fx.Node) -> Any:
+    """``prelu(x [B, C, ...], weight [C] or [1])``"""
+    rank = len(shape_of(node))
+    keys = list(range(rank))
+    channel = [1] if rank > 1 else [0]
+    table = self.align(node, [(node.args[0], keys), (node.args[1], channel)])
+    if any(d.side is node.args[1] and len(d.dims) > 1 for d in self.flow.demands.get(node, ())):
+        raise self.refuse(node, "prelu has one slope for each token")
+    return self.output(node, keys, table)
+
+
+@rule(aten.glu.default)
+def _glu(self: Follower, node: fx.Node) -> Any:
+    dims = self.known(node.args[0])  # type: ignore[arg-type]
+    dim = _dim(node, 1, -1, len(dims))
+    if is_token(dims[dim]):
+        raise self.refuse(node, "glu divides the token axis")
+    return tuple(plain(shape_of(node)[dim]) if i == dim else d for i, d in enumerate(dims))
 
 
 @rule(*overloads("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax"))
@@ -411,13 +459,15 @@ REDUCTIONS = overloads("sum", "mean", "amax", "amin", "max", "min", "var", "std"
 def _reduce(self: Follower, node: fx.Node) -> Any:
     dims = self.known(node.args[0])
     name = op_name(node)
-    if len(node.all_input_nodes) > 1 and all(_is_tensor(a) for a in node.all_input_nodes):
+    if node.target in (aten.max.other, aten.min.other):
         return _pointwise(self, node)  # max(a, b)
     position = 2 if name in ("linalg_vector_norm", "norm") else 1
     which = node.args[position] if len(node.args) > position else node.kwargs.get("dim")
     keep = node.kwargs.get("keepdim", node.args[position + 1] if len(node.args) > position + 1 else False)
-    if name in ("var", "std", "var_mean") and "correction" in str(node.target):
-        keep = node.kwargs.get("keepdim", False)
+    if name in ("var", "std", "var_mean"):  # (x, dim, unbiased, keepdim) or (x, dim, *, correction, keepdim)
+        keep = node.kwargs.get("keepdim", node.args[3] if len(node.args) > 3 else False)
+        if isinstance(which, bool):
+            which = None
     rank = len(dims)
     chosen = set(range(rank)) if which is None or which == [] else {
         int(d) % rank for d in (which if isinstance(which, (list, tuple)) else [which])}
@@ -440,8 +490,9 @@ def _along(self: Follower, node: fx.Node) -> Any:
     elif name == "topk":
         touched = [int(node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", -1)) % len(dims)]  # type: ignore
     elif name in ("flip", "roll"):
-        which = node.args[1 if name == "flip" else 2] if len(node.args) > 1 else []
-        touched = [int(d) % len(dims) for d in which]  # type: ignore[union-attr]
+        place = 1 if name == "flip" else 2
+        which = node.args[place] if len(node.args) > place else []
+        touched = [int(d) % len(dims) for d in which] or list(range(len(dims)))  # type: ignore[union-attr]
     else:
         touched = [_dim(node, 1, -1, len(dims))]
     if any(is_token(dims[d]) for d in touched):
@@ -475,8 +526,7 @@ def _matmul(self: Follower, node: fx.Node) -> Any:
     keys_a = [*lead, "i", "k"] if ra > 1 else ["k"]
     keys_b = [*lead, "k", "j"] if rb > 1 else ["k"]
     table = self.align(node, [(a, keys_a), (b, keys_b)])
-    if is_token(table.get("k", ())):
-        pass  # probabilities x values: a sum over the kept tokens, which is what masking the others gives
+    self.contract(node, {"k": table.get("k", ())})
     out = lead + (["i"] if ra > 1 else []) + (["j"] if rb > 1 else [])
     return self.output(node, out, table)
 
@@ -486,6 +536,7 @@ def _addmm(self: Follower, node: fx.Node) -> Any:
     c, a, b = node.args[:3]
     lead = ["b"] if node.target is aten.baddbmm.default else []
     table = self.align(node, [(a, [*lead, "i", "k"]), (b, [*lead, "k", "j"]), (c, [*lead, "i", "j"])])
+    self.contract(node, {"k": table.get("k", ())})
     return self.output(node, [*lead, "i", "j"], table)
 
 
@@ -494,8 +545,11 @@ def _einsum(self: Follower, node: fx.Node) -> Any:
     equation, operands = node.args[:2]
     if "..." in equation:  # type: ignore[operator]
         raise self.refuse(node, f"einsum '{equation}' with an ellipsis is not followed")
-    left, right = equation.replace(" ", "").split("->")  # type: ignore[union-attr]
+    left, arrow, right = equation.replace(" ", "").partition("->")  # type: ignore[union-attr]
+    if not arrow:  # letters that occur once, in alphabetical order
+        right = "".join(sorted(c for c in set(left) - {","} if left.count(c) == 1))
     table = self.align(node, [(arg, list(keys)) for arg, keys in zip(operands, left.split(","), strict=True)])  # type: ignore
+    self.contract(node, {key: dim for key, dim in table.items() if key not in right})
     return self.output(node, list(right), table)
 
 
@@ -564,7 +618,7 @@ def _view(self: Follower, node: fx.Node) -> Any:
             rest = sympy.Integer(1)
         out.append(tuple(taken))
     dims = tuple(out)
-    if any(is_token(d) for d in dims) and node.target in SIZED:
+    if any(is_token(d) for d in dims) and node.target in SIZED | RESIZED:
         self.flow.sizes[node] = dims
     return dims
 
@@ -576,7 +630,10 @@ def _concrete(value: sympy.Expr, like: Any) -> Any:
 
 
 #: Ops whose second argument is the list of new sizes.
-SIZED = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default}
+SIZED = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default,
+         aten.broadcast_to.default}
+#: Ops that name the new sizes in another way; with a token axis they become a reshape.
+RESIZED = {aten.unflatten.int, aten.view_as.default, aten.reshape_as.default}
 
 
 @rule(aten.expand.default, aten.broadcast_to.default, aten.expand_as.default)
@@ -594,7 +651,8 @@ def _expand(self: Follower, node: fx.Node) -> Any:
     return out
 
 
-@rule(*overloads("transpose", "permute", "t", "movedim", "swapaxes", "numpy_T", "mT", "adjoint"))
+@rule(*overloads("transpose", "permute", "t", "movedim", "moveaxis", "swapaxes", "swapdims", "numpy_T", "mT",
+                 "adjoint"))
 def _permute(self: Follower, node: fx.Node) -> Any:
     dims = self.known(node.args[0])
     rank, name = len(dims), op_name(node)
@@ -605,8 +663,11 @@ def _permute(self: Follower, node: fx.Node) -> Any:
         order[-2:] = order[-2:][::-1]
     elif name == "numpy_T":
         order = order[::-1]
-    elif name == "movedim":
-        raise self.refuse(node, "movedim is not followed")
+    elif name in ("movedim", "moveaxis"):
+        given = [list(d) if isinstance(d, (list, tuple)) else [d] for d in node.args[1:3]]
+        source, target = ([int(d) % rank for d in which] for which in given)  # type: ignore[arg-type]
+        rest = iter(d for d in range(rank) if d not in source)
+        order = [source[target.index(i)] if i in target else next(rest) for i in range(rank)]
     else:
         a, b = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
         order[a], order[b] = order[b], order[a]
@@ -652,6 +713,9 @@ def _cat(self: Follower, node: fx.Node) -> Any:
             parts.append(label[0].axis)
         else:
             parts.append(shape_of(tensor)[dim])
+    if len(parts) > 1 and isinstance(parts[1], Axis) and parts[1].base is not None and isinstance(
+            parts[0], int) and parts[0] == parts[1].start:
+        parts[:2] = [parts[1].base]  # protected tokens and what follows them, put together again
     if not any(isinstance(p, Axis) for p in parts):
         along = plain(shape[dim])
         if len(tensors) == 1 and ("cat", 0) in table:
@@ -708,6 +772,8 @@ def _slice(self: Follower, node: fx.Node) -> Any:
                      for i, d in enumerate(dims))
     before = _product(f.size for f in along)
     end_value = end.meta["val"] if isinstance(end, fx.Node) else end
+    if isinstance(end_value, int) and end_value < 0:
+        end_value = before + end_value
     to_end = (isinstance(end_value, int) and end_value == MAX_INT) or equal(end_value, before)
     if start == 0 and step == 1 and to_end:
         self.flow.full_slices[node] = dim
@@ -722,30 +788,29 @@ def _slice(self: Follower, node: fx.Node) -> Any:
 
 def self_slice(self: Follower, node: fx.Node, axis: Axis, start: Any, end: Any, to_end: bool, size: Any) -> Dim:
     """A slice of a token axis: allowed where its borders lie among tokens that are all kept."""
-    if axis.parts and isinstance(start, int) and start >= 0:
-        at, picked = 0, []
-        borders = [0]
+    if isinstance(start, fx.Node):
+        start = start.meta["val"]
+    if axis.parts:
+        at: Any = 0
+        borders = [at]
         for part in axis.parts:
             at = at + (part.size if isinstance(part, Axis) else part)
             borders.append(at)
-        starts = [i for i, b in enumerate(borders) if equal(b, start)]
+        first = axis.size + start if isinstance(start, int) and start < 0 else start
+        starts = [i for i, b in enumerate(borders) if equal(b, first)]
         ends = [len(axis.parts)] if to_end else [i for i, b in enumerate(borders) if equal(b, end)]
-        if starts and ends and isinstance(end, (int, torch.SymInt)):
-            picked = list(axis.parts[starts[0]:ends[0]])
-            only_sizes = not any(isinstance(p, Axis) for p in picked)
-            fixed = isinstance(start, int) and all(not isinstance(p, Axis) for p in axis.parts[: ends[0]])
-            if only_sizes and fixed:
+        if starts and ends and starts[0] < ends[0]:
+            picked = axis.parts[starts[0]:ends[0]]
+            self.flow.slices[node] = (axis.parts[: starts[0]], picked, to_end)
+            if not any(isinstance(p, Axis) for p in picked):
                 return plain(size)
-            if len(picked) == 1 and isinstance(picked[0], Axis) and to_end and all(
-                    isinstance(p, int) for p in axis.parts[: starts[0]]):
-                self.flow.full_slices[node] = -1
-                return (Factor(size, picked[0]),)
+            return (Factor(size, picked[0] if len(picked) == 1 else self.concat(picked, size)),)
     if to_end and isinstance(start, int):
         if start < 0 and -start <= axis.suffix:
             return plain(size)
         if 0 < start <= axis.prefix:
             return (Factor(size, self.tail(axis, start)),)
-    if start == 0 and isinstance(end, int) and 0 < end <= axis.prefix:
+    if isinstance(start, int) and isinstance(end, int) and 0 <= start < end <= axis.prefix:
         return plain(size)
     raise self.refuse(node, f"a slice [{start}:{'' if to_end else end}] of the token axis {axis} has its border among "
                             "tokens that may be dropped; protect them, or cut later")
@@ -800,13 +865,19 @@ def _index(self: Follower, node: fx.Node) -> Any:
     positions = [i for i, _ in tensors]
     if positions != list(range(positions[0], positions[0] + len(positions))):
         raise self.refuse(node, "indices with a gap are not followed")
+    rank = max(len(shape_of(t)) for _, t in tensors)  # type: ignore[arg-type]
+    made = [plain(s) for s in shape_of(node)[positions[0]: positions[0] + rank]]
+    batch = self.flow.batch
     for i, _ in tensors:
         if is_token(dims[i]):
             if len(dims[i]) != 1:
                 raise self.refuse(node, "an index into a flattened token axis")
+            rows = 1 if batch is None else batch.size
+            if not equal(rows, 1) and not (i - 1 in positions and dims[i - 1] == (Factor(rows, batch),)):
+                raise self.refuse(node, "tokens are picked by one index for all rows of the batch")
+            if not equal(_product(d[0].size for d in made), rows):
+                raise self.refuse(node, "an index picks several tokens of a row, and some of them may be dropped")
             self.flow.indices[node, i] = dims[i][0].axis  # type: ignore[assignment]
-    rank = max(len(shape_of(t)) for _, t in tensors)  # type: ignore[arg-type]
-    made = [plain(s) for s in shape_of(node)[positions[0]: positions[0] + rank]]
     return (*dims[: positions[0]], *made, *dims[positions[-1] + 1:])
 
 
