@@ -98,8 +98,18 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def same_dim(a: Dim, b: Dim) -> bool:
-    return [(f.axis, None if f.axis else expr(f.size)) for f in a] == [
-        (f.axis, None if f.axis else expr(f.size)) for f in b]
+    """Whether two dimensions are made of the same axes; ordinary factors count by their product."""
+
+    def normal(dim: Dim) -> list[Any]:
+        parts: list[Any] = [sympy.Integer(1)]
+        for f in dim:
+            if f.axis is not None:
+                parts += [f.axis, sympy.Integer(1)]
+            else:
+                parts[-1] = parts[-1] * expr(f.size)
+        return parts
+
+    return normal(a) == normal(b)
 
 
 def shape_of(node: fx.Node) -> list[Any]:
