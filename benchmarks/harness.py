@@ -1,0 +1,212 @@
+"""Interleaved timing, result rows, CSV files and plots: what all benchmarks share."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).with_name("results")
+THREADS = 2
+BASELINE = "torch.compile"
+"""Name in the column ``recipe`` of what everything is compared with: the same model under plain ``torch.compile``."""
+
+
+@dataclass
+class Row:
+    """One line of a result file.
+
+    Attributes:
+        benchmark, model: names.
+        recipe: of tokcompile, or :data:`BASELINE`; what else was timed where it is neither.
+        batch, tokens: rows, and tokens of a row before any are dropped.
+        median_ms, p20_ms, p80_ms, repeats: of the wall time.
+        flop_ratio: FLOPs of the dense graph / of the rewritten one, from tokcompile's report; the ceiling of speedup.
+        flop_ratio_formula: the same by hand, from the shapes of the model.
+        speedup: baseline median / this median.
+        share_of_ceiling: speedup / flop_ratio.
+        load: load average of the machine (1 minute) when the benchmark began, without the benchmark itself.
+    """
+
+    benchmark: str
+    model: str
+    recipe: str
+    batch: int
+    tokens: int
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    repeats: int
+    flop_ratio: float | None = None
+    flop_ratio_formula: float | None = None
+    speedup: float | None = None
+    share_of_ceiling: float | None = None
+    load: float | None = None
+    torch: str = ""
+    transformers: str = ""
+    tokcompile: str = ""
+    cpu: str = ""
+    threads: int = THREADS
+
+
+COLUMNS = [f.name for f in fields(Row)]
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Linear interpolation between the sorted values: 0.5 is the median."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def interleaved(calls: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 3) -> dict[str, list[float]]:
+    """Wall times in ms. Every round runs each call once, so that a load from outside hits all of them alike.
+
+    Args:
+        calls: name -> function without arguments.
+        repeats: timed rounds. warmup: rounds before them (compilation belongs there).
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.inference_mode():
+        for call in calls.values():
+            for _ in range(warmup):
+                call()
+        gc.collect()
+        gc.disable()
+        try:
+            for turn in range(repeats):
+                names = list(calls)
+                shift = turn % len(names)  # nobody always runs behind the same other
+                for name in names[shift:] + names[:shift]:
+                    started = time.perf_counter()
+                    result = calls[name]()
+                    times[name].append((time.perf_counter() - started) * 1e3)
+                    del result
+        finally:
+            gc.enable()
+    return times
+
+
+def row(benchmark: str, model: str, recipe: str, times: Sequence[float], *, batch: int, tokens: int,
+        baseline: Sequence[float] | None = None, flop_ratio: float | None = None,
+        formula: float | None = None, load: float | None = None) -> Row:
+    """A line of the result file from the measured times."""
+    median = quantile(times, 0.5)
+    speedup = quantile(baseline, 0.5) / median if baseline else None
+    return Row(
+        benchmark, model, recipe, batch, tokens, median, quantile(times, 0.2), quantile(times, 0.8), len(times),
+        flop_ratio, formula, speedup, speedup / flop_ratio if speedup and flop_ratio else None, load, **versions(),
+    )
+
+
+def versions() -> dict[str, Any]:
+    """What the figures hang on."""
+    import tokcompile
+
+    return {"torch": torch.__version__, "transformers": importlib.metadata.version("transformers"),
+            "tokcompile": tokcompile.__version__, "cpu": cpu_name(), "threads": torch.get_num_threads()}
+
+
+def cpu_name() -> str:
+    """Model name of the processor and its number of cores."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def load() -> float | None:
+    """Load average of the last minute; None where the system has none."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def write_csv(path: Path, rows: Iterable[Row]) -> None:
+    """Write the rows, numbers with four significant digits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for item in rows:
+            writer.writerow({k: _short(v) for k, v in asdict(item).items()})
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The lines of a result file, as text."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _short(value: Any) -> Any:
+    if value is None:
+        return ""
+    if not isinstance(value, float):
+        return value
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def number(text: str) -> float | None:
+    """A cell of a result file as a number; None where it is empty."""
+    return float(text) if text else None
+
+
+def plot(path: Path, lines: Sequence[Mapping[str, str]], title: str) -> None:
+    """Bars: median time of each line with p20 to p80; the speed-up and its share of the ceiling at the end of a bar."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    groups: dict[tuple[str, str], list[Mapping[str, str]]] = {}
+    for line in lines:
+        groups.setdefault((line["model"], line["batch"]), []).append(line)
+    figure, axes = plt.subplots(len(groups), 1, squeeze=False, layout="constrained",
+                                figsize=(8, 0.9 + 0.42 * len(lines) + 0.45 * len(groups)))
+    for ax, ((model, batch), members) in zip(axes[:, 0], groups.items(), strict=True):
+        names = [m["recipe"] for m in members]
+        median = [float(m["median_ms"]) for m in members]
+        errors = [[t - float(m["p20_ms"]) for t, m in zip(median, members, strict=True)],
+                  [float(m["p80_ms"]) - t for t, m in zip(median, members, strict=True)]]
+        colours = ["#9aa5b1" if n.startswith(BASELINE) else "#2f6fb0" for n in names]
+        ax.barh(names, median, xerr=errors, color=colours, error_kw={"elinewidth": 1, "capsize": 2}, height=0.7)
+        for i, m in enumerate(members):
+            text = f" {_time(median[i])}"
+            if m["speedup"]:
+                text += f"   {float(m['speedup']):.2f}×"
+            if m["share_of_ceiling"]:
+                text += f" = {100 * float(m['share_of_ceiling']):.0f} % of {float(m['flop_ratio']):.2f}×"
+            ax.text(float(m["p80_ms"]), i, text, va="center", fontsize=8)
+        ax.invert_yaxis()
+        ax.set_xlim(0, max(float(m["p80_ms"]) for m in members) * 1.45)
+        ax.set_title(f"{model}, batch {batch}", fontsize=9, loc="left")
+        ax.tick_params(labelsize=8)
+        for side in ("top", "right"):
+            ax.spines[side].set_visible(False)
+    axes[-1, 0].set_xlabel("wall time, ms (median; whiskers p20 to p80)", fontsize=8)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _time(ms: float) -> str:
+    return f"{ms / 1e3:.1f} s" if ms >= 10_000 else f"{ms:.0f} ms" if ms >= 100 else f"{ms:.1f} ms"
+
+
+def spread(times: Sequence[float]) -> float:
+    """Standard deviation over mean; a timing above some 0.1 was disturbed."""
+    return statistics.pstdev(times) / statistics.fmean(times)
