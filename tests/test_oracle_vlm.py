@@ -1,0 +1,61 @@
+"""Pruned vision-language models equal the dense model with the dropped keys hidden, in the prefill and at every step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tokcompile
+from tests import oracle
+from tests.pruning import POOL, RANDOM, TODRE, check, optimized, run
+from tests.zoo.vlm import VARIANTS, VLMS, Case
+
+CASES = {**VLMS, **VARIANTS}
+STEPS = {"random": RANDOM, "todre": TODRE, "pool": POOL}
+
+
+def visual_kept(case: Case, inputs: dict[str, torch.Tensor], indices: torch.Tensor) -> list[int]:
+    """How many of each row's kept tokens are visual."""
+    visual = case.visual_mask(inputs)
+    return [int(visual[row][kept[kept >= 0]].sum()) for row, kept in enumerate(indices)]
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("steps", ["random", "todre"])
+def test_pruned_equals_masked_dense(name: str, steps: str) -> None:
+    case = CASES[name]()
+    inputs = case.inputs(batch=2, left_padding=3)
+    model = optimized(case.model, STEPS[steps])
+    recording = check(model, case, inputs)
+
+    visual = case.visual_mask(inputs).sum(1).tolist()
+    cuts = [(entry.name, entry.layer) for entry in recording.kept]
+    assert cuts == ([("random", 0)] if steps == "random" else [("todre", 0), ("todre", 2)])
+    assert visual_kept(case, inputs, recording.kept[0].indices) == [(n + 3) // 4 for n in visual]
+    if steps == "todre":
+        assert visual_kept(case, inputs, recording.kept[1].indices) == [0, 0]
+    step = tokcompile.report(model).steps[0]
+    assert step.status == "matched"
+    assert step.flop_ratio > 1.2
+
+
+ALL = {
+    "random": [{"pass": "random", "params": {"keep": 1.0}}],
+    "pool": [{"pass": "pool", "params": {"keep": 1.0}}],
+    "todre": [{"pass": "todre", "params": {"keep": 1.0, "drop_layer": None}}],
+}
+
+
+@pytest.mark.parametrize(("name", "steps"), [
+    *((name, "random") for name in CASES), ("llava", "pool"), ("llava", "todre"), ("qwen2_5_vl", "pool"),
+    ("qwen2_5_vl", "todre")])
+def test_keeping_everything_changes_nothing(name: str, steps: str) -> None:
+    case = CASES[name]()
+    inputs = case.inputs(batch=2, left_padding=3)
+    model = optimized(case.model, ALL[steps])
+    found, recording = run(model, case, inputs)
+    wanted = oracle.run(case, inputs, 8 if case.has_generate else 1)
+    length = inputs["attention_mask"].shape[1]
+    assert torch.equal(recording.kept[0].indices, torch.arange(length).expand(2, length))
+    assert torch.equal(found.tokens, wanted.tokens) or not case.has_generate
+    assert [torch.equal(a, b) for a, b in zip(found.logits, wanted.logits, strict=True)] == [True] * len(wanted.logits)
