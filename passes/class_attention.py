@@ -52,8 +52,8 @@ class ClassAttention(Pass):
         depth, prefix = len(region.layers), int(region.shapes.get("prefix", 0))
         stages = [max(1, min(depth - 1, round(f * depth))) for f in self.params.at]
         if len(set(stages)) != len(stages):
-            raise ctx.refuse(region.roles["tokens"], f"{len(stages)} stages do not fit into {depth} layers; give fewer, "
-                                                     "or depths further apart")
+            raise ctx.refuse(region.roles["tokens"], f"{len(stages)} stages do not fit into {depth} layers; give "
+                                                     "fewer, or depths further apart")
         for stage in stages:
             attention = region.layers[stage - 1].attention
             if attention is None:
@@ -95,6 +95,7 @@ class ClassAttention(Pass):
             number = int(size.meta["val"].node.hint)
         else:
             size = number = keep.count(count - prefix) + prefix
-        ctx.cut(node, kept, size, stack=region.path or "encoder", layer=region.layers[stage], index=stage, prefix=prefix)
+        ctx.cut(node, kept, size, stack=region.path or "encoder", layer=region.layers[stage], index=stage,
+                prefix=prefix)
         return number
 

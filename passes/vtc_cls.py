@@ -62,7 +62,7 @@ class VtcCls(VisualSelection):
         above = ancestors([features])
         found = [e for e in ctx.regions.of("vision_encoder") if e.roles["tokens"] in above]
         if len(found) != 1:
-            raise ctx.refuse(features, f"{len(found)} vision encoders with layers feed the image features; one is needed")
+            raise ctx.refuse(features, f"{len(found)} vision encoders feed the image features; one is needed")
         return found[0]
 
     def apply(self, ctx: Context, region: Region) -> dict[str, Any]:

@@ -316,10 +316,10 @@ class _Stages:
             marked = None if scores is None else torch.ops.tokcompile.visual_scores(scores)
             return original(model, **kwargs), None, marked
 
-        # lengths differ from call to call in a language model; an encoder is fastest at the sizes that it has seen
+        # decode steps differ in length from the first on; the rest starts static, as torch.compile does
         self.plain = _compiled(plain, session, dynamic=True if session.tracks_cache else None)
-        self.tracked = _compiled(tracked, session, dynamic=True)
-        self.uncached = _compiled(uncached, session, dynamic=True)
+        self.tracked = _compiled(tracked, session, dynamic=None)
+        self.uncached = _compiled(uncached, session, dynamic=None)
         self.failed: set[str] = set()
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -65,16 +65,21 @@ class HostSize:
 
     Rows hold different numbers of images, so the number of slots is no function of the sizes in the graph. The mask
     comes straight from the token ids; reading it is one small transfer for each prefill.
+
+    ``static``: the graph was compiled for this number only (all its other sizes are static too).
     """
 
     prologue: fx.GraphModule
     inputs: list[int]
     function: SizeFunction
+    static: int | None = None
 
     def __call__(self, args: Sequence[Any]) -> tuple[int, bool]:
         with torch.no_grad():
             mask = self.prologue(*(args[i] for i in self.inputs))
-        return self.function(mask)
+        size, ragged = self.function(mask)
+        # a symbolic size is at least 2; a single token gets an empty slot beside it
+        return (size, ragged) if size > 1 else (2, True)
 
 
 @dataclass(eq=False)
@@ -96,6 +101,7 @@ class Context:
         args: the real arguments of the call that triggered compilation.
         step: index of the recipe step at work.
         whole: the graph is a whole forward, so its outputs may be shorter than before.
+        static: sizes read off the data may be numbers in the graph; another number compiles it anew.
     """
 
     captured: Captured
@@ -103,6 +109,7 @@ class Context:
     args: Sequence[Any]
     step: int = 0
     whole: bool = True
+    static: bool = False
     sizes: list[HostSize] = field(default_factory=list)
     ragged: list[bool] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
@@ -172,16 +179,19 @@ class Context:
 
         return self.emit(mask, merged, *tensors, before=self.after(merged))
 
-    def host_size(self, mask: fx.Node, function: SizeFunction, name: str) -> tuple[fx.Node, bool]:
-        """A size node read off the real visual mask before each call, and whether rows differ."""
+    def host_size(self, mask: fx.Node, function: SizeFunction, name: str) -> tuple[Any, bool]:
+        """A size read off the real visual mask before each call (a node, or an int), and whether rows differ."""
         size = HostSize(*self._prologue(mask), function)
         hint, ragged = size(self.args)
+        self.sizes.append(size)
+        self.ragged.append(ragged)
+        if self.static:
+            size.static = hint
+            return hint, ragged
         placeholders = self.captured.placeholders
         with self.captured.graph.inserting_after(placeholders[-1]):
             node = self.captured.graph.placeholder(f"{name}_{len(self.sizes)}")
         node.meta["val"] = self.captured.new_size(hint, node.name)
-        self.sizes.append(size)
-        self.ragged.append(ragged)
         return node, ragged
 
     def _prologue(self, mask: fx.Node) -> tuple[fx.GraphModule, list[int]]:
@@ -237,13 +247,17 @@ class Context:
     def check(self, node: fx.Node, **kwargs: Any) -> None:
         """Raise :class:`NarrowError` if tokens cannot be removed at ``node``; changes nothing."""
         flow = check(self.captured, node, **kwargs)
-        if not self.whole:
-            for output in self.captured.graph.find_nodes(op="output"):
-                for result in output.all_input_nodes:
-                    if result in flow.labels:
-                        raise self.refuse(result, "the model breaks into several graphs here, and a value that carries "
-                                                  "tokens leaves this one; compile with fullgraph=True, or use "
-                                                  "tokcompile.optimize")
+        leaving = [r for r in self.captured.graph.output_node().all_input_nodes if r in flow.labels]
+        if not self.whole and leaving:
+            raise self.refuse(leaving[0], "the model breaks into several graphs here, and a value that carries tokens "
+                                          "leaves this one; compile with fullgraph=True, or use tokcompile.optimize")
+        if not self.captured.graph.find_nodes(op="call_function", target=torch.ops.tokcompile.held.default):
+            keys = {r.roles["key"] for r in self.regions.of("attention")}
+            keys |= ancestors(keys)
+            for result in leaving:
+                if result in keys and result.meta["val"].dim() == 4:
+                    raise self.refuse(result, "keys of an attention layer leave the graph as a cache that cannot say "
+                                              "which tokens it holds; use tokcompile.optimize, or pass use_cache=False")
 
     def check_rows(self, encoder: Region, features: fx.Node) -> None:
         """Raise unless ``features`` are, row by row, the patches of ``encoder`` (one image after the other)."""

@@ -63,7 +63,7 @@ class VisualSelection(Pass):
         stack = ctx.stack_below(merged)
         ctx.cut(merged, kept, size, ragged=ragged, stack="decoder", layer=stack.layers[0] if stack else None, index=0,
                 suffix=1, value=None if tokens is merged else tokens)
-        return {"tokens_before": _hint(merged.meta["val"].shape[1]), "tokens_after": _hint(size.meta["val"])}
+        return {"tokens_before": _hint(merged.meta["val"].shape[1]), "tokens_after": _hint(size)}
 
 
 def drop_visual(ctx: Context, merge: Region, stack: Region, layer: int) -> dict[str, Any]:
@@ -81,8 +81,9 @@ def drop_visual(ctx: Context, merge: Region, stack: Region, layer: int) -> dict[
     visual = ctx.surviving(mask, "decoder", True, at)  # empty slots go with the visual tokens
     keep = ctx.emit(torch.logical_not, visual, before=at)
     ctx.cut(node, keep, size, ragged=ragged, stack="decoder", layer=stack.layers[layer + 1], index=layer + 1, suffix=1)
-    return {"late_layer": layer + 1, "tokens_late": _hint(size.meta["val"])}
+    return {"late_layer": layer + 1, "tokens_late": _hint(size)}
 
 
 def _hint(size: Any) -> int:
+    size = size.meta["val"] if isinstance(size, fx.Node) else size
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)

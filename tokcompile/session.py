@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from tokcompile.canonical import canonicalise
-from tokcompile.capture import ASSERTIONS, Captured, from_dynamo
+from tokcompile.capture import ASSERTIONS, Captured, from_dynamo, propagate
 from tokcompile.errors import NarrowError, NoMatchError, RecipeError
 from tokcompile.flops import graph_flops
 from tokcompile.lower import Guard, lower
@@ -66,7 +66,10 @@ class Variant:
     def extra(self, args: Sequence[Any]) -> list[int] | None:
         """The sizes to append to ``args``; None when this variant was made for other (un)ragged rows."""
         found = [size(args) for size in self.sizes]
-        return [n for n, _ in found] if [r for _, r in found] == self.ragged else None
+        if [r for _, r in found] != self.ragged or any(
+                size.static not in (None, n) for size, (n, _) in zip(self.sizes, found, strict=True)):
+            return None
+        return [n for size, (n, _) in zip(self.sizes, found, strict=True) if size.static is None]
 
 
 class Session:
@@ -297,7 +300,8 @@ class CompiledGraph:
         session = self.session
         started = time.perf_counter()
         captured = from_dynamo(self.graph_module)
-        ctx = Context(captured, Regions(), args, whole=self.whole)
+        # the first compilation of a graph of static sizes is static throughout, as torch.compile does it
+        ctx = Context(captured, Regions(), args, whole=self.whole, static=not captured.symbols and not self.variants)
         session.rewrite(ctx, self.stage)
         if ctx.kept:
             output = next(iter(captured.graph.find_nodes(op="output")))
@@ -309,6 +313,8 @@ class CompiledGraph:
             session.check_matches()
         if session.keep_graphs:
             session.captured.append(captured)
+        if session.lowering == "eager":
+            propagate(captured)  # Inductor traces the graph anyway, and so derives every shape
         run = lower(captured, session.lowering)
         variant = Variant(run, Guard(captured), ctx.sizes, ctx.ragged, ctx.kept)
         self.variants.append(variant)
