@@ -415,13 +415,12 @@ def _isin(self: Follower, node: fx.Node) -> Any:
 @rule(aten.prelu.default)
 def _prelu(self: Follower, node: fx.Node) -> Any:
     """``prelu(x [B, C, ...], weight [C] or [1])``"""
-    rank = len(shape_of(node))
-    keys = list(range(rank))
-    channel = [1] if rank > 1 else [0]
-    table = self.align(node, [(node.args[0], keys), (node.args[1], channel)])
-    if any(d.side is node.args[1] and len(d.dims) > 1 for d in self.flow.demands.get(node, ())):
+    x, weight = node.args[:2]
+    dims = self.known(x)  # type: ignore[arg-type]
+    if any(is_token(d) for d in self._flat(weight)) or (  # type: ignore[arg-type]
+            len(dims) > 1 and is_token(dims[1]) and not equal(_product(shape_of(weight)), 1)):  # type: ignore[arg-type]
         raise self.refuse(node, "prelu has one slope for each token")
-    return self.output(node, keys, table)
+    return dims
 
 
 @rule(aten.glu.default)
