@@ -167,7 +167,8 @@ def _settle(model: nn.Module) -> None:
         return
     flag = "_output_capturing_hooks_installed"
     for module in model.modules():
-        function, captures = type(module).forward, False
+        function: Any = type(module).forward
+        captures = False
         while function is not None and not captures:
             captures = "capture_outputs" in getattr(getattr(function, "__code__", None), "co_qualname", "")
             function = getattr(function, "__wrapped__", None)
@@ -335,7 +336,7 @@ class _Stages:
     def _with_cache(self, model: nn.Module, kwargs: dict[str, Any]) -> Any:
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
-            config = getattr(model, "config", None)
+            config: Any = getattr(model, "config", None)
             text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
             use_cache = bool(getattr(text, "use_cache", True))
         if kwargs.get("past_key_values") is None:
@@ -343,7 +344,7 @@ class _Stages:
                 return self._stage("prefill", self.uncached, model, kwargs).result
             from transformers import DynamicCache
 
-            kwargs = {**kwargs, "past_key_values": DynamicCache(config=model.config)}
+            kwargs = {**kwargs, "past_key_values": DynamicCache(config=model.config)}  # type: ignore[arg-type]
         cache = kwargs["past_key_values"]
         adopt(cache)
         tokens = next(t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)

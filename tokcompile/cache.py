@@ -44,6 +44,9 @@ class PrunedLayer(DynamicLayer):
     that the model makes from them enforces it.
     """
 
+    keys: Any  # None until the first update
+    values: Any
+
     def __init__(self, is_sliding: bool = False) -> None:
         super().__init__()
         self.is_sliding = is_sliding
@@ -120,19 +123,20 @@ def adopt(cache: Cache) -> None:
     if cache.offloading:
         raise CacheError("an offloaded cache moves layers between devices inside the compiled graph; use the default "
                          "dynamic cache: drop cache_implementation='offloaded'")
-    for i, layer in enumerate(cache.layers):
+    layers: list[Any] = cache.layers
+    for i, layer in enumerate(layers):
         if isinstance(layer, PrunedLayer):
             continue
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise CacheError(f"cache layer {i} is a {type(layer).__name__}, which cannot hold fewer tokens; use a plain "
-                             "dynamic cache")
+            raise CacheError(f"cache layer {i} is a {type(layer).__name__}, which cannot hold fewer tokens; use a "
+                             "plain dynamic cache")
         new = PrunedLayer(is_sliding=bool(layer.is_sliding))
         if layer.is_initialized and layer.get_seq_length() > 0:
             if layer.keys.shape[-2] != layer.get_seq_length():
                 raise CacheError(f"cache layer {i} has already dropped tokens that left its sliding window; start from "
                                  "a fresh cache")
             new.update(layer.keys, layer.values)
-        cache.layers[i] = new
+        layers[i] = new
     if cache.layer_class_to_replicate is not None:
         cache.layer_class_to_replicate = PrunedLayer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ def lower(captured: Captured, lowering: str) -> Callable[..., Any]:
 
     values = [node.meta["val"] for node in captured.placeholders]
     with tracing(TracingContext(captured.fake_mode)):
-        return compile_fx(captured.graph_module, values)
+        return compile_fx(captured.graph_module, values)  # type: ignore[return-value]
 
 
 class Guard:
@@ -54,8 +55,6 @@ class Guard:
         printer = PythonPrinter()
         names = ", ".join(str(s) for s, _, _ in self._sources)
         body = " and ".join(f"({printer.doprint(g)})" for g in guards) or "True"
-        import math
-
         self.text = body
         self._check = eval(f"lambda {names}: {body}", {"math": math, "torch": torch})
 

@@ -160,21 +160,21 @@ class Session:
         kind = step.target.region or method.regions
         candidates = [r for r in ctx.regions.of(kind) if step.target.matches_path(r.path) and not (
             self.recipe and self.recipe.protect and self.recipe.protect.covers(r.path))]
-        problems: list[tuple[str, str]] = []
+        problems: list[str] = []
         done: list[Region] = []
         for region in candidates:
             try:
                 entry.details.update(method.apply(ctx, region))
                 done.append(region)
             except NarrowError as error:
-                problems.append(("condition_failed", str(error)))
+                problems.append(str(error))
         if done:
-            entry.status, entry.reason = "matched", "; ".join(text for _, text in problems)
+            entry.status, entry.reason = "matched", "; ".join(problems)
             entry.matches = max(entry.matches, len(done))
             entry.regions = sorted({*entry.regions, *(r.path for r in done)})
         elif entry.status != "matched":
             if problems:
-                entry.status, entry.reason = problems[0]
+                entry.status, entry.reason = "condition_failed", problems[0]
             elif entry.status == "structure_miss":
                 entry.reason = self._miss(ctx.regions, kind, stage, step)
 
@@ -309,7 +309,7 @@ class CompiledGraph:
         captured.graph.eliminate_dead_code(
             is_impure_node=lambda n: n.is_impure() and n.target not in (aten.item.default, *ASSERTIONS))
         captured.graph_module.recompile()
-        if self.stage in ("prefill", "forward") or (self.whole and not session.tracks_cache):
+        if self.stage in ("prefill", "forward"):
             session.check_matches()
         if session.keep_graphs:
             session.captured.append(captured)
