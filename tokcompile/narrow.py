@@ -169,8 +169,8 @@ def _check_ragged(flow: Flow, ragged: set[Axis]) -> None:
         if any(padded(f.axis) for d in dims for f in d):
             raise refuse(node, f"{node.target} reduces {counts}")
     for node, axes in flow.contractions.items():
-        for axis in axes:
-            if padded(axis) and not any(_vanishes(flow, arg, axis) for arg in node.all_input_nodes):
+        for axis, places in axes:
+            if padded(axis) and not any(_vanishes(flow, arg, dim) for arg, dim in places):
                 raise refuse(node, f"{node.target} sums {counts}")
     for node, (_query, key) in flow.attention.items():
         if not any(padded(f.axis) for f in key):
@@ -182,24 +182,37 @@ def _check_ragged(flow: Flow, ragged: set[Axis]) -> None:
             raise refuse(node, "attention with batch and heads flattened together cannot mask empty slots")
 
 
-#: Ops whose result is zero where their first operand is.
+#: Ops whose result is zero where their first operand is, and that keep the token axes in their order.
 KEEPS_ZEROS = {"to", "_to_copy", "type_as", "dropout", "native_dropout", "clone", "contiguous", "alias", "detach", "view",
-               "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "t",
-               "mT", "swapaxes", "swapdims", "movedim", "expand", "slice", "select", "div", "neg", "nan_to_num", "split",
-               "chunk", "split_with_sizes", "repeat_interleave"}
+               "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "slice", "select",
+               "div", "neg", "nan_to_num", "split", "chunk", "split_with_sizes", "repeat_interleave"}
 
 
-def _vanishes(flow: Flow, node: fx.Node, axis: Axis) -> bool:
-    """Whether ``node`` is known to be zero at the empty slots of ``axis``: it comes from a softmax over them."""
-    if node not in flow.labels:
+def _vanishes(flow: Flow, node: fx.Node, dim: int) -> bool:
+    """Whether ``node`` is known to be zero at the empty slots of dimension ``dim``: a softmax over it made it so."""
+    dims = flow.labels.get(node)
+    if dims is None:
         return False
     if node in flow.attention:
-        over = flow.attention[node][1][0].axis
-        return "log" not in op_name(node) and (over is axis or (over is not None and axis in over.parts))
+        softmax = op_name(node) in ("softmax", "_softmax", "_safe_softmax")
+        return softmax and _dim(node, 1, -1, len(dims)) == dim
+    if node in flow.orders:
+        return _vanishes(flow, node.args[0], flow.orders[node][dim])  # type: ignore[arg-type]
     name = op_name(node)
+    if name == "mul":
+        return any(_vanishes(flow, arg, dim - len(dims) + len(shape_of(arg))) for arg in node.all_input_nodes
+                   if arg in flow.labels and dim - len(dims) + len(shape_of(arg)) >= 0)
     if name in KEEPS_ZEROS or node.target is operator.getitem or (name == "masked_fill" and node.args[2] == 0):
-        return _vanishes(flow, node.args[0], axis)  # type: ignore[arg-type]
-    return name == "mul" and any(_vanishes(flow, arg, axis) for arg in node.all_input_nodes)
+        source = node.args[0]
+        if isinstance(dims, list):  # the pieces of a split
+            dims = dims[0]
+        number = sum(is_token(d) for d in dims[:dim])
+        before = flow.labels.get(source)  # type: ignore[arg-type]
+        if isinstance(before, list):
+            before = before[0]
+        tokens = [i for i, d in enumerate(before or ()) if is_token(d)]
+        return number < len(tokens) and _vanishes(flow, source, tokens[number])  # type: ignore[arg-type]
+    return False
 
 
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
@@ -339,9 +352,9 @@ class _Narrower:
             start = self._parts_size(before, node)
             end = MAX_INT if to_end else self._sum(start, self._parts_size(picked, node), node)
             node.args = (*node.args[:2], start, end, *node.args[4:])
-        for (user, position), axis in self.flow.indices.items():
+        for (user, position), (axis, by_row) in self.flow.indices.items():
             if user is node:
-                self._map_index(node, position, axis)
+                self._map_index(node, position, axis, by_row)
         if node in self.flow.attention:
             self._mask_empty(node, *self.flow.attention[node])
         if node.target is HELD:
@@ -560,16 +573,16 @@ class _Narrower:
                 view[batch], view[at] = i.shape[0], i.shape[1]
                 shape = list(x.shape)
                 shape[at] = i.shape[1]
+                i = i if batch < at else i.transpose(0, 1)
                 x = x.gather(at, i.reshape(view).expand(shape))
             return x.reshape(sizes[len(flat):]) if composite else x
 
         return inline(self.captured, take, [value, *indices, *split, *joined, *grown], before)
 
-    def _map_index(self, node: fx.Node, position: int, axis: Axis) -> None:
+    def _map_index(self, node: fx.Node, position: int, axis: Axis, by_row: bool) -> None:
         """Positions in the unpruned sequence -> positions among the kept: how many kept ones lie before."""
         indices = list(node.args[1])  # type: ignore[arg-type]
-        dims = self.flow.labels[node.args[0]]
-        rows = indices[position - 1] if position > 0 and dims[position - 1][0].axis is self.batch else None
+        rows = indices[position - 1] if by_row else None
         alive = self.alive(axis, node)
         extra = [a for a in (rows, alive) if a is not None]
 

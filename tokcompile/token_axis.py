@@ -135,10 +135,13 @@ class Flow:
         labels: node -> its dimensions (a list of them for nodes with several results).
         demands: user node -> what it needs from outside.
         sizes: node -> new labels by which its size arguments are written anew (views, expands).
-        indices: (user, position of the index list) -> the axis whose old positions the index tensor holds.
+        indices: (user, position of the index list) -> the axis whose old positions the index tensor holds, and
+            whether the index before it picks rows of the batch.
         attention: nodes that normalise over a token axis (softmax, sdpa) -> (query dims, key dims).
         reductions: nodes that reduce over a token axis.
-        contractions: products that sum over token axes -> these axes.
+        contractions: products that sum over token axes -> these axes, each with the operands that have it and the
+            dimension where.
+        orders: transpositions -> the old place of each dimension.
         full_slices: slices over the whole of a token axis.
         slices: slices of a concatenation -> (segments in front of the result, segments of the result, up to the end).
     """
@@ -146,10 +149,11 @@ class Flow:
     labels: dict[fx.Node, Any] = field(default_factory=dict)
     demands: dict[fx.Node, list[Demand]] = field(default_factory=dict)
     sizes: dict[fx.Node, Dims] = field(default_factory=dict)
-    indices: dict[tuple[fx.Node, int], Axis] = field(default_factory=dict)
+    indices: dict[tuple[fx.Node, int], tuple[Axis, bool]] = field(default_factory=dict)
     attention: dict[fx.Node, tuple[Dim, Dim]] = field(default_factory=dict)
     reductions: list[fx.Node] = field(default_factory=list)
-    contractions: dict[fx.Node, list[Axis]] = field(default_factory=dict)
+    contractions: dict[fx.Node, list[tuple[Axis, list[tuple[fx.Node, int]]]]] = field(default_factory=dict)
+    orders: dict[fx.Node, list[int]] = field(default_factory=dict)
     full_slices: dict[fx.Node, int] = field(default_factory=dict)
     slices: dict[fx.Node, tuple[tuple[Any, ...], tuple[Any, ...], bool]] = field(default_factory=dict)
     batch: Axis | None = None
@@ -188,12 +192,15 @@ class Follower:
         self.flow = Flow(batch=batch)
         self.skip: set[fx.Node] = set()
         self._concats: dict[Any, Axis] = {}
+        self.token_symbols: set[Any] = set()
 
     # .. entry
 
     def follow(self, cuts: dict[fx.Node, Dims]) -> Flow:
         """Label everything that depends on ``cuts`` (node -> its dimensions at the cut)."""
         labels = self.flow.labels
+        self.token_symbols = {symbol for dims in cuts.values() for d in dims for f in d
+                              if f.axis is not None and f.axis.kind == "token" for symbol in expr(f.size).free_symbols}
         for node in self.graph.nodes:
             if node in cuts:
                 labels[node] = cuts[node]
@@ -314,11 +321,19 @@ class Follower:
         return tuple(table.get(key, plain(size)) if not equal(size, 1) or _is_one(table.get(key)) else plain(size)
                      for key, size in zip(keys, shape, strict=True))
 
-    def contract(self, node: fx.Node, over: dict[Any, Dim]) -> None:
-        """Note a product that sums over tokens (probabilities x values): right over the kept ones, as in masking."""
-        summed = [f.axis for dim in over.values() for f in dim if f.axis is not None and f.axis.kind == "token"]
-        if summed:
-            self.flow.contractions[node] = summed
+    def product(self, node: fx.Node, operands: Sequence[tuple[Any, Sequence[Any]]], out: Sequence[Any]) -> dict[Any, Dim]:
+        """Align a product that sums over the keys that are not in ``out``, and note where it sums over tokens.
+
+        Such a sum (probabilities x values) runs over the kept tokens, which is what masking the others gives.
+        """
+        table = self.align(node, operands)
+        for key, dim in table.items():
+            places = [(arg, list(keys)[len(keys) - len(shape_of(arg)):].index(key)) for arg, keys in operands
+                      if isinstance(arg, fx.Node) and key in list(keys)[len(keys) - len(shape_of(arg)):]]
+            if key not in out:
+                self.flow.contractions.setdefault(node, []).extend(
+                    (f.axis, places) for f in dim if f.axis is not None and f.axis.kind == "token")
+        return table
 
     def concat(self, parts: tuple[Any, ...], total: Any) -> Axis:
         key = tuple(p if isinstance(p, Axis) else expr(p) for p in parts)
@@ -378,10 +393,8 @@ def _pointwise(self: Follower, node: fx.Node) -> Any:
     keys = list(range(rank))
     flat = list(_nodes(node.args)) + list(_nodes(node.kwargs))
     for arg in flat:
-        if isinstance(arg.meta.get("val"), (torch.SymInt, torch.SymFloat)) and any(
-                f.axis is not None and f.axis.kind == "token" and not isinstance(f.size, int)
-                and expr(f.size).free_symbols & arg.meta["val"].node.expr.free_symbols
-                for a in flat if self.dims(a) for d in self._flat(a) for f in d):
+        if isinstance(arg.meta.get("val"), (torch.SymInt, torch.SymFloat)) and (
+                self.token_symbols & arg.meta["val"].node.expr.free_symbols):
             raise self.refuse(node, "the number of tokens is used as a number in arithmetic")
     table = self.align(node, [(arg, keys) for arg in flat])
     if several:
@@ -534,9 +547,8 @@ def _matmul(self: Follower, node: fx.Node) -> Any:
     lead = [("b", i) for i in range(rank - 2)]
     keys_a = [*lead, "i", "k"] if ra > 1 else ["k"]
     keys_b = [*lead, "k", "j"] if rb > 1 else ["k"]
-    table = self.align(node, [(a, keys_a), (b, keys_b)])
-    self.contract(node, {"k": table.get("k", ())})
     out = lead + (["i"] if ra > 1 else []) + (["j"] if rb > 1 else [])
+    table = self.product(node, [(a, keys_a), (b, keys_b)], out)
     return self.output(node, out, table)
 
 
@@ -544,9 +556,9 @@ def _matmul(self: Follower, node: fx.Node) -> Any:
 def _addmm(self: Follower, node: fx.Node) -> Any:
     c, a, b = node.args[:3]
     lead = ["b"] if node.target is aten.baddbmm.default else []
-    table = self.align(node, [(a, [*lead, "i", "k"]), (b, [*lead, "k", "j"]), (c, [*lead, "i", "j"])])
-    self.contract(node, {"k": table.get("k", ())})
-    return self.output(node, [*lead, "i", "j"], table)
+    out = [*lead, "i", "j"]
+    table = self.product(node, [(a, [*lead, "i", "k"]), (b, [*lead, "k", "j"]), (c, out)], out)
+    return self.output(node, out, table)
 
 
 @rule(aten.einsum.default)
@@ -557,8 +569,7 @@ def _einsum(self: Follower, node: fx.Node) -> Any:
     left, arrow, right = equation.replace(" ", "").partition("->")  # type: ignore[union-attr]
     if not arrow:  # letters that occur once, in alphabetical order
         right = "".join(sorted(c for c in set(left) - {","} if left.count(c) == 1))
-    table = self.align(node, [(arg, list(keys)) for arg, keys in zip(operands, left.split(","), strict=True)])  # type: ignore
-    self.contract(node, {key: dim for key, dim in table.items() if key not in right})
+    table = self.product(node, [(arg, list(keys)) for arg, keys in zip(operands, left.split(","), strict=True)], right)  # type: ignore
     return self.output(node, list(right), table)
 
 
@@ -680,6 +691,7 @@ def _permute(self: Follower, node: fx.Node) -> Any:
     else:
         a, b = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
         order[a], order[b] = order[b], order[a]
+    self.flow.orders[node] = order
     return tuple(dims[i] for i in order)
 
 
@@ -886,7 +898,8 @@ def _index(self: Follower, node: fx.Node) -> Any:
                 raise self.refuse(node, "tokens are picked by one index for all rows of the batch")
             if not equal(_product(d[0].size for d in made), rows):
                 raise self.refuse(node, "an index picks several tokens of a row, and some of them may be dropped")
-            self.flow.indices[node, i] = dims[i][0].axis  # type: ignore[assignment]
+            by_row = i - 1 in positions and any(f.axis is batch for f in dims[i - 1])
+            self.flow.indices[node, i] = dims[i][0].axis, by_row  # type: ignore[assignment]
     return (*dims[: positions[0]], *made, *dims[positions[-1] + 1:])
 
 
