@@ -183,9 +183,9 @@ def _check_ragged(flow: Flow, ragged: set[Axis]) -> None:
 
 
 #: Ops whose result is zero where their first operand is, and that keep the token axes in their order.
-KEEPS_ZEROS = {"to", "_to_copy", "type_as", "dropout", "native_dropout", "clone", "contiguous", "alias", "detach", "view",
-               "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "slice", "select",
-               "div", "neg", "nan_to_num", "split", "chunk", "split_with_sizes", "repeat_interleave"}
+KEEPS_ZEROS = {"to", "_to_copy", "type_as", "dropout", "native_dropout", "clone", "contiguous", "alias", "detach",
+               "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "slice",
+               "select", "div", "neg", "nan_to_num", "split", "chunk", "split_with_sizes", "repeat_interleave"}
 
 
 def _vanishes(flow: Flow, node: fx.Node, dim: int) -> bool:

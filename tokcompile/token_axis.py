@@ -112,7 +112,7 @@ def same_dim(a: Dim, b: Dim) -> bool:
     return normal(a) == normal(b)
 
 
-def shape_of(node: fx.Node) -> list[Any]:
+def shape_of(node: Any) -> list[Any]:
     return list(node.meta["val"].shape)
 
 
@@ -250,7 +250,7 @@ class Follower:
     def dims(self, arg: Any) -> Dims | None:
         return self.flow.labels.get(arg) if isinstance(arg, fx.Node) else None
 
-    def known(self, arg: fx.Node) -> Dims:
+    def known(self, arg: Any) -> Dims:
         """Labels of ``arg``, all ordinary when it comes from outside."""
         dims = self.flow.labels.get(arg)
         return dims if dims is not None else tuple(plain(s) for s in shape_of(arg))
@@ -321,7 +321,8 @@ class Follower:
         return tuple(table.get(key, plain(size)) if not equal(size, 1) or _is_one(table.get(key)) else plain(size)
                      for key, size in zip(keys, shape, strict=True))
 
-    def product(self, node: fx.Node, operands: Sequence[tuple[Any, Sequence[Any]]], out: Sequence[Any]) -> dict[Any, Dim]:
+    def product(self, node: fx.Node, operands: Sequence[tuple[Any, Sequence[Any]]],
+                out: Sequence[Any]) -> dict[Any, Dim]:
         """Align a product that sums over the keys that are not in ``out``, and note where it sums over tokens.
 
         Such a sum (probabilities x values) runs over the kept tokens, which is what masking the others gives.
