@@ -227,7 +227,7 @@ def channel_whole(p: Params, x: Tensor, v: Any, c: Whole) -> Tensor:
     if kind == "einsum":
         return torch.einsum("bshd,bshe->bsde", x.view(B, S, H, Dh), x.view(B, S, H, Dh)).sum(-1).repeat(1, 1, H)
     if kind == "einsum_implicit":
-        return x + torch.einsum("asd,ase", x.transpose(1, 2).transpose(1, 2), x).mean((1, 2), keepdim=True) * 0
+        return x - torch.einsum("asd,d", x, torch.ones(D))[..., None] / D
     if kind == "where":
         return torch.where(x > 0, x, 0.1 * x).masked_fill(x > 1.5, 1.5)
     if kind == "pad":
@@ -288,7 +288,7 @@ def channel_row(p: Params, x: Tensor, v: Any, r: Row) -> Tensor:
         "repeat": lambda: x.roll(-1, 1) + x,
         "repeat_interleave": lambda: x[:, [i // 2 for i in range(D)]],
         "einsum": lambda: (heads.transpose(1, 2) @ heads).sum(2).repeat(1, H),
-        "einsum_implicit": lambda: x,
+        "einsum_implicit": lambda: x - x.mean(1)[:, None],
         "where": lambda: torch.where(x > 0, x, 0.1 * x).clamp(max=1.5),
         "pad": lambda: torch.cat([torch.zeros(n, 1), x[:, :-1]], 1),
         "squeeze": lambda: x.tanh(),
@@ -300,10 +300,11 @@ def channel_row(p: Params, x: Tensor, v: Any, r: Row) -> Tensor:
     return plain[kind]()
 
 
-CHANNEL = (
-    "gelu layer_norm rms std softmax normalize max sort cumsum flip roll topk slice chunk split stack stack_front pairs "
-    "index heads_view heads_transpose heads_permute heads_unflatten heads_folded flat flat_minus_one flatten_unflatten "
-    "view_as flat_heads channels_first tokens_first movedim expand expand_heads repeat repeat_interleave einsum "
+CHANNEL = (  # noqa: SIM905
+    "gelu layer_norm rms std softmax normalize max sort cumsum flip roll topk slice chunk split stack stack_front "
+    "pairs index heads_view heads_transpose heads_permute heads_unflatten heads_folded flat flat_minus_one "
+    "flatten_unflatten view_as flat_heads channels_first tokens_first movedim expand expand_heads repeat "
+    "repeat_interleave einsum einsum_implicit "
     "where pad squeeze isin var_mean dropout new").split()
 STEPS["channel"] = Step(pick(*CHANNEL), no_sides, channel_whole, channel_row)
 
@@ -753,7 +754,8 @@ def make_program(d: random.Random, symbolic: bool = False, only: tuple[str, Para
     tokens = d.choice(sorted({width, heads + 2, head + 2, 5, 7} | {s for s in (heads, head) if s >= 4}))
     sizes = Sizes(d.choice([2, 3] if symbolic else [1, 2, 3, tokens if tokens < 6 else 2]), tokens, width, heads)
     ragged = d.random() < 0.3 if only is None else STEPS[only[0]].ragged and d.random() < 0.5
-    names = [n for n, step in STEPS.items() if step.ragged or not ragged] + ["channel", "attention", "attention", "side"]
+    names = [n for n, step in STEPS.items() if step.ragged or not ragged]
+    names += ["channel", "attention", "attention", "side"]
 
     def stage(least: int, most: int) -> list[tuple[str, Params]]:
         chosen = [d.choice(names) for _ in range(d.randint(least, most))]
@@ -946,12 +948,12 @@ def _from_dynamo(function: Callable[..., Any], inputs: dict[str, Tensor], specs:
     for name, value in zip(names, values, strict=True):
         for i, d in enumerate(specs[name].dims):
             if not isinstance(d, int):
-                torch._dynamo.mark_dynamic(value, i)
+                torch._dynamo.maybe_mark_dynamic(value, i)
     def call(*v: Tensor) -> Any:
-        used = [t.sum() for t in v]  # all are inputs of the graph, in this order
+        used = [t.clone() for t in v]  # all are inputs of the graph, in this order
         return (*function(dict(zip(names, v, strict=True))), *used)
 
-    torch.compile(call, backend=backend, fullgraph=True, dynamic=True)(*values)
+    torch.compile(call, backend=backend, fullgraph=True)(*values)
     captured, _ = graphs[0]
     assert len(graphs) == 1
     return captured
@@ -971,13 +973,13 @@ def test_through_dynamo(seed: int) -> None:
     tensors = [n for n in captured.placeholders if isinstance(n.meta["val"], Tensor)]
     assert [tuple(int(s) for s in n.meta["val"].shape) for n in tensors] == [tuple(v.shape) for v in inputs.values()]
     nodes = dict(zip(inputs, tensors, strict=True))
-    for i in range(len(program.keep)):
-        index = nodes[f"keep{i}"]
-        with captured.graph.inserting_after(captured.placeholders[-1]):
-            size = captured.graph.call_function(aten.sym_size.int, (index, 1))
-        size.meta["val"] = index.meta["val"].shape[1]
-        narrow(captured, [Cut(output_nodes(captured)[1 + i], index, size, ragged=program.ragged, prefix=1, suffix=1)])
-    flat = {n: v for n, v in zip(tensors, inputs.values(), strict=True)}
+    index = nodes["keep0"]
+    with captured.graph.inserting_after(captured.placeholders[-1]):
+        size = captured.graph.call_function(aten.sym_size.int, (index, 1))
+    size.meta["val"] = index.meta["val"].shape[1]
+    assert isinstance(nodes["x"].meta["val"].shape[1], torch.SymInt)
+    narrow(captured, [Cut(nodes["x"], index, size, ragged=program.ragged, prefix=1, suffix=1)])
+    flat = dict(zip(tensors, inputs.values(), strict=True))
     symbols = {n.meta["val"].shape[i].node.expr: v.shape[i] for n, v in flat.items() for i in range(v.dim())
                if isinstance(n.meta["val"].shape[i], torch.SymInt)}
     args = [flat[n] if n in flat else int(symbols[n.meta["val"].node.expr]) for n in captured.placeholders]
