@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -289,8 +289,7 @@ class _Narrower:
             swap = dict(replaced)
             for demand in self.flow.demands.get(node, ()):
                 swap[demand.side] = self._side(demand, node)
-            node.args = fx.map_arg(node.args, lambda n, swap=swap: swap.get(n, n))
-            node.kwargs = fx.map_arg(node.kwargs, lambda n, swap=swap: swap.get(n, n))
+            _substitute(node, swap)
             self._rewrite_node(node)
             if ragged:
                 self._derive(node)  # what is traced further down for empty slots must see shapes after the cut
@@ -660,9 +659,13 @@ class _Narrower:
                 if node.users:
                     value = self.number(node.meta["val"], node)
                     for user in list(node.users):
-                        user.args, user.kwargs = fx.map_arg(
-                            (user.args, user.kwargs), lambda n, node=node, value=value: value if n is node else n)
+                        _substitute(user, {node: value})
                 self.graph.erase_node(node)
+
+
+def _substitute(node: fx.Node, table: Mapping[fx.Node, Any]) -> None:
+    """Replace arguments of ``node`` by what ``table`` has for them (a node or a number)."""
+    node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), lambda n: table.get(n, n))
 
 
 def _times(dim: Dim) -> Any:

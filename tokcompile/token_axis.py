@@ -277,20 +277,17 @@ class Follower:
             own = list(keys[len(keys) - len(shape):])
             wanted: list[Dim] = []
             for i, key in enumerate(own):
-                dim = table.get(key)
-                if dim is None or equal(shape[i], 1):
+                label = table.get(key)
+                if label is None or equal(shape[i], 1):
                     wanted.append(plain(shape[i]) if dims is None else dims[i])
-                elif dims is not None:
-                    if not is_tracked(dims[i]) and is_token(dim):
-                        raise self.refuse(node, f"a dimension of size {shape[i]} that is not the token axis meets "
-                                                f"the token axis {dim}")
-                    wanted.append(dim)
-                else:
-                    size = _product(f.size for f in dim)
-                    if not equal(shape[i], size):
-                        raise self.refuse(node, f"a value from outside has size {shape[i]} where the token axis "
-                                                f"has {size}")
-                    wanted.append(dim)
+                    continue
+                if dims is not None and not is_tracked(dims[i]) and is_token(label):
+                    raise self.refuse(node, f"a dimension of size {shape[i]} that is not the token axis meets the token "
+                                            f"axis {label}")
+                size = _product(f.size for f in label)
+                if dims is None and not equal(shape[i], size):
+                    raise self.refuse(node, f"a value from outside has size {shape[i]} where the token axis has {size}")
+                wanted.append(label)
             if dims is None and any(is_token(d) for d in wanted):
                 self._demand(node, arg, list(keys), wanted, table)
         return table
@@ -405,7 +402,7 @@ def _pointwise(self: Follower, node: fx.Node) -> Any:
 
 def _nodes(value: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
-    fx.map_arg(value, lambda n: found.append(n) or n)
+    fx.map_arg(value, found.append)
     return found
 
 
@@ -493,7 +490,7 @@ def _reduce(self: Follower, node: fx.Node) -> Any:
             which = None
     rank = len(dims)
     chosen = set(range(rank)) if which is None or which == [] else {
-        int(d) % rank for d in (which if isinstance(which, (list, tuple)) else [which])}
+        int(d) % rank for d in (which if isinstance(which, (list, tuple)) else [which])}  # type: ignore[arg-type]
     if any(is_token(dims[d]) for d in chosen):
         if name in ("argmax", "argmin") or (name in ("max", "min") and isinstance(node.meta["val"], (tuple, list))):
             raise self.refuse(node, f"{name} over the token axis gives a position in the unpruned sequence")
@@ -515,7 +512,7 @@ def _along(self: Follower, node: fx.Node) -> Any:
     elif name in ("flip", "roll"):
         place = 1 if name == "flip" else 2
         which = node.args[place] if len(node.args) > place else []
-        touched = [int(d) % len(dims) for d in which] or list(range(len(dims)))  # type: ignore[union-attr]
+        touched = [int(d) % len(dims) for d in which] or list(range(len(dims)))  # type: ignore
     else:
         touched = [_dim(node, 1, -1, len(dims))]
     if any(is_token(dims[d]) for d in touched):
@@ -679,7 +676,7 @@ def _permute(self: Follower, node: fx.Node) -> Any:
     rank, name = len(dims), op_name(node)
     order = list(range(rank))
     if name == "permute":
-        order = [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr]
+        order = [int(d) % rank for d in node.args[1]]  # type: ignore
     elif name in ("t", "mT", "adjoint"):
         order[-2:] = order[-2:][::-1]
     elif name == "numpy_T":
@@ -778,14 +775,14 @@ def _split(self: Follower, node: fx.Node) -> Any:
 
 @rule(operator.getitem)
 def _getitem(self: Follower, node: fx.Node) -> Any:
-    dims = self.flow.labels.get(node.args[0])
+    dims = self.dims(node.args[0])
     return dims[node.args[1]] if isinstance(dims, list) else None  # type: ignore[index]
 
 
 @rule(aten.slice.Tensor)
 def _slice(self: Follower, node: fx.Node) -> Any:
     dims, shape = self.known(node.args[0]), shape_of(node)  # type: ignore[arg-type]
-    args = list(node.args) + [None] * 5
+    args: list[Any] = [*node.args, *[None] * 5]
     dim = int(args[1] or 0) % len(dims)
     start, end, step = args[2] or 0, MAX_INT if args[3] is None else args[3], args[4] or 1
     along = dims[dim]
