@@ -1,4 +1,4 @@
-"""Generation with pruned models: several images, ragged rows, beams, chat turns, sampling, and caches that are refused."""
+"""Generation with pruned models: images and rows, beams, chat turns, sampling, and caches that are refused."""
 
 from __future__ import annotations
 

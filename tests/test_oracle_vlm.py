@@ -1,4 +1,4 @@
-"""Pruned vision-language models equal the dense model with the dropped keys hidden, in the prefill and at every step."""
+"""Pruned vision-language models equal the dense model with the dropped keys hidden, in prefill and every step."""
 
 from __future__ import annotations
 
@@ -20,8 +20,16 @@ def visual_kept(case: Case, inputs: dict[str, torch.Tensor], indices: torch.Tens
     return [int(visual[row][kept[kept >= 0]].sum()) for row, kept in enumerate(indices)]
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("steps", ["random", "todre"])
+NOT_YET = {"qwen3_vl": pytest.mark.xfail(strict=True, reason=(
+    "image features that are added to the stream after the first layers (deepstack) end the stack of layers there, so "
+    "'drop_layer: 1' finds no layer below it; the report says so in details['late_layer']"))}
+#: Cutting at the merge point alone is a part of what todre does; the default run tries it on one model of each kind.
+KINDS = ["llava", "qwen2_5_vl", "gemma3", "plain_cat"]
+
+
+@pytest.mark.parametrize(("name", "steps"), [
+    *(pytest.param(name, "todre", marks=NOT_YET.get(name, ())) for name in CASES),
+    *(pytest.param(name, "random", marks=[] if name in KINDS else pytest.mark.slow) for name in CASES)])
 def test_pruned_equals_masked_dense(name: str, steps: str) -> None:
     case = CASES[name]()
     inputs = case.inputs(batch=2, left_padding=3)
@@ -47,8 +55,9 @@ ALL = {
 
 
 @pytest.mark.parametrize(("name", "steps"), [
-    *((name, "random") for name in CASES), ("llava", "pool"), ("llava", "todre"), ("qwen2_5_vl", "pool"),
-    ("qwen2_5_vl", "todre")])
+    *(pytest.param(name, "random", marks=[] if name in KINDS else pytest.mark.slow) for name in CASES),
+    ("llava", "pool"), ("llava", "todre"), pytest.param("qwen2_5_vl", "pool", marks=pytest.mark.slow),
+    pytest.param("qwen2_5_vl", "todre", marks=pytest.mark.slow)])
 def test_keeping_everything_changes_nothing(name: str, steps: str) -> None:
     case = CASES[name]()
     inputs = case.inputs(batch=2, left_padding=3)
@@ -59,3 +68,12 @@ def test_keeping_everything_changes_nothing(name: str, steps: str) -> None:
     assert torch.equal(recording.kept[0].indices, torch.arange(length).expand(2, length))
     assert torch.equal(found.tokens, wanted.tokens) or not case.has_generate
     assert [torch.equal(a, b) for a, b in zip(found.logits, wanted.logits, strict=True)] == [True] * len(wanted.logits)
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
+def test_inductor(name: str) -> None:
+    case = CASES[name]()
+    model = optimized(case.model, TODRE, lowering="inductor")
+    recording = check(model, case, case.inputs(batch=2, left_padding=3), 4)
+    assert len(recording.kept) == 2
