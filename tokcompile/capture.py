@@ -29,8 +29,10 @@ from tokcompile.errors import CaptureError
 
 aten = torch.ops.aten
 
-#: Dynamo settings under which nearly every model is one graph. Set for the call, never globally.
-DYNAMO_CONFIG: dict[str, Any] = {"capture_scalar_outputs": True, "specialize_float": True}
+#: Dynamo settings under which nearly every model is one graph. Set for the call, never globally. One model meets many
+#: kinds of call (with and without cache, one row and several, beams, chat turns, empty slots), each a graph of its own:
+#: more than the 8 that Dynamo allows by default before it fails.
+DYNAMO_CONFIG: dict[str, Any] = {"capture_scalar_outputs": True, "specialize_float": True, "recompile_limit": 64}
 
 #: Run-time assertions that model code makes about its inputs; they compute nothing.
 ASSERTIONS = {aten._assert_scalar.default, aten._assert_async.msg, aten._assert_tensor_metadata.default}
