@@ -899,13 +899,13 @@ SETTINGS: dict[str, Any] = {"deadline": None, "derandomize": True, "database": N
                             "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=100, **SETTINGS)
+@settings(max_examples=60, **SETTINGS)
 @given(programs())
 def test_literal_sizes(program: Program) -> None:
     check_literal(program)
 
 
-@settings(max_examples=12, **SETTINGS)
+@settings(max_examples=8, **SETTINGS)
 @given(programs(symbolic=True))
 def test_symbolic_sizes(program: Program) -> None:
     check_symbolic(program)
