@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import os
 import types
 from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
@@ -25,6 +26,12 @@ from tokcompile.session import Recording, Session
 Model = TypeVar("Model", bound=nn.Module)
 RecipeLike = str | PathLike[str] | Mapping[str, Any] | Recipe
 ON_NO_MATCH = ("error", "warn", "ignore")
+
+#: What Dynamo raises when it cannot capture a stage as one graph.
+_CAPTURE_FAILURES = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.InternalTorchDynamoError,
+                     torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode)
+
+_CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 
 #: Attribute of an optimized model that holds its session.
 SESSION = "_tokcompile_session"
@@ -191,26 +198,52 @@ def _fresh(function: Callable[..., Any]) -> Callable[..., Any]:
                               function.__closure__)
 
 
-def _compiled(function: Callable[..., Any], session: Session, dynamic: bool | None) -> Callable[..., Any]:
-    inner = torch.compile(_fresh(function), backend=session.backend, dynamic=dynamic, fullgraph=True)
+def _compiled(function: Callable[..., Any], session: Session, *, dynamic: bool = False) -> Callable[..., Any]:
+    """``function`` captured as one graph.
+
+    Args:
+        dynamic: sizes are symbolic from the start; else, as in ``torch.compile``, from the second size on. What
+            cannot be captured with static sizes is tried once more with symbolic ones.
+    """
+
+    def compiled(dynamic: bool | None) -> Callable[..., Any]:
+        return torch.compile(_fresh(function), backend=session.backend, dynamic=dynamic, fullgraph=True)
+
+    inner = compiled(True if dynamic else None)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(**DYNAMO_CONFIG), _without_fastpath():
-            return inner(*args, **kwargs)
+        nonlocal inner, dynamic
+        with torch._dynamo.config.patch(**DYNAMO_CONFIG), _open_forms():
+            try:
+                return inner(*args, **kwargs)
+            except _CAPTURE_FAILURES:
+                if dynamic:
+                    raise
+                inner, dynamic = compiled(True), True
+                return inner(*args, **kwargs)
 
     return call
 
 
 @contextlib.contextmanager
-def _without_fastpath() -> Iterator[None]:
-    """nn.TransformerEncoder's inference fast path is one opaque operation; ask for the open form."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
+def _open_forms() -> Iterator[None]:
+    """Ask for forms that can be captured.
+
+    nn.TransformerEncoder's inference fast path is one opaque operation. torch before 2.12 loses track of the checks
+    that transformers makes on tensors while it compiles (PendingUnbackedSymbolNotFound); they have a switch.
+    """
+    fastpath, checks = torch.backends.mha.get_fastpath_enabled(), os.environ.get(_CHECKS)
     torch.backends.mha.set_fastpath_enabled(False)
+    if torch.__version__ < (2, 12):
+        os.environ[_CHECKS] = "1"
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        if torch.__version__ < (2, 12):
+            os.environ.pop(_CHECKS, None)
+            os.environ |= {} if checks is None else {_CHECKS: checks}
 
 
 def _encoder(base: nn.Module, name: str, session: Session) -> Callable[..., Any]:
@@ -226,7 +259,7 @@ def _encoder(base: nn.Module, name: str, session: Session) -> Callable[..., Any]
         return result, torch.ops.tokcompile.feature_scores(rows)
 
     compiled: Callable[..., Any] | None = _compiled(
-        encode_and_score if session.wants_scores else encode, session, dynamic=None)
+        encode_and_score if session.wants_scores else encode, session)
 
     @functools.wraps(types.MethodType(original, base))
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -272,10 +305,6 @@ def _detach(outputs: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
     return plain, torch.cat(scores)
 
 
-_CAPTURE_FAILURES = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.InternalTorchDynamoError,
-                     torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode)
-
-
 def _by_name(function: Callable[..., Any], owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments by name, without those left at their default."""
     if not args:
@@ -317,10 +346,9 @@ class _Stages:
             marked = None if scores is None else torch.ops.tokcompile.visual_scores(scores)
             return original(model, **kwargs), None, marked
 
-        # decode steps differ in length from the first on; the rest starts static, as torch.compile does
-        self.plain = _compiled(plain, session, dynamic=True if session.tracks_cache else None)
-        self.tracked = _compiled(tracked, session, dynamic=None)
-        self.uncached = _compiled(uncached, session, dynamic=None)
+        self.plain = _compiled(plain, session, dynamic=session.tracks_cache)  # no two decode steps have one length
+        self.tracked = _compiled(tracked, session)
+        self.uncached = _compiled(uncached, session)
         self.failed: set[str] = set()
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
