@@ -282,8 +282,8 @@ class Follower:
                     wanted.append(plain(shape[i]) if dims is None else dims[i])
                     continue
                 if dims is not None and not is_tracked(dims[i]) and is_token(label):
-                    raise self.refuse(node, f"a dimension of size {shape[i]} that is not the token axis meets the token "
-                                            f"axis {label}")
+                    raise self.refuse(node, f"a dimension of size {shape[i]} that is not the token axis meets the "
+                                            f"token axis {label}")
                 size = _product(f.size for f in label)
                 if dims is None and not equal(shape[i], size):
                     raise self.refuse(node, f"a value from outside has size {shape[i]} where the token axis has {size}")
