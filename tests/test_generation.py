@@ -15,11 +15,11 @@ from tests import oracle
 from tests.pruning import RANDOM, TODRE, check, close, generate, hidden, optimized
 from tests.zoo.vlm import TEXT_VOCAB, VLMS, Case
 from tokcompile.cache import PrunedLayer, adopt, append_held, note_held
-from tokcompile.errors import CacheError
+from tokcompile.errors import CacheError, NoMatchError
 from tokcompile.session import Recording
 
 #: One plain family, one whose positions have three parts, one with sliding layers.
-FAMILIES = ["llava", "qwen2_5_vl", "gemma3"]
+FAMILIES = ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow), pytest.param("gemma3", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(autouse=True)
@@ -218,6 +218,22 @@ def test_direct_forward(shared: tuple[Case, Any]) -> None:
     wanted = oracle.masked_forward(case, inputs, dropped)
     real = inputs["attention_mask"].gather(1, kept).bool()  # padded positions mean nothing
     close(logits[real], wanted.gather(1, kept[..., None].expand(-1, -1, wanted.shape[-1]))[real])
+
+
+def test_a_loss_inside_the_graph_is_refused() -> None:
+    """Labels carry the token axis into the loss, which is not followed: nothing is dropped, the error says where."""
+    case = VLMS["llava"]()
+    inputs = case.inputs(batch=2, left_padding=3)
+    labels = inputs["input_ids"].masked_fill(case.visual_mask(inputs), -100)
+    model = optimized(case.model, RANDOM)
+    with torch.no_grad(), tokcompile.record(model) as recording:
+        before = case.model(**inputs, labels=labels)
+        with pytest.raises(NoMatchError, match=r"cross_entropy_loss.* is not known to the token-axis analysis"):
+            model(**inputs, labels=labels)
+        assert not recording.kept
+        after = case.model(**inputs, labels=labels)
+    assert torch.equal(before.loss, after.loss)
+    assert torch.equal(before.logits, after.logits)
 
 
 # --------------------------------------------------------------------------------------------------------- caches
