@@ -18,6 +18,7 @@ import torch
 
 RESULTS = Path(__file__).with_name("results")
 THREADS = 2
+MARKER = "<!-- below: written by benchmarks/run.py from benchmarks/results/*.csv -->"
 BASELINE = "torch.compile"
 """Name in the column ``recipe`` of what everything is compared with: the same model under plain ``torch.compile``."""
 
@@ -163,6 +164,32 @@ def _short(value: Any) -> Any:
 def number(text: str) -> float | None:
     """A cell of a result file as a number; None where it is empty."""
     return float(text) if text else None
+
+
+def markdown(lines: Sequence[Mapping[str, str]]) -> str:
+    """A table of the lines of a result file, and what they were measured with."""
+    rows = ["| model | recipe | batch | median ms (p20 to p80) | speed-up | FLOP ratio | share of ceiling |",
+            "|---|---|--:|--:|--:|--:|--:|"]
+    for m in lines:
+        share = f"{100 * float(m['share_of_ceiling']):.0f} %" if m["share_of_ceiling"] else ""
+        times = f"{m['median_ms']} ({m['p20_ms']} to {m['p80_ms']})"
+        ratios = [f"{float(m[k]):.2f}" if m[k] else "" for k in ("speedup", "flop_ratio")]
+        rows.append(f"| {m['model']} | {m['recipe']} | {m['batch']} | {times} | {' | '.join(ratios)} | {share} |")
+    first = lines[0]
+    rounds = ", ".join(sorted({m["repeats"] for m in lines}, key=int))
+    note = (f"{rounds} rounds; {first['cpu']}, {first['threads']} threads; torch {first['torch']}, "
+            f"transformers {first['transformers']}, tokcompile {first['tokcompile']}; "
+            f"load before the run {first['load'] or 'unknown'}.")
+    return "\n".join([*rows, "", note])
+
+
+def write_docs(path: Path, results: Path, titles: Mapping[str, str]) -> None:
+    """Replace what stands behind the marker in ``path`` by the tables of all result files."""
+    head = path.read_text().split(MARKER)[0]
+    parts = [f"## {title}\n\n{markdown(read_csv(results / f'{name}.csv'))}\n\n"
+             f"![{name}](../benchmarks/results/{name}.png)"
+             for name, title in titles.items() if (results / f"{name}.csv").exists()]
+    path.write_text(f"{head}{MARKER}\n\n" + "\n\n".join(parts or ["No results yet."]) + "\n")
 
 
 def plot(path: Path, lines: Sequence[Mapping[str, str]], title: str) -> None:

@@ -2,7 +2,8 @@
 
     python benchmarks/run.py [--only vlm,vit,compile,detect] [--quick] [--out DIR]
 
-Writes ``benchmarks/results/<name>.csv`` and ``<name>.png`` for each benchmark. Each runs in a process of its own
+Writes ``benchmarks/results/<name>.csv`` and ``<name>.png`` for each benchmark, and the tables of ``docs/benchmarks.md``
+from them. Each runs in a process of its own
 (``compile``: one for each compilation, with an empty Inductor cache), with 2 threads in fp32 on the CPU. Calls are
 interleaved: every round times each of them once; compilation and warm-up calls come before. ``--quick`` takes tiny
 models to see that everything runs; its times mean nothing.
@@ -38,6 +39,7 @@ import harness  # noqa: E402
 import models  # noqa: E402
 import torch  # noqa: E402
 
+DOCS = HERE.parent / "docs" / "benchmarks.md"
 TITLES = {
     "vlm": "Prefill of a 0.5 B vision-language model, 576 image + 64 text tokens",
     "vit": "ViT-S/14 at 224 px, 257 tokens",
@@ -257,6 +259,8 @@ def main(argv: list[str] | None = None) -> int:
         harness.plot(out / f"{name}.png", harness.read_csv(out / f"{name}.csv"), TITLES[name])
         _show(rows)
         print(f"{out / name}.csv, .png   load {load}\n", flush=True)
+        if out == harness.RESULTS:
+            harness.write_docs(DOCS, out, TITLES)
     return 0
 
 

@@ -39,6 +39,14 @@ def test_rows_hold_speedup_and_share_of_ceiling_and_survive_the_file(tmp_path: P
     lines = harness.read_csv(tmp_path / "x.csv")
     assert list(lines[0]) == harness.COLUMNS
     assert (lines[0]["speedup"], lines[1]["speedup"], lines[1]["torch"]) == ("", "4", torch.__version__)
+    harness.write_csv(tmp_path / "vlm.csv", [base, fast])
+    (tmp_path / "docs.md").write_text(f"head\n\n{harness.MARKER}\n\nold\n")
+    harness.write_docs(tmp_path / "docs.md", tmp_path, {"vlm": "Title", "vit": "Not measured"})
+    text = (tmp_path / "docs.md").read_text()
+    assert text.startswith("head")
+    assert "| m | r | 1 | 25 (22 to 40) | 4.00 | 5.00 | 80 % |" in text
+    assert "old" not in text
+    assert "Not measured" not in text
     pytest.importorskip("matplotlib")
     harness.plot(tmp_path / "x.png", lines, "title")
     assert (tmp_path / "x.png").stat().st_size > 1000
