@@ -7,7 +7,7 @@ import torch
 
 import tokcompile
 from tests import oracle
-from tests.pruning import POOL, RANDOM, TODRE, check, optimized, run
+from tests.pruning import POOL, RANDOM, TODRE, check, error, optimized, run
 from tests.zoo.vlm import VARIANTS, VLMS, Case
 
 CASES = {**VLMS, **VARIANTS}
@@ -67,7 +67,8 @@ def test_keeping_everything_changes_nothing(name: str, steps: str) -> None:
     length = inputs["attention_mask"].shape[1]
     assert torch.equal(recording.kept[0].indices, torch.arange(length).expand(2, length))
     assert torch.equal(found.tokens, wanted.tokens) or not case.has_generate
-    assert [torch.equal(a, b) for a, b in zip(found.logits, wanted.logits, strict=True)] == [True] * len(wanted.logits)
+    assert torch.equal(found.logits[0], wanted.logits[0])  # the prefill, bit for bit
+    assert max(error(a, b) for a, b in zip(found.logits, wanted.logits, strict=True)) <= 1e-6  # decode: to rounding
 
 
 @pytest.mark.inductor
