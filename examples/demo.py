@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import logging
 import os
 import time
 from collections import defaultdict
@@ -235,7 +236,7 @@ def show_vlm(console: Console, model: nn.Module, processor: Any, photos: Sequenc
         # of the control only the first token is looked at, so it is not worth compiling
         control = tokcompile.optimize(model, recipe=RANDOM, inputs={**first, "max_new_tokens": 1}, lowering="eager")
     report = tokcompile.report(pruned)
-    console.print(str(report), highlight=False, markup=False)
+    console.print(Text(str(report)), soft_wrap=True)  # laid out already, 120 columns
     step = report.steps[0]
     text = int((first["input_ids"] != processor.image_token_id).sum())
     before, after = step.details["tokens_before"] - text, step.details["tokens_after"] - text
@@ -253,7 +254,7 @@ def show_vlm(console: Console, model: nn.Module, processor: Any, photos: Sequenc
     console.print(f"[dim]batch 1, fp32, {torch.get_num_threads()} threads. FLOPs of the language model before / after: "
                   f"{ratio:.2f}; the image encoder is compiled on both sides and not pruned.[/]")
 
-    _head(console, "Answers of the dense and the pruned model; first token of random selection at the same budget")
+    _head(console, "Answers (random tokens at the same budget: first token)")
     if not trained:
         console.print("[yellow]The projector is untrained (run examples/train_projector.py): answers mean nothing.[/]")
     figures = show_answers(console, {"dense": model, "pruned": pruned, "random": control}, processor, photos, out,
@@ -349,6 +350,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     transformers.logging.disable_progress_bar()
+    torch._logging.set_logs(dynamo=logging.ERROR)  # the plain baseline breaks its graph, which Dynamo remarks on
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     trained = small_vlm.PROJECTOR_FILE.is_file()
