@@ -252,7 +252,7 @@ def show_vlm(console: Console, model: nn.Module, processor: Any, photos: Sequenc
     console.print(times_table(watches, ("time to first token", "image encoder", "language model")))
     ratio = step.flop_ratio or float("nan")
     console.print(f"[dim]batch 1, fp32, {torch.get_num_threads()} threads. FLOPs of the language model before / after: "
-                  f"{ratio:.2f}; the image encoder is compiled on both sides and not pruned.[/]")
+                  f"{ratio:.2f}; the image encoder is {'un' if fast else ''}compiled on both sides and not pruned.[/]")
 
     _head(console, "Answers (random tokens at the same budget: first token)")
     if not trained:
