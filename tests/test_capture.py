@@ -20,18 +20,6 @@ from tokcompile.capture import DYNAMO_CONFIG, Captured, from_dynamo, is_fake, mo
 
 aten = torch.ops.aten
 
-_VMAP = (
-    "the mask of the sliding layers is made with torch.vmap; pre-dispatch tracing loses what comes out of it, "
-    "and the mask becomes a constant without data"
-)
-#: Cases that are not captured as they should be, and why.
-NOT_YET: dict[str, str] = {
-    "gemma3": _VMAP,
-    "gemma3_window": _VMAP,
-    "paligemma2": "Dynamo makes the length of a sliding cache symbolic while it is 0, and no size symbol may be 0",
-}
-
-
 @dataclass
 class Recorder:
     """A backend that captures each graph and runs it; every call is compared with the graph of Dynamo itself."""
@@ -113,13 +101,7 @@ def shallow(case: Case) -> Case:
 
 def params(cases: dict[str, Any]) -> list[Any]:
     return [
-        pytest.param(
-            name,
-            marks=[
-                *([pytest.mark.xfail(reason=NOT_YET[name], strict=False)] if name in NOT_YET else []),
-                *([pytest.mark.slow] if name == "gemma3_window" else []),
-            ],
-        )
+        pytest.param(name, marks=[pytest.mark.slow] if name == "gemma3_window" else [])
         for name in cases
     ]
 

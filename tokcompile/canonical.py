@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -13,8 +15,14 @@ _PUT = {aten.index_put.default, aten.index_put_.default}
 _ADD = {aten.add.Tensor, aten.add_.Tensor}
 
 
+#: Ops that only look at their operand in another way; equal ones are interchangeable, whatever is written in between.
+_VIEWS = {aten.unsqueeze.default, aten.squeeze.dim, aten.transpose.int, aten.permute.default, aten.slice.Tensor,
+          aten.select.int, aten.expand.default, aten.view.default}
+
+
 def canonicalise(captured: Captured) -> int:
     """Apply all rewrites in place; returns how many were made."""
+    _share_views(captured.graph)
     count = 0
     for node in list(captured.graph.nodes):
         if node.target in _PUT and _masked_add(captured, node):
@@ -25,6 +33,23 @@ def canonicalise(captured: Captured) -> int:
         captured.graph.lint()
         captured.graph_module.recompile()
     return count
+
+
+def _share_views(graph: fx.Graph) -> None:
+    """One node for equal views: every layer makes its own of cos, sin and the mask, and each would be narrowed."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.target not in _VIEWS:
+            continue
+        key = (node.target, fx.node.map_aggregate((node.args, tuple(node.kwargs.items())), _hashable))
+        first = seen.setdefault(repr(key), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def _hashable(arg: Any) -> Any:
+    return ("node", arg.name) if isinstance(arg, fx.Node) else arg
 
 
 def _masked_add(captured: Captured, put: fx.Node) -> bool:

@@ -71,8 +71,17 @@ def _stream_above(flow: Flow, node: fx.Node, adds: set[fx.Node]) -> fx.Node:
             break
         if current in adds:
             return current
-        current = flow.primary(current) or _written(flow, current)
+        current = flow.primary(current) or _written(flow, current) or _sum_with_outside(flow, current, adds)
     return node
+
+
+def _sum_with_outside(flow: Flow, node: fx.Node, adds: set[fx.Node]) -> fx.Node | None:
+    """The stream before something that no layer made (deepstack features) is added to all of it."""
+    operands = flow.inputs[node][:2]
+    if flow.op[node] != "add" or len(operands) < 2:
+        return None
+    inside = [n for n in operands if any(flow.reaches(add, n) for add in adds)]
+    return inside[0] if len(inside) == 1 and flow.dims(inside[0]) == flow.dims(node) else None
 
 
 def _written(flow: Flow, node: fx.Node) -> fx.Node | None:
