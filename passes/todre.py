@@ -52,6 +52,9 @@ class ToDRE(VisualSelection):
         layer = None
         if at is not None and stack is not None:
             layer = int(at * len(stack.layers)) if isinstance(at, float) else at
+            if isinstance(at, int) and layer >= len(stack.layers) - 1:
+                raise ctx.refuse(merged, f"drop_layer {layer}: the decoder has {len(stack.layers)} layers, so at most "
+                                         f"{len(stack.layers) - 2} leaves a layer after the drop; or give a fraction")
             if layer < len(stack.layers) - 1:
                 ctx.check(stack.layers[layer].output, suffix=1)  # both stages, or none
         details = super().apply(ctx, region)

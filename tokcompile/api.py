@@ -29,6 +29,7 @@ ON_NO_MATCH = ("error", "warn", "ignore")
 
 #: What Dynamo raises when it cannot capture a stage as one graph.
 _CAPTURE_FAILURES = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.InternalTorchDynamoError,
+                     torch._dynamo.exc.FailOnRecompileLimitHit,
                      torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode)
 
 _CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"

@@ -101,6 +101,7 @@ class Context:
         args: the real arguments of the call that triggered compilation.
         step: index of the recipe step at work.
         whole: the graph is a whole forward, so its outputs may be shorter than before.
+        kept, indices: the nodes that hold kept positions, for recording and for :func:`session.hoist`.
         static: sizes read off the data may be numbers in the graph; another number compiles it anew.
     """
 
@@ -113,6 +114,7 @@ class Context:
     sizes: list[HostSize] = field(default_factory=list)
     ragged: list[bool] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
+    indices: list[fx.Node] = field(default_factory=list)
     _positions: dict[str, fx.Node] = field(default_factory=dict)
     _masks: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
@@ -229,6 +231,7 @@ class Context:
             lambda p, i: torch.where(i >= 0, p.gather(1, i.clamp(min=0)), -1), before, kept,
             before=self.after(before, kept))
         self._positions[stack] = total
+        self.indices += [kept, total]
         self.kept.append(Kept(self.step, layer.path if layer else module_path(node), index, total))
 
     def surviving(self, values: fx.Node, stack: str, fill: bool, before: fx.Node) -> fx.Node:
