@@ -24,7 +24,6 @@ from tokcompile.capture import Captured, module_path, source_line, trace
 from tokcompile.errors import NarrowError
 from tokcompile.token_axis import (
     MAX_INT,
-    RESIZED,
     RULES,
     Axis,
     Demand,
@@ -33,17 +32,15 @@ from tokcompile.token_axis import (
     Factor,
     Flow,
     Follower,
-    _dim,
     equal,
     expr,
-    held_rule,
     is_token,
     is_tracked,
-    marker_rule,
     op_name,
     plain,
     shape_of,
 )
+from tokcompile.token_rules import RESIZED, dim_argument, held_rule, marker_rule
 
 aten = torch.ops.aten
 HELD = torch.ops.tokcompile.held.default
@@ -195,7 +192,7 @@ def _vanishes(flow: Flow, node: fx.Node, dim: int) -> bool:
         return False
     if node in flow.attention:
         softmax = op_name(node) in ("softmax", "_softmax", "_safe_softmax")
-        return softmax and _dim(node, 1, -1, len(dims)) == dim
+        return softmax and dim_argument(node, 1, -1, len(dims)) == dim
     if node in flow.orders:
         return _vanishes(flow, node.args[0], flow.orders[node][dim])  # type: ignore[arg-type]
     name = op_name(node)
@@ -635,7 +632,7 @@ class _Narrower:
             node.args, node.kwargs = tuple(args), kwargs
             return
         dims = self.flow.labels[node]
-        at = _dim(node, 1, -1, len(dims))
+        at = dim_argument(node, 1, -1, len(dims))
         batch = next(i for i, d in enumerate(dims) if d[0].axis is self.batch and len(d) == 1)
 
         def hide(scores: torch.Tensor, alive_k: torch.Tensor) -> torch.Tensor:
