@@ -214,6 +214,9 @@ def _inline_span(graph_module: fx.GraphModule, graph: fx.Graph, span: list[fx.No
     module = fx.GraphModule(graph_module, part)
     with mode:
         traced = make_fx(lambda *a: fx.Interpreter(module).run(*a), tracing_mode="real")(*(values[n] for n in inputs))
+    place = {key: next((n.meta[key] for n in [*span, *inputs] if n.meta.get(key)), None)
+             for key in ("nn_module_stack", "stack_trace")}
+    place = {key: value for key, value in place.items() if value is not None}
     below: dict[fx.Node, fx.Node] = dict(
         zip(traced.graph.find_nodes(op="placeholder"), (copied[n] for n in inputs), strict=True))
     for node in traced.graph.nodes:
@@ -222,9 +225,7 @@ def _inline_span(graph_module: fx.GraphModule, graph: fx.Graph, span: list[fx.No
                 copied[result] = below[value]
         elif node.op != "placeholder":
             below[node] = graph.node_copy(node, lambda n: below[n])
-            for key in ("nn_module_stack", "stack_trace"):
-                if key in span[-1].meta:
-                    below[node].meta[key] = span[-1].meta[key]
+            below[node].meta.update(place)
 
 
 def _example(node: fx.Node) -> Any:
