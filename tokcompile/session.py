@@ -256,8 +256,9 @@ def _check_supported(recipe: Recipe) -> None:
 def hoist(captured: Captured, indices: Sequence[fx.Node]) -> fx.GraphModule | None:
     """Move the choice of tokens in front of the graph where it needs none of the model's layers.
 
-    The choice is a few dozen small operations (sorts, scans, a greedy loop). Run eagerly they cost well under a
-    millisecond; compiled, their kernels took a third of the compile time of a whole language model.
+    The choice is a few dozen small operations (sorts, scans, a greedy loop) that Inductor turns into kernels of their
+    own: a first call took 1.57 times the CPU seconds of plain torch.compile with them in the graph (4 layers), and 1.11
+    times without (8 layers).
 
     Returns:
         What computes the hoisted nodes from the values of all other placeholders; None when nothing is hoisted.
