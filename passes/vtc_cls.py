@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from tokcompile.narrow import ancestors
+from tokcompile.capture import ancestors
 from tokcompile.plan import Context
 from tokcompile.pruning import VisualSelection
 from tokcompile.recipes import Budget

@@ -33,6 +33,7 @@ _CAPTURE_FAILURES = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.I
                      torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode)
 
 _CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+_LOSES_CHECKS = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 12)
 
 #: Attribute of an optimized model that holds its session.
 SESSION = "_tokcompile_session"
@@ -236,13 +237,13 @@ def _open_forms() -> Iterator[None]:
     """
     fastpath, checks = torch.backends.mha.get_fastpath_enabled(), os.environ.get(_CHECKS)
     torch.backends.mha.set_fastpath_enabled(False)
-    if torch.__version__ < (2, 12):
+    if _LOSES_CHECKS:
         os.environ[_CHECKS] = "1"
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-        if torch.__version__ < (2, 12):
+        if _LOSES_CHECKS:
             os.environ.pop(_CHECKS, None)
             os.environ |= {} if checks is None else {_CHECKS: checks}
 

@@ -12,7 +12,7 @@ both belong to a separate shape environment, see :class:`Captured`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -232,12 +232,41 @@ def _example(node: fx.Node) -> Any:
     return node.meta["example_value"] if "example_value" in node.meta else node.meta.get("val")
 
 
-def propagate(captured: Captured, nodes: Collection[fx.Node] | None = None) -> None:
-    """Derive ``meta["val"]`` anew, in place, for ``nodes`` (None: all); an inconsistent shape raises here."""
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Everything that ``nodes`` are computed from (without themselves)."""
+    seen: set[fx.Node] = set()
+    todo = list(nodes)
+    while todo:
+        for node in todo.pop().all_input_nodes:
+            if node not in seen:
+                seen.add(node)
+                todo.append(node)
+    return seen
+
+
+def extract(captured: Captured, results: Sequence[fx.Node]) -> tuple[fx.GraphModule, list[int]]:
+    """The part of the graph that computes ``results``, as a module that returns the list of them.
+
+    Returns:
+        The module, and which placeholders of ``captured`` it takes, by number.
+    """
+    needed = ancestors(results) | set(results)
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    inputs = [i for i, node in enumerate(captured.placeholders) if node in needed]
+    for node in captured.graph.nodes:
+        if node in needed:
+            copied[node] = graph.node_copy(node, lambda n: copied[n])
+    graph.output([copied[n] for n in results])
+    return fx.GraphModule(captured.graph_module, graph), inputs
+
+
+def propagate(captured: Captured) -> None:
+    """Derive every ``meta["val"]`` anew, in place; an inconsistent shape raises here."""
     # symbolic sizes reach the meta kernels only through the Python dispatcher
     with captured.fake_mode, enable_python_dispatcher():
         for node in captured.graph.nodes:
-            if node.op == "call_function" and (nodes is None or node in nodes):
+            if node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
                 node.meta["val"] = node.target(*args, **kwargs)
 

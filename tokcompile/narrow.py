@@ -2,8 +2,8 @@
 
 The value at a cut loses the tokens that are not in its index, every value that enters the region below from
 outside and carries the token axis is indexed alike (both axes of a mask, cos, sin, position ids, labels), the
-sizes that views name are written anew, and all shapes are derived again, so that anything inconsistent fails
-here and not at run time. Each row of the batch has its own kept tokens, in ascending order.
+sizes that views name are written anew. Lowering derives all shapes again, so that anything inconsistent fails when
+the graph is compiled and not at run time. Each row of the batch has its own kept tokens, in ascending order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from tokcompile import ops as _ops  # noqa: F401  registers the marker operators
-from tokcompile.capture import Captured, module_path, source_line, trace
+from tokcompile.capture import Captured, ancestors, module_path, source_line, trace
 from tokcompile.errors import NarrowError
 from tokcompile.token_axis import (
     MAX_INT,
@@ -39,6 +39,7 @@ from tokcompile.token_axis import (
     op_name,
     plain,
     shape_of,
+    size_of,
 )
 from tokcompile.token_rules import RESIZED, dim_argument, held_rule, marker_rule
 
@@ -212,17 +213,6 @@ def _vanishes(flow: Flow, node: fx.Node, dim: int) -> bool:
     return False
 
 
-def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    todo = list(nodes)
-    while todo:
-        for node in todo.pop().all_input_nodes:
-            if node not in seen:
-                seen.add(node)
-                todo.append(node)
-    return seen
-
-
 class _Narrower:
     def __init__(self, captured: Captured, cuts: Sequence[Cut]) -> None:
         self.captured, self.graph, self.cuts = captured, captured.graph, list(cuts)
@@ -236,7 +226,6 @@ class _Narrower:
         self._alive: dict[Axis, fx.Node | None] = {}
         self._size: dict[Axis, Any] = {}
         self._sides: dict[Any, fx.Node] = {}
-        self._batch_size: Any = None
 
     # .. analysis
 
@@ -268,7 +257,7 @@ class _Narrower:
         for cut in sorted(self.cuts, key=lambda c: position[places[c]]):
             at = places[cut]
             if cut.narrowed is None:
-                replaced[cut.node] = self._gather(cut.node, self._dims_of(cut), at)
+                replaced[cut.node] = self._gather(cut.node, self.flow.labels[cut.node], at)
             else:
                 replaced[cut.node] = cut.narrowed
         new = set(replaced.values())
@@ -326,14 +315,11 @@ class _Narrower:
             return self._new_size(Factor(axis.base.size, axis.base)) - axis.start
         return sum(self._new_size(Factor(p.size, p)) if isinstance(p, Axis) else p for p in axis.parts)
 
-    def _dims_of(self, cut: Cut) -> Dims:
-        return self.flow.labels[cut.node]
-
     def _rewrite_node(self, node: fx.Node) -> None:
         dims = self.flow.sizes.get(node)
         if dims is not None:
             if node.target in RESIZED:
-                old = [None if is_token(d) else self.number(_times(d), node) for d in dims]
+                old = [None if is_token(d) else self.number(size_of(d), node) for d in dims]
                 node.target, node.args, node.kwargs = aten.reshape.default, (node.args[0], old), {}
             else:
                 old = list(node.args[1])  # type: ignore[arg-type]
@@ -539,12 +525,12 @@ class _Narrower:
         flat = [f for d in dims for f in d]
         composite = any(len(d) > 1 and is_tracked(d) for d in dims)
         split = [self.number(f.size, before) for f in flat] if composite else []
-        joined = [self._dim_size(d, before) if is_token(d) else self.number(_times(d), before)
+        joined = [self._dim_size(d, before) if is_token(d) else self.number(size_of(d), before)
                   for d in dims] if composite else []
         shape = shape_of(value)
         shape = [1] * (len(dims) - len(shape)) + shape
-        grow = [i for i, d in enumerate(dims) if composite and equal(shape[i], 1) and not equal(_times(d), 1)]
-        grown = [self.number(_times(dims[i]), before) for i in grow]
+        grow = [i for i, d in enumerate(dims) if composite and equal(shape[i], 1) and not equal(size_of(d), 1)]
+        grown = [self.number(size_of(dims[i]), before) for i in grow]
         factors = flat if composite else [next((f for f in d if f.axis is not None), d[0]) for d in dims]
         batch = next((i for i, f in enumerate(factors) if f.axis is self.batch), None)
         places = [i for i, f in enumerate(factors) if f.axis is not None and f.axis.kind == "token"]
@@ -663,13 +649,6 @@ class _Narrower:
 def _substitute(node: fx.Node, table: Mapping[fx.Node, Any]) -> None:
     """Replace arguments of ``node`` by what ``table`` has for them (a node or a number)."""
     node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), lambda n: table.get(n, n))
-
-
-def _times(dim: Dim) -> Any:
-    total: Any = 1
-    for f in dim:
-        total = total * f.size
-    return total
 
 
 def _after(order: list[fx.Node], nodes: Iterable[fx.Node]) -> fx.Node:

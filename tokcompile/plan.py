@@ -10,9 +10,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import fx
 
-from tokcompile.capture import Captured, module_path, source_line
+from tokcompile.capture import Captured, ancestors, extract, module_path, source_line
 from tokcompile.errors import NarrowError
-from tokcompile.narrow import Cut, ancestors, check, inline, narrow
+from tokcompile.narrow import Cut, check, inline, narrow
 from tokcompile.regions.model import Layer, Region, Regions
 
 aten = torch.ops.aten
@@ -76,7 +76,7 @@ class HostSize:
 
     def __call__(self, args: Sequence[Any]) -> tuple[int, bool]:
         with torch.no_grad():
-            mask = self.prologue(*(args[i] for i in self.inputs))
+            (mask,) = self.prologue(*(args[i] for i in self.inputs))
         size, ragged = self.function(mask)
         # a symbolic size is at least 2; a single token gets an empty slot beside it
         return (size, ragged) if size > 1 else (2, True)
@@ -183,7 +183,7 @@ class Context:
 
     def host_size(self, mask: fx.Node, function: SizeFunction, name: str) -> tuple[Any, bool]:
         """A size read off the real visual mask before each call (a node, or an int), and whether rows differ."""
-        size = HostSize(*self._prologue(mask), function)
+        size = HostSize(*extract(self.captured, [mask]), function)
         hint, ragged = size(self.args)
         self.sizes.append(size)
         self.ragged.append(ragged)
@@ -195,19 +195,6 @@ class Context:
             node = self.captured.graph.placeholder(f"{name}_{len(self.sizes)}")
         node.meta["val"] = self.captured.new_size(hint, node.name)
         return node, ragged
-
-    def _prologue(self, mask: fx.Node) -> tuple[fx.GraphModule, list[int]]:
-        needed = ancestors([mask]) | {mask}
-        graph, copied, inputs = fx.Graph(), {}, []
-        for i, node in enumerate(self.captured.placeholders):
-            if node in needed:
-                copied[node] = graph.placeholder(node.name)
-                inputs.append(i)
-        for node in self.captured.graph.nodes:
-            if node in needed and node.op != "placeholder":
-                copied[node] = graph.node_copy(node, lambda n: copied[n])
-        graph.output(copied[mask])
-        return fx.GraphModule(self.captured.graph_module, graph), inputs
 
     def cut(self, node: fx.Node, keep: fx.Node, size: Any, *, stack: str, layer: Layer | None, index: int,
             ragged: bool = False, prefix: int = 0, suffix: int = 0, value: fx.Node | None = None) -> None:
@@ -241,11 +228,6 @@ class Context:
             return values
         return self.emit(lambda v, p: torch.where(p >= 0, v.gather(1, p.clamp(min=0)), fill), values, positions,
                          before=before)
-
-    def alive(self, stack: str, before: fx.Node) -> fx.Node | None:
-        """bool ``[B, K]``: slots that hold a token after the cuts of ``stack``; None when nothing was cut."""
-        positions = self._positions.get(stack)
-        return None if positions is None else self.emit(lambda p: p >= 0, positions, before=before)
 
     def check(self, node: fx.Node, **kwargs: Any) -> None:
         """Raise :class:`NarrowError` if tokens cannot be removed at ``node``; changes nothing."""

@@ -12,11 +12,11 @@ import torch
 from torch import fx
 
 from tokcompile.canonical import canonicalise
-from tokcompile.capture import ASSERTIONS, Captured, from_dynamo, propagate
+from tokcompile.capture import ASSERTIONS, Captured, ancestors, extract, from_dynamo, propagate
 from tokcompile.errors import NarrowError, NoMatchError, RecipeError
 from tokcompile.flops import graph_flops, node_flops
 from tokcompile.lower import Guard, lower
-from tokcompile.narrow import Cut, ancestors, narrow
+from tokcompile.narrow import Cut, narrow
 from tokcompile.plan import Context, HostSize, Kept, Pass
 from tokcompile.recipes import Recipe, Step
 from tokcompile.regions import find_regions
@@ -62,7 +62,7 @@ class Variant:
     sizes: list[HostSize]
     ragged: list[bool]
     kept: list[Kept]
-    prologue: fx.GraphModule | None = None
+    prologue: tuple[fx.GraphModule, list[int]] | None = None
 
     def extra(self, args: Sequence[Any]) -> list[Any] | None:
         """What to append to ``args``: sizes, and what the prologue computes from both.
@@ -76,15 +76,17 @@ class Variant:
         sizes = [n for size, (n, _) in zip(self.sizes, found, strict=True) if size.static is None]
         if self.prologue is None:
             return sizes
+        choose, inputs = self.prologue
+        given = [*args, *sizes]
         with torch.no_grad():
-            return [*sizes, *self.prologue(*args, *sizes)]
+            return [*sizes, *choose(*(given[i] for i in inputs))]
 
 
 class Session:
     """See the module. One for each optimized model."""
 
     def __init__(self, recipe: Recipe | None, *, lowering: str = "inductor", on_no_match: str = "error",
-                 model: str = "", keep_graphs: bool = False) -> None:
+                 model: str = "") -> None:
         self.recipe, self.lowering, self.on_no_match = recipe, lowering, on_no_match
         self.passes: list[tuple[Step, Pass]] = []
         if recipe is not None:
@@ -100,7 +102,6 @@ class Session:
         self.report = Report(model=model)
         self.report.steps = [StepReport(pass_name=step.pass_, status="structure_miss", matches=0, regions=[],
                                         reason="no graph was captured yet") for step, _ in self.passes]
-        self.keep_graphs, self.captured = keep_graphs, []  # type: ignore[var-annotated]
         self._checked = False
 
     # .. the torch.compile backend
@@ -165,7 +166,7 @@ class Session:
             self.scored_features = True
 
     def _apply(self, ctx: Context, step: Step, method: Pass, entry: StepReport, stage: str) -> None:
-        kind = step.target.region or method.regions
+        kind = step.region
         candidates = [r for r in ctx.regions.of(kind) if step.target.matches_path(r.path) and not (
             self.recipe and self.recipe.protect and self.recipe.protect.covers(r.path))]
         problems: list[str] = []
@@ -214,11 +215,10 @@ class Session:
         self._checked = True
         problems = []
         for (step, _), entry in zip(self.passes, self.report.steps, strict=True):
-            least = step.expect.min_matches if step.expect else 1
-            most = step.expect.max_matches if step.expect else None
-            if entry.matches < max(least, 1):
+            least, most = step.expect.min_matches, step.expect.max_matches
+            if entry.matches < least:
                 problems.append(f"step '{step.pass_}' changed {entry.matches} region(s), expected at least "
-                                f"{max(least, 1)}: {entry.reason}")
+                                f"{least}: {entry.reason}")
             elif most is not None and entry.matches > most:
                 problems.append(f"step '{step.pass_}' changed {entry.matches} regions, expected at most {most}")
         if not problems or self.on_no_match == "ignore":
@@ -253,7 +253,7 @@ def _check_supported(recipe: Recipe) -> None:
         raise RecipeError("\n".join(problems))
 
 
-def hoist(captured: Captured, indices: Sequence[fx.Node]) -> fx.GraphModule | None:
+def hoist(captured: Captured, indices: Sequence[fx.Node]) -> tuple[fx.GraphModule, list[int]] | None:
     """Move the choice of tokens in front of the graph where it needs none of the model's layers.
 
     The choice is a few dozen small operations (sorts, scans, a greedy loop) that Inductor turns into kernels of their
@@ -261,27 +261,19 @@ def hoist(captured: Captured, indices: Sequence[fx.Node]) -> fx.GraphModule | No
     times without (8 layers).
 
     Returns:
-        What computes the hoisted nodes from the values of all other placeholders; None when nothing is hoisted.
+        What computes the hoisted nodes, and from which placeholders; None when nothing is hoisted.
     """
     cheap = [n for n in dict.fromkeys(indices) if not any(node_flops(a) for a in ancestors([n]))]
     if not cheap:
         return None
-    needed = ancestors(cheap) | set(cheap)
-    graph, copied = fx.Graph(), {}
-    for node in captured.graph.nodes:
-        if node.op == "placeholder":
-            copied[node] = graph.placeholder(node.name)
-        elif node in needed:
-            copied[node] = graph.node_copy(node, lambda n: copied[n])
-    graph.output([copied[n] for n in cheap])
-    prologue = fx.GraphModule(captured.graph_module, graph)
+    prologue, inputs = extract(captured, cheap)
     last = captured.placeholders[-1]
     for node in cheap:
         with captured.graph.inserting_after(last):
             last = captured.graph.placeholder(f"hoisted_{node.name}")
         last.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(last)
-    return prologue
+    return prologue, inputs
 
 
 def _narrow_pruned_cache(captured: Captured) -> None:
@@ -351,8 +343,6 @@ class CompiledGraph:
         captured.graph_module.recompile()
         if self.stage in ("prefill", "forward"):
             session.check_matches()
-        if session.keep_graphs:
-            session.captured.append(captured)
         if session.lowering == "eager":
             propagate(captured)  # Inductor traces the graph anyway, and so derives every shape
         run = lower(captured, session.lowering)

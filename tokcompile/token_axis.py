@@ -71,6 +71,11 @@ def plain(size: Any) -> Dim:
     return (Factor(size),)
 
 
+def size_of(dim: Dim) -> Any:
+    """Number of entries of a dimension."""
+    return product(f.size for f in dim)
+
+
 def is_token(dim: Dim) -> bool:
     return any(f.axis is not None and f.axis.kind == "token" for f in dim)
 
@@ -283,7 +288,7 @@ class Follower:
                 if dims is not None and not is_tracked(dims[i]) and is_token(label):
                     raise self.refuse(node, f"a dimension of size {shape[i]} that is not the token axis meets the "
                                             f"token axis {label}")
-                size = product(f.size for f in label)
+                size = size_of(label)
                 if dims is None and not equal(shape[i], size):
                     raise self.refuse(node, f"a value from outside has size {shape[i]} where the token axis has {size}")
                 wanted.append(label)
