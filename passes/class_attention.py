@@ -22,7 +22,7 @@ from torch import Tensor
 from tokcompile.plan import Context, Pass
 from tokcompile.recipes import Budget
 from tokcompile.regions.model import Region
-from tokcompile.registry import PassParams, register
+from tokcompile.registry import PassParams, about, register
 from tokcompile.scores import attention_rows
 from tokcompile.selection import budgets, budgets_count, keep_mask, segments
 
@@ -37,8 +37,9 @@ class ClassAttention(Pass):
     class Params(PassParams):
         keep: list[Budget] = Field(min_length=1, description="Patches kept at each stage: ratio of those before the "
                                                              "stage, in (0, 1], or a count.")
-        at: list[float] = Field(min_length=1, description="Depth of each stage as a fraction in (0, 1), ascending "
-                                                          "(paper: 1/3, 7/12, 5/6).")
+        at: list[float] = Field(min_length=1, description="Depth of each stage, in (0, 1), ascending.",
+                                json_schema_extra=about(unit="fraction of the depth",
+                                                        source="the paper uses 1/3, 7/12, 5/6"))
 
         @model_validator(mode="after")
         def _stages(self) -> ClassAttention.Params:

@@ -13,7 +13,7 @@ Source: "ToDRE: Effective Visual Token Pruning via Token Diversity and Task Rele
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -24,7 +24,7 @@ from tokcompile.plan import Context
 from tokcompile.pruning import VisualSelection, drop_visual
 from tokcompile.recipes import Budget
 from tokcompile.regions.model import Region
-from tokcompile.registry import PassParams, register
+from tokcompile.registry import PassParams, about, register
 
 
 @register
@@ -34,13 +34,14 @@ class ToDRE(VisualSelection):
     name = "todre"
 
     class Params(PassParams):
-        keep: Budget = Field(description="Visual tokens kept of each image: a ratio in (0, 1], or a count (paper: "
-                                         "0.25 and 0.10).")
+        keep: Budget = Field(description="Visual tokens kept of each image: a ratio in (0, 1], or a count.",
+                             json_schema_extra=about(source="the paper uses 0.25 and 0.10"))
         criterion: Literal["max_sum", "k_center"] = Field(
-            "max_sum", description="Least sum of similarities to the chosen tokens (paper v2), or least largest one.")
-        drop_layer: float | int | None = Field(
-            0.875, ge=0, description="Layer after which no visual token is left: a fraction of the depth (paper: 7/8), "
-                                     "or a layer number from 0; null keeps them to the end.")
+            "max_sum", description="Least sum of similarities to the chosen tokens, or least largest one.",
+            json_schema_extra=about(source="max_sum: version 2 of the paper"))
+        drop_layer: Annotated[float, Field(ge=0, le=1)] | Annotated[int, Field(ge=0)] | None = Field(
+            0.875, description="Layer after which no visual token is left; null keeps them to the end.",
+            json_schema_extra=about(unit="fraction of the depth, or layer number from 0", source="paper: 7/8"))
 
     def score(self, tokens: Tensor, segment: Tensor, budget: Tensor) -> Tensor:
         order = torch.ops.tokcompile.greedy_select(tokens, segment, budget, self.params.criterion)

@@ -24,7 +24,7 @@ from tokcompile.plan import Context
 from tokcompile.pruning import VisualSelection
 from tokcompile.recipes import Budget
 from tokcompile.regions.model import Region
-from tokcompile.registry import PassParams, register
+from tokcompile.registry import PassParams, about, register
 from tokcompile.scores import class_row
 
 
@@ -36,10 +36,11 @@ class VtcCls(VisualSelection):
     scores_features = True
 
     class Params(PassParams):
-        keep: Budget = Field(description="Visual tokens kept of each image: a ratio in (0, 1], or a count (paper: 256, "
-                                         "128 and 64 of 576).")
-        first_layer: float = Field(0.6667, ge=0, lt=1, description="First encoder layer of the sum, as a fraction of "
-                                                                   "the depth (paper's code: 16 of 24).")
+        keep: Budget = Field(description="Visual tokens kept of each image: a ratio in (0, 1], or a count.",
+                             json_schema_extra=about(source="the paper uses 256, 128 and 64 of 576"))
+        first_layer: float = Field(0.6667, ge=0, lt=1, description="First encoder layer of the sum.",
+                                   json_schema_extra=about(unit="fraction of the depth",
+                                                           source="the paper's code: layer 16 of 24"))
 
     def score_features(self, ctx: Context, features: fx.Node) -> fx.Node:
         encoder = self._encoder(ctx, features)

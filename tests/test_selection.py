@@ -123,7 +123,9 @@ def test_kept_size_equals_what_the_graph_keeps(visual, num, den, count, as_ratio
     keep = selection.keep_mask(scores, segment, budget)
     assert bool(keep[~visual].all())
     counts = keep.sum(dim=1)
-    size, ragged = selection.kept_size(visual, num, den) if as_ratio else selection.kept_size(visual, count=count)
+    rows = selection.kept_rows(visual, num, den) if as_ratio else selection.kept_rows(visual, count=count)
+    assert torch.equal(rows, counts)
+    size, ragged = selection.kept_size(rows)
     assert size == int(counts.max())
     assert ragged == (len(set(counts.tolist())) > 1)
     size += extra
@@ -141,11 +143,11 @@ def test_keep_index_that_is_too_short_loses_the_front():
     assert selection.keep_index(keep, 2).tolist() == [[2, 3], [-1, 3]]
 
 
-def test_kept_size_wants_one_budget():
+def test_kept_rows_want_one_budget():
     with pytest.raises(ValueError, match="either num"):
-        selection.kept_size(torch.ones(1, 3, dtype=torch.bool))
+        selection.kept_rows(torch.ones(1, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="either num"):
-        selection.kept_size(torch.ones(1, 3, dtype=torch.bool), 1, 2, count=3)
+        selection.kept_rows(torch.ones(1, 3, dtype=torch.bool), 1, 2, count=3)
 
 
 @settings(max_examples=150, deadline=None)
@@ -289,7 +291,7 @@ def test_trace_with_symbolic_sizes():
         traced = make_fx(everything, pre_dispatch=True, tracing_mode="real")(*fakes, sizes[13])
     for batch, length in ((3, 17), (2, 9), (5, 31)):
         values = example(batch, length)
-        size = selection.kept_size(values[0], 3, 10)[0]
+        size = selection.kept_size(selection.kept_rows(values[0], 3, 10))[0]
         for found, expected in zip(traced(*values, size), everything(*values, size), strict=True):
             assert torch.equal(found, expected)
     banned = ("aten.item", "_local_scalar", "nonzero", "kthvalue", "searchsorted", "cummax", "stable")
@@ -301,7 +303,7 @@ def test_inductor():
     compiled = torch.compile(everything, dynamic=True, fullgraph=True)
     for batch, length in ((3, 17), (2, 40)):
         values = example(batch, length)
-        size = selection.kept_size(values[0], 3, 10)[0]
+        size = selection.kept_size(selection.kept_rows(values[0], 3, 10))[0]
         for found, expected in zip(compiled(*values, size), everything(*values, size), strict=True):
             torch.testing.assert_close(found, expected)
 

@@ -3,40 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
-import inspect
-import os
-import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from os import PathLike
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from torch import nn
 
-from tokcompile.cache import adopt, append_held, layers_of, note_held
-from tokcompile.capture import DYNAMO_CONFIG
+from tokcompile.calibration import calibrate, check_prepared
 from tokcompile.errors import TokcompileError
 from tokcompile.lower import LOWERINGS
 from tokcompile.recipes import Recipe
 from tokcompile.reporting import Report
 from tokcompile.session import Recording, Session
+from tokcompile.stages import SESSION, Model, install, run_once, share, uninstall
+from tokcompile.state import PreparedState
 
-Model = TypeVar("Model", bound=nn.Module)
 RecipeLike = str | PathLike[str] | Mapping[str, Any] | Recipe
 ON_NO_MATCH = ("error", "warn", "ignore")
-
-#: What Dynamo raises when it cannot capture a stage as one graph.
-_CAPTURE_FAILURES = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.InternalTorchDynamoError,
-                     torch._dynamo.exc.FailOnRecompileLimitHit,
-                     torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode)
-
-_CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"
-_LOSES_CHECKS = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 12)
-
-#: Attribute of an optimized model that holds its session.
-SESSION = "_tokcompile_session"
 
 
 def optimize(model: Model, recipe: RecipeLike, *, inputs: Mapping[str, Any] | None = None,
@@ -50,7 +33,8 @@ def optimize(model: Model, recipe: RecipeLike, *, inputs: Mapping[str, Any] | No
         recipe: the name of a shipped recipe, a path, a mapping or a :class:`~tokcompile.recipes.Recipe`.
         inputs: keyword arguments of ``forward`` or ``generate``; given, the recipe is matched (and the graphs are
             compiled) now, else at the first call.
-        calibration: inputs for passes that need calibration; no pass of this version does.
+        calibration: for passes that need it, any iterable of inputs like ``inputs`` (or of ``input_ids`` tensors), or
+            what :func:`~tokcompile.calibration.calibrate` returned earlier.
         on_no_match: "error", "warn" or "ignore": what to do when a step changes nothing.
         lowering: "inductor", or "eager" (no code generation: slow, exact, quick to compile).
         inplace: change ``model`` itself instead of a copy that shares its parameters.
@@ -71,33 +55,36 @@ def optimize(model: Model, recipe: RecipeLike, *, inputs: Mapping[str, Any] | No
         raise TokcompileError(f"lowering={lowering!r}: choose one of {', '.join(LOWERINGS)}")
     if hasattr(model, SESSION):
         raise TokcompileError("this model is optimized already; start from the original model")
-    if calibration is not None:
-        raise TokcompileError("no pass of this recipe takes calibration data; leave calibration out")
     loaded = Recipe.load(recipe)
-    session = Session(loaded, lowering=lowering, on_no_match=on_no_match, model=type(model).__name__)
-    target = model if inplace else _share(model)
-    _install(target, session)
+    check_prepared(loaded, calibration)
+    if calibration is not None and not isinstance(calibration, PreparedState):
+        calibration = calibrate(model, loaded, calibration)
+    session = Session(loaded, lowering=lowering, on_no_match=on_no_match, model=type(model).__name__,
+                      state=calibration)
+    target = model if inplace else share(model)
+    install(target, session)
     if inputs is not None:
         try:
-            _run_once(target, inputs)
-            session.check_matches()
+            run_once(target, inputs)
+            session.check_matches(None)
         except BaseException:
             if inplace:
-                _uninstall(target)
+                uninstall(target)
             raise
     return target
 
 
-def explain(model: nn.Module, inputs: Mapping[str, Any], recipe: RecipeLike | None = None) -> Report:
+def explain(model: nn.Module, inputs: Mapping[str, Any], recipe: RecipeLike | None = None, *,
+            calibration: PreparedState | None = None) -> Report:
     """What tokcompile finds in ``model`` on ``inputs`` and what ``recipe`` would change; changes nothing.
 
     Runs the model once (eagerly lowered), like ``optimize(..., inputs=inputs)`` does.
     """
     loaded = None if recipe is None else Recipe.load(recipe)
-    session = Session(loaded, lowering="eager", on_no_match="ignore", model=type(model).__name__)
-    clone = _share(model)
-    _install(clone, session)
-    _run_once(clone, inputs)
+    session = Session(loaded, lowering="eager", on_no_match="ignore", model=type(model).__name__, state=calibration)
+    clone = share(model)
+    install(clone, session)
+    run_once(clone, inputs)
     return session.report
 
 
@@ -124,292 +111,3 @@ def _session(model: nn.Module) -> Session:
     return session  # type: ignore[no-any-return]
 
 
-def _share(model: Model) -> Model:
-    """A copy of the module tree over the same parameter and buffer tensors."""
-    memo: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, memo)
-
-
-def _run_once(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    known = inspect.signature(model.forward).parameters
-    generates = hasattr(model, "generate") and any(k not in known for k in inputs)
-    with torch.no_grad():
-        if generates:
-            model.generate(**{**inputs, "max_new_tokens": min(int(inputs.get("max_new_tokens", 2)), 2)})  # type: ignore
-        else:
-            model(**inputs)
-
-
-# --------------------------------------------------------------------------------------------- the new forward
-
-
-def _install(model: nn.Module, session: Session) -> None:
-    """Give ``model`` a forward that captures, rewrites and runs the original one."""
-    original = type(model).forward
-    parameters = inspect.signature(original).parameters
-    session.tracks_cache = "past_key_values" in parameters and any(
-        method.regions in ("merge_point", "decoder_stack") for _, method in session.passes)
-    run = _Stages(original, session)
-
-    bound = types.MethodType(original, model)
-
-    @functools.wraps(bound)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return run(model, args, kwargs)
-
-    model.forward = forward
-    object.__setattr__(model, SESSION, session)
-    _settle(model)
-    base = getattr(model, "base_model", None)
-    if "mm_encoder_outputs" in parameters and base is not None:
-        for name in ("get_image_features", "get_video_features"):
-            function = getattr(base, name, None)
-            if function is not None:
-                object.__setattr__(base, name, _encoder(base, name, session))
-
-
-def _settle(model: nn.Module) -> None:
-    """Do now what transformers does under a lock at the first call; Dynamo cannot trace a lock."""
-    try:
-        from transformers.utils.output_capturing import maybe_install_capturing_hooks
-    except ImportError:
-        return
-    flag = "_output_capturing_hooks_installed"
-    for module in model.modules():
-        function: Any = type(module).forward
-        captures = False
-        while function is not None and not captures:
-            captures = "capture_outputs" in getattr(getattr(function, "__code__", None), "co_qualname", "")
-            function = getattr(function, "__wrapped__", None)
-        # a model installs the hooks of the models inside it, and a second set would record everything twice
-        if captures and not any(getattr(inner, flag, False) for inner in module.modules()):
-            maybe_install_capturing_hooks(module)  # type: ignore[arg-type]
-
-
-def _uninstall(model: nn.Module) -> None:
-    for owner in (model, getattr(model, "base_model", None)):
-        for name in ("forward", "get_image_features", "get_video_features", SESSION):
-            if owner is not None:
-                owner.__dict__.pop(name, None)
-
-
-def _fresh(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy with a code object of its own: Dynamo counts recompilations for each code object."""
-    code = function.__code__.replace(co_name=function.__name__)
-    return types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__,
-                              function.__closure__)
-
-
-def _compiled(function: Callable[..., Any], session: Session, *, dynamic: bool = False) -> Callable[..., Any]:
-    """``function`` captured as one graph.
-
-    Args:
-        dynamic: sizes are symbolic from the start; else, as in ``torch.compile``, from the second size on. What
-            cannot be captured with static sizes is tried once more with symbolic ones.
-    """
-
-    def compiled(dynamic: bool | None) -> Callable[..., Any]:
-        return torch.compile(_fresh(function), backend=session.backend, dynamic=dynamic, fullgraph=True)
-
-    inner = compiled(True if dynamic else None)
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal inner, dynamic
-        with torch._dynamo.config.patch(**DYNAMO_CONFIG), _open_forms():
-            try:
-                return inner(*args, **kwargs)
-            except _CAPTURE_FAILURES:
-                if dynamic:
-                    raise
-                inner, dynamic = compiled(True), True
-                return inner(*args, **kwargs)
-
-    return call
-
-
-@contextlib.contextmanager
-def _open_forms() -> Iterator[None]:
-    """Ask for forms that can be captured.
-
-    nn.TransformerEncoder's inference fast path is one opaque operation. torch before 2.12 loses track of the checks
-    that transformers makes on tensors while it compiles (PendingUnbackedSymbolNotFound); they have a switch.
-    """
-    fastpath, checks = torch.backends.mha.get_fastpath_enabled(), os.environ.get(_CHECKS)
-    torch.backends.mha.set_fastpath_enabled(False)
-    if _LOSES_CHECKS:
-        os.environ[_CHECKS] = "1"
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        if _LOSES_CHECKS:
-            os.environ.pop(_CHECKS, None)
-            os.environ |= {} if checks is None else {_CHECKS: checks}
-
-
-def _encoder(base: nn.Module, name: str, session: Session) -> Callable[..., Any]:
-    """The image encoder as a stage of its own; runs uncompiled where it cannot be captured."""
-    original = getattr(type(base), name)
-
-    def encode(base: nn.Module, kwargs: dict[str, Any]) -> Any:
-        return original(base, **kwargs), None
-
-    def encode_and_score(base: nn.Module, kwargs: dict[str, Any]) -> Any:
-        result = original(base, **kwargs)
-        rows = torch.cat([f.reshape(-1, f.shape[-1]) for f in result.pooler_output])
-        return result, torch.ops.tokcompile.feature_scores(rows)
-
-    compiled: Callable[..., Any] | None = _compiled(
-        encode_and_score if session.wants_scores else encode, session)
-
-    @functools.wraps(types.MethodType(original, base))
-    def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal compiled
-        kwargs = _by_name(original, base, args, kwargs)
-        if compiled is not None:
-            try:
-                with session.at_stage("encoder"):
-                    result, scores = compiled(base, kwargs)
-                if session.scored_features:
-                    _attach(result, scores)
-                return result
-            except _CAPTURE_FAILURES as error:
-                session.note_uncaptured("encoder", error)
-                compiled = None
-        return original(base, **kwargs)
-
-    return call
-
-
-def _attach(result: Any, scores: torch.Tensor) -> None:
-    """Let scores travel with the image features, as their last column: whatever reorders features reorders both."""
-    parts, start = [], 0
-    for features in result.pooler_output:
-        count = features.numel() // features.shape[-1]
-        column = scores[start: start + count].reshape(*features.shape[:-1], 1).to(features.dtype)
-        parts.append(torch.cat([features, column], -1))
-        start += count
-    whole = isinstance(result.pooler_output, torch.Tensor)
-    result.pooler_output = torch.stack(parts) if whole else type(result.pooler_output)(parts)
-
-
-def _detach(outputs: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
-    """Undo :func:`_attach`: the features as the model knows them, and the scores of all rows."""
-    plain, scores = {}, []
-    for name, output in outputs.items():
-        new = copy.copy(output)
-        pooled = output.pooler_output
-        scores += [f[..., -1].reshape(-1) for f in pooled]
-        stripped = [f[..., :-1].contiguous() for f in pooled]
-        new.pooler_output = torch.stack(stripped) if isinstance(pooled, torch.Tensor) else type(pooled)(stripped)
-        plain[name] = new
-    return plain, torch.cat(scores)
-
-
-def _by_name(function: Callable[..., Any], owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name, without those left at their default."""
-    if not args:
-        return kwargs
-    signature = inspect.signature(function)
-    bound = signature.bind(owner, *args, **kwargs).arguments
-    named = dict(list(bound.items())[1:])
-    for parameter in signature.parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD and parameter.name in named:
-            named.update(named.pop(parameter.name))
-        if parameter.kind is parameter.VAR_POSITIONAL and named.get(parameter.name):
-            raise TokcompileError(f"forward with *{parameter.name} cannot be captured; pass arguments by name")
-    return named
-
-
-class _Stages:
-    """Runs one call: image encoder first, then the captured forward, with the cache told what it holds."""
-
-    def __init__(self, original: Callable[..., Any], session: Session) -> None:
-        self.original, self.session = original, session
-        self.takes_features = "mm_encoder_outputs" in inspect.signature(original).parameters
-
-        def plain(model: nn.Module, kwargs: dict[str, Any]) -> Any:
-            return original(model, **kwargs)
-
-        def tracked(model: nn.Module, kwargs: dict[str, Any], scores: torch.Tensor | None) -> Any:
-            # first, so that the scores are in front of whatever uses them
-            marked = None if scores is None else torch.ops.tokcompile.visual_scores(scores)
-            result = original(model, **kwargs)
-            held = []
-            for layer in kwargs["past_key_values"].layers:
-                if layer.is_initialized:
-                    rows, length = layer.keys.shape[0], layer.keys.shape[-2]
-                    positions = torch.arange(length, device=layer.keys.device)[None].expand(rows, length)
-                    held.append(torch.ops.tokcompile.held(layer.keys, positions))
-            return result, held, marked
-
-        def uncached(model: nn.Module, kwargs: dict[str, Any], scores: torch.Tensor | None) -> Any:
-            marked = None if scores is None else torch.ops.tokcompile.visual_scores(scores)
-            return original(model, **kwargs), None, marked
-
-        self.plain = _compiled(plain, session, dynamic=session.tracks_cache)  # no two decode steps have one length
-        self.tracked = _compiled(tracked, session)
-        self.uncached = _compiled(uncached, session)
-        self.failed: set[str] = set()
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        kwargs = _by_name(self.original, model, args, kwargs)
-        if self.takes_features and kwargs.get("mm_encoder_outputs") is None:
-            kwargs = model._prepare_multimodal_encoder_kwargs_for_generation(dict(kwargs))  # type: ignore[operator]
-            if not kwargs.get("mm_encoder_outputs"):
-                kwargs.pop("mm_encoder_outputs", None)
-        if not self.session.tracks_cache:
-            return self._stage("forward", self.plain, model, kwargs)
-        return self._with_cache(model, kwargs)
-
-    def _with_cache(self, model: nn.Module, kwargs: dict[str, Any]) -> Any:
-        use_cache = kwargs.get("use_cache")
-        if use_cache is None:
-            config: Any = getattr(model, "config", None)
-            text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-            use_cache = bool(getattr(text, "use_cache", True))
-        if kwargs.get("past_key_values") is None:
-            if not use_cache:
-                return self._stage("prefill", self.uncached, model, kwargs).result
-            from transformers import DynamicCache
-
-            kwargs = {**kwargs, "past_key_values": DynamicCache(config=model.config)}  # type: ignore[arg-type]
-        cache = kwargs["past_key_values"]
-        adopt(cache)
-        tokens = next(t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
-        count = tokens.shape[1]
-        if count == 1:
-            result = self._stage("decode", self.plain, model, kwargs)
-            append_held(layers_of(cache), 1)
-            return result
-        past = cache.get_seq_length()
-        found = self._stage("prefill", self.tracked, model, kwargs)
-        if found.held is not None:
-            note_held(layers_of(cache), found.held, past + count)
-        return found.result
-
-    def _stage(self, name: str, compiled: Callable[..., Any], model: nn.Module, kwargs: dict[str, Any]) -> Any:
-        """Run one stage compiled, or as it is where it cannot be captured. Prefills give a :class:`_Prefill`."""
-        prefill = name == "prefill"
-        scores: tuple[Any, ...] = (None,) if prefill else ()
-        if prefill and self.session.scored_features and kwargs.get("mm_encoder_outputs"):
-            outputs, rows = _detach(kwargs["mm_encoder_outputs"])
-            kwargs, scores = {**kwargs, "mm_encoder_outputs": outputs}, (rows,)
-        if name not in self.failed:
-            try:
-                with self.session.at_stage(name):
-                    result = compiled(model, kwargs, *scores)
-                return _Prefill(result[0], result[1]) if prefill else result
-            except _CAPTURE_FAILURES as error:
-                self.failed.add(name)
-                self.session.note_uncaptured(name, error)
-                if name in ("prefill", "forward"):
-                    self.session.check_matches()
-        result = self.original(model, **kwargs)
-        return _Prefill(result, None) if prefill else result
-
-
-class _Prefill:
-    def __init__(self, result: Any, held: list[torch.Tensor] | None) -> None:
-        self.result, self.held = result, held

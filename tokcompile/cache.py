@@ -27,9 +27,9 @@ class Held:
         owner: the one layer of the group that updates the positions when rows move.
     """
 
-    def __init__(self, positions: torch.Tensor, length: int, owner: PrunedLayer) -> None:
+    def __init__(self, positions: torch.Tensor, length: int, owner: PrunedLayer, *, ragged: bool | None = None) -> None:
         self.positions, self.length, self.owner = positions, length, owner
-        self.ragged = bool((positions < 0).any())
+        self.ragged = bool((positions < 0).any()) if ragged is None else ragged
 
     def append(self, count: int) -> None:
         new = torch.arange(self.length, self.length + count, device=self.positions.device)

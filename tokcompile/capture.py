@@ -70,6 +70,13 @@ class Captured:
         return env.create_symintnode(symbol, hint=hint)  # type: ignore[return-value]
 
 
+    def fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A stand-in for one more real tensor (a parameter), with static sizes."""
+        with self.fake_mode:
+            new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        return new.requires_grad_(tensor.requires_grad)
+
+
 class _Inputs:
     """Rebuild captured example values under another fake mode, keeping the relations between their sizes."""
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import fx
+from torch import fx, nn
 
 from tokcompile.capture import Captured, ancestors, extract, module_path, source_line
 from tokcompile.errors import NarrowError
 from tokcompile.narrow import Cut, check, inline, narrow
-from tokcompile.regions.model import Layer, Region, Regions
+from tokcompile.regions.model import KINDS, Layer, Region, Regions
+from tokcompile.selection import kept_size
+from tokcompile.state import PreparedState
 
 aten = torch.ops.aten
 
-#: Reads the number of slots off the real visual mask ``[B, S]``: -> (slots per row, rows differ).
-SizeFunction = Callable[[torch.Tensor], tuple[int, bool]]
+#: The number of slots that each row needs, from the visual mask ``[B, S]``: -> int64 ``[B]``. Traceable.
+SizeFunction = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Pass:
@@ -33,11 +35,36 @@ class Pass:
     name: ClassVar[str]
     regions: ClassVar[str]
 
+    #: Whether the pass needs :func:`tokcompile.calibrate`: "none", "optional" or "required".
+    calibration: ClassVar[Literal["none", "optional", "required"]] = "none"
+    #: "decode": acts in decode steps only, so a prefill without a match is no mistake.
+    stage: ClassVar[Literal["any", "decode"]] = "any"
+
     class Params(BaseModel):
         model_config = ConfigDict(extra="forbid")
 
     def __init__(self, params: Any) -> None:
         self.params = params
+
+    def observe(self, ctx: Context, region: Region, seen: Seen) -> None:
+        """Put observers (:meth:`Context.observe`) on ``region`` of the dense graph; they add to ``seen.sums``.
+
+        Called for every graph that has the region. ``seen`` is the same each time.
+
+        Raises:
+            NarrowError: the region is not one that the pass can work on; it is left out, with the reason.
+        """
+        raise NotImplementedError
+
+    def prepare(self, seen: dict[str, Seen]) -> dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
+        """From what was observed: region key -> (tensors, facts) for :meth:`Context.state`.
+
+        A region that is left out of the result has no state.
+
+        Raises:
+            CalibrationError: nothing useful was observed.
+        """
+        raise NotImplementedError
 
     #: Whether :meth:`score_features` has something to do in the graph of the image encoder.
     scores_features: ClassVar[bool] = False
@@ -55,8 +82,80 @@ class Pass:
 
         Raises:
             NarrowError: the region cannot be rewritten; the reason goes into the report.
+            UnprofitableError: rewriting it would not pay; likewise, and it is no mistake.
         """
         raise NotImplementedError
+
+
+@dataclass(eq=False)
+class Seen:
+    """What calibration saw of one region.
+
+    Attributes:
+        key: see :func:`region_keys`. path: its module path.
+        layer, depth: its place in its stack of layers, and their number; None outside a stack.
+        sums: running sums, name -> tensor or number; what :meth:`Pass.observe` puts there.
+        weights: name -> real parameter, for :meth:`Pass.prepare`; not part of a resume file.
+        facts: other values from the graph (sizes, variants), likewise.
+    """
+
+    key: str
+    path: str
+    layer: int | None = None
+    depth: int | None = None
+    sums: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Observer(nn.Module):
+    """Hands values of a running graph to a function."""
+
+    _is_impure = True  # dead code elimination leaves it alone
+
+    def __init__(self, function: Callable[..., None], active: Callable[[], bool]) -> None:
+        super().__init__()
+        self.function, self.active = function, active
+
+    def forward(self, *values: Any) -> None:
+        if self.active():
+            with torch.no_grad():
+                self.function(*values)
+
+
+@dataclass(eq=False)
+class StateInput:
+    """A prepared tensor that a graph takes as one more input; read anew at each call."""
+
+    pass_name: str
+    key: str
+    name: str
+
+
+def region_keys(regions: Regions) -> dict[Region, str]:
+    """region -> a name that is the same in every graph of the model: module path, numbered where it is not unique."""
+    keys: dict[Region, str] = {}
+    for kind in KINDS:
+        count: dict[str, int] = {}
+        for region in regions.of(kind):
+            number = count[region.path] = count.get(region.path, -1) + 1
+            keys[region] = f"{region.path}#{number}" if number else region.path
+    return keys
+
+
+def layer_of(regions: Regions, region: Region) -> tuple[int, int] | None:
+    """Which layer of its stack ``region`` is in: -> (index, number of layers), or None outside of stacks."""
+    near: tuple[int, tuple[int, int]] | None = None
+    for stack in (*regions.of("decoder_stack"), *regions.of("vision_encoder")):
+        for layer in stack.layers:
+            place = layer.index, len(stack.layers)
+            if region in (layer.attention, layer.feed_forward):
+                return place
+            # cross attention, say: the layer does not list it
+            if layer.path and f"{region.path}.".startswith(f"{layer.path}.") and (
+                    near is None or len(layer.path) > near[0]):
+                near = len(layer.path), place
+    return None if near is None else near[1]
 
 
 @dataclass(eq=False)
@@ -67,17 +166,19 @@ class HostSize:
     comes straight from the token ids; reading it is one small transfer for each prefill.
 
     ``static``: the graph was compiled for this number only (all its other sizes are static too).
+    ``function`` of ``mask`` can be traced too: an exported graph computes the size itself.
     """
 
     prologue: fx.GraphModule
     inputs: list[int]
     function: SizeFunction
+    mask: fx.Node
     static: int | None = None
 
     def __call__(self, args: Sequence[Any]) -> tuple[int, bool]:
         with torch.no_grad():
             (mask,) = self.prologue(*(args[i] for i in self.inputs))
-        size, ragged = self.function(mask)
+            size, ragged = kept_size(self.function(mask.to("cpu", torch.bool)))
         # a symbolic size is at least 2; a single token gets an empty slot beside it
         return (size, ragged) if size > 1 else (2, True)
 
@@ -102,7 +203,9 @@ class Context:
         step: index of the recipe step at work.
         whole: the graph is a whole forward, so its outputs may be shorter than before.
         kept, indices: the nodes that hold kept positions, for recording and for :func:`session.hoist`.
+        prepared, inputs: the state that calibration made; the placeholders that the rewrite added, and what each takes.
         static: sizes read off the data may be numbers in the graph; another number compiles it anew.
+        always_ragged: the graph must serve rows that keep different numbers of tokens, whatever ``args`` keep.
     """
 
     captured: Captured
@@ -111,10 +214,14 @@ class Context:
     step: int = 0
     whole: bool = True
     static: bool = False
+    always_ragged: bool = False
     sizes: list[HostSize] = field(default_factory=list)
     ragged: list[bool] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
     indices: list[fx.Node] = field(default_factory=list)
+    prepared: PreparedState | None = None
+    counting: Callable[[], bool] = lambda: True
+    inputs: dict[fx.Node, HostSize | StateInput] = field(default_factory=dict)
     _positions: dict[str, fx.Node] = field(default_factory=dict)
     _masks: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
@@ -123,6 +230,53 @@ class Context:
     def emit(self, function: Callable[..., Any], *args: Any, before: fx.Node) -> Any:
         """Trace plain torch code over nodes into the graph, in front of ``before``."""
         return inline(self.captured, function, args, before)
+
+    def state(self, pass_name: str, region: Region) -> tuple[dict[str, fx.Node], dict[str, Any]]:
+        """The prepared state of a region: name -> input node of the graph, and its facts.
+
+        Raises:
+            NarrowError: calibration made no state for the region.
+        """
+        key = self.key(region)
+        if self.prepared is None or not self.prepared.has(pass_name, key):
+            raise self.refuse(region.roles["output"], f"no prepared state of {pass_name} for {key or 'this region'}; "
+                                                      "pass calibration= to tokcompile.optimize, with inputs that run "
+                                                      "through it")
+        nodes = {}
+        for name, tensor in self.prepared.tensors(pass_name, key).items():
+            with self.captured.graph.inserting_after(self.captured.placeholders[-1]):
+                node = self.captured.graph.placeholder(f"{pass_name}_{name}_{len(self.inputs)}")
+            node.meta["val"] = self.captured.fake(tensor)
+            self.inputs[node] = StateInput(pass_name, key, name)
+            nodes[name] = node
+        return nodes, self.prepared.facts[pass_name, key]
+
+    def key(self, region: Region) -> str:
+        """See :func:`region_keys`."""
+        return region_keys(self.regions)[region]
+
+    def layer(self, region: Region) -> tuple[int, int] | None:
+        """See :func:`layer_of`."""
+        return layer_of(self.regions, region)
+
+    def real(self, node: fx.Node) -> torch.Tensor:
+        """The tensor behind an input of the graph, such as a weight.
+
+        Raises:
+            NarrowError: ``node`` is computed in the graph.
+        """
+        placeholders = self.captured.placeholders
+        if node in placeholders and placeholders.index(node) < len(self.args):
+            return self.args[placeholders.index(node)]
+        raise self.refuse(node, "expected a parameter of the model, found a value that is computed in the graph")
+
+    def observe(self, function: Callable[..., None], *nodes: fx.Node) -> None:
+        """Call ``function`` with the values of ``nodes`` whenever the graph runs (calibration only)."""
+        module, graph = self.captured.graph_module, self.captured.graph
+        name = f"observer_{sum(n.op == 'call_module' for n in graph.nodes)}"
+        module.add_module(name, Observer(function, self.counting))
+        with graph.inserting_before(self.after(*nodes)):
+            graph.call_module(name, nodes)
 
     def after(self, *nodes: fx.Node) -> fx.Node:
         """The place right behind all ``nodes``."""
@@ -183,8 +337,9 @@ class Context:
 
     def host_size(self, mask: fx.Node, function: SizeFunction, name: str) -> tuple[Any, bool]:
         """A size read off the real visual mask before each call (a node, or an int), and whether rows differ."""
-        size = HostSize(*extract(self.captured, [mask]), function)
+        size = HostSize(*extract(self.captured, [mask]), function, mask)
         hint, ragged = size(self.args)
+        ragged = ragged or self.always_ragged
         self.sizes.append(size)
         self.ragged.append(ragged)
         if self.static:
@@ -194,6 +349,7 @@ class Context:
         with self.captured.graph.inserting_after(placeholders[-1]):
             node = self.captured.graph.placeholder(f"{name}_{len(self.sizes)}")
         node.meta["val"] = self.captured.new_size(hint, node.name)
+        self.inputs[node] = size
         return node, ragged
 
     def cut(self, node: fx.Node, keep: fx.Node, size: Any, *, stack: str, layer: Layer | None, index: int,

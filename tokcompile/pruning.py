@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from tokcompile.plan import Context, Pass
 from tokcompile.recipes import Budget
 from tokcompile.regions.model import Region
-from tokcompile.selection import budgets, budgets_count, keep_mask, kept_size, segments
+from tokcompile.selection import budgets, budgets_count, keep_mask, kept_rows, segments
 
 
 class VisualSelection(Pass):
@@ -55,10 +55,10 @@ class VisualSelection(Pass):
             tokens, scores = result if isinstance(result, tuple) else (tokens, result)
             return tokens, keep_mask(scores, segment, budget)
 
-        def slots(mask: Tensor) -> tuple[int, bool]:
-            return kept_size(mask, count=keep.num) if keep.is_count else kept_size(mask, keep.num, keep.den)
+        def rows(mask: Tensor) -> Tensor:
+            return kept_rows(mask, count=keep.num) if keep.is_count else kept_rows(mask, keep.num, keep.den)
 
-        size, ragged = ctx.host_size(mask, slots, "kept")
+        size, ragged = ctx.host_size(mask, rows, "kept")
         tokens, kept = ctx.emit(choose, merged, mask, *inputs, before=ctx.after(merged, mask, *inputs))
         stack = ctx.stack_below(merged)
         ctx.cut(merged, kept, size, ragged=ragged, stack="decoder", layer=stack.layers[0] if stack else None, index=0,
@@ -71,12 +71,7 @@ def drop_visual(ctx: Context, merge: Region, stack: Region, layer: int) -> dict[
     node = stack.layers[layer].output
     ctx.check(node, suffix=1)
     mask = ctx.visual_mask(merge)
-
-    def slots(mask: Tensor) -> tuple[int, bool]:
-        rows = (~mask).sum(1)
-        return int(rows.max()), bool((rows != rows[0]).any())
-
-    size, ragged = ctx.host_size(mask, slots, "text")
+    size, ragged = ctx.host_size(mask, lambda visual: (~visual).sum(1), "text")
     at = ctx.after(node, mask)
     visual = ctx.surviving(mask, "decoder", True, at)  # empty slots go with the visual tokens
     keep = ctx.emit(torch.logical_not, visual, before=at)

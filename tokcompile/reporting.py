@@ -5,17 +5,21 @@ from __future__ import annotations
 import io
 import math
 import numbers
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tokcompile.regions.model import KINDS, Regions
+from tokcompile.regions.model import KINDS, Layer, Regions
+
+if TYPE_CHECKING:
+    from tokcompile.benching import BenchResult
 
 #: Outcome of a step. ``matched``: rewritten. ``structure_miss``: no region of that kind. ``condition_failed``: a
 #: region, but one that cannot be rewritten as it stands. ``rewrite_failed``: the rewrite itself failed.
@@ -83,6 +87,9 @@ class Report:
         steps: one for each step of the recipe, in order.
         stages: one for each graph.
         near_misses: one dict each: kind, reason, node, path, source, score (0..1).
+        layers: one dict for each layer of each stack: stage, stack (kind), stack_path, index, path, attention and
+            feed_forward (module paths, or None), feed_forward_kind, tokens_before, tokens_after.
+        recipe: name of the recipe, where it has one.
     """
 
     model: str = ""
@@ -90,6 +97,8 @@ class Report:
     steps: list[StepReport] = field(default_factory=list)
     stages: list[StageReport] = field(default_factory=list)
     near_misses: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    recipe: str = ""
 
     @classmethod
     def from_regions(cls, regions: Regions, model: str = "") -> Report:
@@ -123,6 +132,21 @@ class Report:
         plain = _plain(_fields(self))
         assert isinstance(plain, dict)
         return plain
+
+    def to_html(self, path: str | os.PathLike[str], *, bench: BenchResult | None = None,
+                pictures: Mapping[str, Any] | None = None) -> None:
+        """Write the report as one page that needs nothing else.
+
+        Args:
+            bench: measured times (:func:`tokcompile.bench`), shown beside the ceiling.
+            pictures: caption -> PNG or JPEG (a path, bytes, or a PIL image), of kept patches for example.
+
+        Raises:
+            TokcompileError: something in ``pictures`` is no picture.
+        """
+        from tokcompile.html_report import write
+
+        write(self, path, bench=bench, pictures=pictures)
 
     def __str__(self) -> str:
         # markup and highlighting off: reasons hold square brackets
@@ -171,7 +195,39 @@ def _fields(report: Report) -> dict[str, Any]:
         "steps": [vars(step) for step in report.steps],
         "stages": [vars(stage) for stage in report.stages],
         "near_misses": report.near_misses,
+        "layers": report.layers,
+        "recipe": report.recipe,
     }
+
+
+class LayerTokens:
+    """Tokens of each layer of the stacks of one graph: made before the graph is rewritten, read afterwards."""
+
+    def __init__(self, regions: Regions, stage: str) -> None:
+        self.found: list[tuple[Layer, dict[str, Any]]] = []
+        for stack in (*regions.of("vision_encoder"), *regions.of("decoder_stack")):
+            for layer in stack.layers:
+                second = layer.feed_forward
+                self.found.append((layer, {
+                    "stage": stage, "stack": stack.kind, "stack_path": stack.path, "index": layer.index,
+                    "path": layer.path, "attention": layer.attention.path if layer.attention else None,
+                    "feed_forward": second.path if second else None,
+                    "feed_forward_kind": second.kind if second else "feed_forward", "tokens_before": _tokens(layer)}))
+
+    def after(self) -> list[dict[str, Any]]:
+        """Entries for :attr:`Report.layers`, once the graph has been rewritten."""
+        return [{**entry, "tokens_after": _tokens(layer)} for layer, entry in self.found]
+
+
+def _tokens(layer: Layer) -> int:
+    """Tokens of a layer's output, at the sizes that the graph was captured with."""
+    value = layer.output.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.dim() < 2:
+        return 0
+    size = value.shape[-2]
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint) if size.node.hint is not None else 0
+    return int(size)
 
 
 class _Lines:

@@ -148,33 +148,41 @@ def keep_index(keep: Tensor, size: int | torch.SymInt) -> Tensor:
     return table.scatter_add(1, slot, (_index(keep) + 1) * flag)[:, 1:] - 1
 
 
-def kept_size(
-    visual: Tensor, num: int | None = None, den: int = 1, *, count: int | None = None, extra: int = 0
-) -> tuple[int, bool]:
-    """The ``size`` for :func:`keep_index`, computed on the host before the graph runs.
+def kept_rows(visual: Tensor, num: int | None = None, den: int = 1, *, count: int | None = None) -> Tensor:
+    """How many tokens each row keeps, in traceable form: what :func:`keep_mask` leaves.
 
     Args:
-        visual: bool [B, S], real values (moved to the host if needed).
+        visual: bool [B, S].
         num, den: ratio as in :func:`budgets`; or
         count: tokens per segment as in :func:`budgets_count`. Exactly one of the two forms.
-        extra: tokens that a pass adds to every row on top of the kept ones.
 
     Returns:
-        (largest kept count over the rows + ``extra``, True if the rows keep different numbers of tokens).
+        int64 [B].
 
     Raises:
         ValueError: if not exactly one of ``num`` and ``count`` is given.
     """
     if (num is None) == (count is None):
-        raise ValueError("kept_size takes either num and den (a ratio), or count (tokens per segment)")
-    visual = visual.detach().to("cpu", torch.bool)
+        raise ValueError("kept_rows takes either num and den (a ratio), or count (tokens per segment)")
     segment = segments(visual)
     budget = budgets(segment, num, den) if num is not None else budgets_count(segment, count)  # type: ignore[arg-type]
-    first = (segment >= 0) & (segment_positions(segment) == 0)
-    rows = (~visual).sum(dim=1) + (budget * first).sum(dim=1)
+    first = torch.logical_and(segment >= 0, segment_positions(segment) == 0)
+    return torch.logical_not(visual).sum(dim=1) + (budget * first).sum(dim=1)
+
+
+def kept_size(rows: Tensor) -> tuple[int, bool]:
+    """The ``size`` for :func:`keep_index`, computed on the host before the graph runs.
+
+    Args:
+        rows: int64 [B], real values: the kept count of each row.
+
+    Returns:
+        (largest kept count over the rows, True if the rows keep different numbers of tokens).
+    """
+    rows = rows.detach().to("cpu")
     if rows.numel() == 0:
-        return extra, False
-    return int(rows.max()) + extra, bool((rows != rows[0]).any())
+        return 0, False
+    return int(rows.max()), bool((rows != rows[0]).any())
 
 
 def random_scores(segment: Tensor, seed: int) -> Tensor:

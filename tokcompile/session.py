@@ -13,19 +13,22 @@ from torch import fx
 
 from tokcompile.canonical import canonicalise
 from tokcompile.capture import ASSERTIONS, Captured, ancestors, extract, from_dynamo, propagate
-from tokcompile.errors import NarrowError, NoMatchError, RecipeError
+from tokcompile.errors import NarrowError, NoMatchError, RecipeError, UnprofitableError
 from tokcompile.flops import graph_flops, node_flops
 from tokcompile.lower import Guard, lower
 from tokcompile.narrow import Cut, narrow
-from tokcompile.plan import Context, HostSize, Kept, Pass
+from tokcompile.plan import Context, HostSize, Kept, Pass, Seen, StateInput
 from tokcompile.recipes import Recipe, Step
 from tokcompile.regions import find_regions
 from tokcompile.regions.model import KINDS, Region, Regions
 from tokcompile.registry import get_pass
-from tokcompile.reporting import Report, StageReport, StepReport
+from tokcompile.reporting import LayerTokens, Report, StageReport, StepReport
+from tokcompile.state import PreparedState
 
 aten = torch.ops.aten
 LOGICAL = torch.ops.tokcompile.logical.default
+#: Region kinds that are rewritten one by one, in place; a step for them can choose layers.
+LOCAL = ("attention", "feed_forward", "moe")
 FEATURE_SCORES = torch.ops.tokcompile.feature_scores.default
 
 
@@ -63,9 +66,11 @@ class Variant:
     ragged: list[bool]
     kept: list[Kept]
     prologue: tuple[fx.GraphModule, list[int]] | None = None
+    inputs: list[HostSize | StateInput] = field(default_factory=list)
+    prepared: PreparedState | None = None
 
     def extra(self, args: Sequence[Any]) -> list[Any] | None:
-        """What to append to ``args``: sizes, and what the prologue computes from both.
+        """What to append to ``args``: sizes and prepared state, and what the prologue computes from all of these.
 
         None when this variant was made for other sizes, or for other (un)ragged rows.
         """
@@ -73,21 +78,35 @@ class Variant:
         if [r for _, r in found] != self.ragged or any(
                 size.static not in (None, n) for size, (n, _) in zip(self.sizes, found, strict=True)):
             return None
-        sizes = [n for size, (n, _) in zip(self.sizes, found, strict=True) if size.static is None]
+        numbers = {id(size): n for size, (n, _) in zip(self.sizes, found, strict=True)}
+        more = [numbers[id(item)] if isinstance(item, HostSize) else self._state(item) for item in self.inputs]
         if self.prologue is None:
-            return sizes
+            return more
         choose, inputs = self.prologue
-        given = [*args, *sizes]
+        given = [*args, *more]
         with torch.no_grad():
-            return [*sizes, *choose(*(given[i] for i in inputs))]
+            return [*more, *choose(*(given[i] for i in inputs))]
+
+    def _state(self, item: StateInput) -> torch.Tensor:
+        assert self.prepared is not None
+        return getattr(self.prepared.scope(item.pass_name, item.key), item.name)  # type: ignore[no-any-return]
 
 
 class Session:
     """See the module. One for each optimized model."""
 
     def __init__(self, recipe: Recipe | None, *, lowering: str = "inductor", on_no_match: str = "error",
-                 model: str = "") -> None:
+                 model: str = "", state: PreparedState | None = None, observing: bool = False) -> None:
+        """
+        Args:
+            state: what calibration prepared.
+            observing: put the observers of the passes into the graphs instead of rewriting them.
+        """
         self.recipe, self.lowering, self.on_no_match = recipe, lowering, on_no_match
+        self.prepared, self.observing, self.counting = state, observing, True
+        #: step -> region key -> what calibration saw there; and sums of an earlier run that was broken off
+        self.seen: dict[int, dict[str, Seen]] = {}
+        self.resumed: dict[tuple[int, str], dict[str, Any]] = {}
         self.passes: list[tuple[Step, Pass]] = []
         if recipe is not None:
             for step in recipe.steps:
@@ -99,10 +118,10 @@ class Session:
         self.tracks_cache = False
         self.recordings: list[Recording] = []
         self.graphs: list[CompiledGraph] = []
-        self.report = Report(model=model)
+        self.report = Report(model=model, recipe=recipe.name if recipe is not None else "")
         self.report.steps = [StepReport(pass_name=step.pass_, status="structure_miss", matches=0, regions=[],
                                         reason="no graph was captured yet") for step, _ in self.passes]
-        self._checked = False
+        self._checked: set[int] = set()
 
     # .. the torch.compile backend
 
@@ -138,15 +157,21 @@ class Session:
         ctx.regions = find_regions(ctx.captured.graph)
         before = graph_flops(ctx.captured.graph)
         self._note_regions(ctx.regions, stage)
+        layers = LayerTokens(ctx.regions, stage)
         for node in ctx.captured.graph.find_nodes(op="call_function", target=FEATURE_SCORES):
             self._score_features(ctx, node)
+        changed: list[StepReport] = []
         for index, (step, method) in enumerate(self.passes):
             ctx.step = index
-            self._apply(ctx, step, method, self.report.steps[index], stage)
+            if changed and step.region in LOCAL:
+                ctx.regions = find_regions(ctx.captured.graph)  # earlier steps moved what these regions are made of
+            if self._apply(ctx, step, method, self.report.steps[index], stage):
+                changed.append(self.report.steps[index])
         after = graph_flops(ctx.captured.graph)
-        matched = [r for i, r in enumerate(self.report.steps) if any(k.step == i for k in ctx.kept)]
-        for entry in matched:
+        for entry in changed:
             entry.flop_ratio = before / max(after, 1)
+        if not any(layer["stage"] == stage for layer in self.report.layers):
+            self.report.layers += layers.after()
 
     @property
     def wants_scores(self) -> bool:
@@ -165,27 +190,66 @@ class Session:
             marker.replace_all_uses_with(scores)
             self.scored_features = True
 
-    def _apply(self, ctx: Context, step: Step, method: Pass, entry: StepReport, stage: str) -> None:
-        kind = step.region
-        candidates = [r for r in ctx.regions.of(kind) if step.target.matches_path(r.path) and not (
-            self.recipe and self.recipe.protect and self.recipe.protect.covers(r.path))]
-        problems: list[str] = []
+    def _candidates(self, ctx: Context, step: Step) -> list[Region]:
+        """The regions that a step is for.
+
+        Raises:
+            RecipeError: ``target.layers`` asks for a layer that no stack has.
+        """
+        protect = self.recipe.protect if self.recipe else None
+        found, outside = [], None
+        for region in ctx.regions.of(step.region):
+            if not step.target.matches_path(region.path) or (protect and protect.covers(region.path)):
+                continue
+            if step.target.layers is not None:
+                place = ctx.layer(region)
+                try:
+                    if place is None or place[0] not in step.target.layer_indices(place[1]):
+                        continue
+                except RecipeError as error:
+                    outside = error  # another stack of the model may be deeper
+                    continue
+            found.append(region)
+        if outside is not None and not found:
+            raise outside
+        return found
+
+    def _apply(self, ctx: Context, step: Step, method: Pass, entry: StepReport, stage: str) -> bool:
+        """Apply one step (or observe for it), note what came of it; whether the graph was changed."""
+        if self.observing and method.calibration == "none":
+            return False
+        problems: list[NarrowError] = []
         done: list[Region] = []
-        for region in candidates:
+        details: dict[str, dict[str, Any]] = {}
+        for region in self._candidates(ctx, step):
             try:
-                entry.details.update(method.apply(ctx, region))
+                if self.observing:
+                    method.observe(ctx, region, self._seen(ctx, region))
+                else:
+                    details[region.path] = method.apply(ctx, region)
                 done.append(region)
             except NarrowError as error:
-                problems.append(str(error))
+                problems.append(error)
+        reasons = list(dict.fromkeys(str(p) for p in problems))
         if done:
-            entry.status, entry.reason = "matched", "; ".join(problems)
+            entry.status, entry.reason = "matched", "; ".join(reasons)
             entry.matches = max(entry.matches, len(done))
             entry.regions = sorted({*entry.regions, *(r.path for r in done)})
+            entry.details.update(_merged(details))
         elif entry.status != "matched":
             if problems:
-                entry.status, entry.reason = "condition_failed", problems[0]
+                unprofitable = all(isinstance(p, UnprofitableError) for p in problems)
+                entry.status, entry.reason = "unprofitable" if unprofitable else "condition_failed", reasons[0]
             elif entry.status == "structure_miss":
-                entry.reason = self._miss(ctx.regions, kind, stage, step)
+                entry.reason = self._miss(ctx.regions, step.region, stage, step)
+        return bool(done) and not self.observing
+
+    def _seen(self, ctx: Context, region: Region) -> Seen:
+        key, regions = ctx.key(region), self.seen.setdefault(ctx.step, {})
+        if key not in regions:
+            layer, depth = ctx.layer(region) or (None, None)
+            regions[key] = Seen(key, region.path, layer, depth, sums=self.resumed.pop((ctx.step, key), {}))
+        return regions[key]
 
     def _miss(self, regions: Regions, kind: str, stage: str, step: Step) -> str:
         found = ", ".join(f"{len(regions.of(k))} {k}" for k in KINDS if regions.of(k)) or "no region"
@@ -208,31 +272,49 @@ class Session:
             self.report.regions += fresh.regions
             self.report.near_misses += fresh.near_misses
 
-    def check_matches(self) -> None:
-        """Raise or warn, once, when a step of the recipe changed nothing (or less than it expects)."""
-        if self._checked or self.recipe is None:
+    def check_matches(self, stage: str | None) -> None:
+        """Raise or warn, once for each step, when a step of the recipe changed nothing (or less than it expects).
+
+        Args:
+            stage: the stage that was just compiled, or None after a whole call: then steps that had no decode step to
+                act on are not judged.
+        """
+        if self.recipe is None or self.observing:
             return
-        self._checked = True
-        problems = []
-        for (step, _), entry in zip(self.passes, self.report.steps, strict=True):
+        problems, judged = [], []
+        decoded = any(s.name == "decode" for s in self.report.stages)
+        for index, ((step, method), entry) in enumerate(zip(self.passes, self.report.steps, strict=True)):
+            due = (stage == "decode" or decoded) if method.stage == "decode" else stage != "encoder"
+            if index in self._checked or not due or (stage == "decode" and method.stage != "decode"):
+                continue
+            judged.append(index)
             least, most = step.expect.min_matches, step.expect.max_matches
-            if entry.matches < least:
+            if entry.matches < least and entry.status != "unprofitable":
                 problems.append(f"step '{step.pass_}' changed {entry.matches} region(s), expected at least "
                                 f"{least}: {entry.reason}")
             elif most is not None and entry.matches > most:
                 problems.append(f"step '{step.pass_}' changed {entry.matches} regions, expected at most {most}")
-        if not problems or self.on_no_match == "ignore":
-            return
-        stages = "; ".join(f"stage '{s.name}' was not captured: {s.reason}" for s in self.report.stages
-                           if not s.captured)
-        text = "\n".join(problems) + (f"\n{stages}" if stages else "")
-        if self.on_no_match == "warn":
+        if problems and self.on_no_match == "error":
+            stages = "; ".join(f"stage '{s.name}' was not captured: {s.reason}" for s in self.report.stages
+                               if not s.captured)
+            text = "\n".join(problems) + (f"\n{stages}" if stages else "")
+            raise NoMatchError(text + "\nPass on_no_match='warn' or 'ignore' to run the model unchanged.")
+        self._checked.update(judged)
+        if problems and self.on_no_match == "warn":
             import warnings
 
-            warnings.warn(text, stacklevel=3)
-            return
-        self._checked = False
-        raise NoMatchError(text + "\nPass on_no_match='warn' or 'ignore' to run the model unchanged.")
+            warnings.warn("\n".join(problems), stacklevel=3)
+
+
+def _merged(details: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the pass said of each region: once where all regions agree, else by module path."""
+    names = dict.fromkeys(name for item in details.values() for name in item)
+    merged: dict[str, Any] = {}
+    for name in names:
+        values = {path: item[name] for path, item in details.items() if name in item}
+        same = all(v == next(iter(values.values())) for v in values.values())
+        merged[name] = next(iter(values.values())) if same else values
+    return merged
 
 
 def _check_supported(recipe: Recipe) -> None:
@@ -242,7 +324,7 @@ def _check_supported(recipe: Recipe) -> None:
         where, method = f"steps[{number}] ({step.pass_})", get_pass(step.pass_)
         if step.region != method.regions:
             problems.append(f"{where}: works on {method.regions}, not on {step.region}; leave target.region out")
-        if step.target.layers is not None:
+        if step.target.layers is not None and method.regions not in LOCAL:
             problems.append(f"{where}: takes no target.layers; its own parameters say at which depth it acts")
         if step.target.modality is not None:
             problems.append(f"{where}: cannot tell images from video; leave target.modality out")
@@ -332,21 +414,22 @@ class CompiledGraph:
         started = time.perf_counter()
         captured = from_dynamo(self.graph_module)
         # the first compilation of a graph of static sizes is static throughout, as torch.compile does it
-        ctx = Context(captured, Regions(), args, whole=self.whole, static=not captured.symbols and not self.variants)
+        ctx = Context(captured, Regions(), args, whole=self.whole, static=not captured.symbols and not self.variants,
+                      prepared=session.prepared, counting=lambda: session.counting)
         session.rewrite(ctx, self.stage)
         if ctx.kept:
             output = next(iter(captured.graph.find_nodes(op="output")))
             output.args = ((*output.args[0], *(k.node for k in ctx.kept)),)
+        inputs = [ctx.inputs[node] for node in captured.placeholders[len(args):]]
         prologue = hoist(captured, ctx.indices)
         captured.graph.eliminate_dead_code(
             is_impure_node=lambda n: n.is_impure() and n.target not in (aten.item.default, *ASSERTIONS))
         captured.graph_module.recompile()
-        if self.stage in ("prefill", "forward"):
-            session.check_matches()
+        session.check_matches(self.stage)
         if session.lowering == "eager":
             propagate(captured)  # Inductor traces the graph anyway, and so derives every shape
         run = lower(captured, session.lowering)
-        variant = Variant(run, Guard(captured), ctx.sizes, ctx.ragged, ctx.kept, prologue)
+        variant = Variant(run, Guard(captured), ctx.sizes, ctx.ragged, ctx.kept, prologue, inputs, session.prepared)
         self.variants.append(variant)
         session.report.stages.append(StageReport(
             name=self.stage, captured=True, reason="", nodes=len(captured.graph.nodes),

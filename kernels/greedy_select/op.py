@@ -12,6 +12,9 @@ dot products of quantised tokens are exact. On CUDA the Triton kernel runs, wher
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -110,9 +113,21 @@ def greedy_select_host(
             low, high = int(members[0]), int(members[-1]) + 1
             tokens = features[row, low:high] if high - low == len(members) else features[row, members.tolist()]
             first = first_token(len(members), None if pivots is None else pivots[row, members].tolist())
-            chosen = _choose(_quantise(tokens.detach().to("cpu", torch.float32)), steps, criterion, first)
+            with _without_mkldnn():
+                chosen = _choose(_quantise(tokens.detach().to("cpu", torch.float32)), steps, criterion, first)
             order[row, members[chosen]] = np.arange(steps)
     return torch.from_numpy(order).to(segment.device)
+
+
+@contextlib.contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    """mkldnn may be set to compute fp32 products in bf16, which are not exact."""
+    enabled = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = enabled
 
 
 def _quantise(tokens: Tensor) -> Tensor:
@@ -130,23 +145,26 @@ def _quantise(tokens: Tensor) -> Tensor:
 
 
 def _choose(tokens: Tensor, steps: int, criterion: str, first: int) -> list[int]:
-    """As ``reference.choose``. Products are NumPy's: PyTorch's may be set to compute fp32 products in bf16."""
-    size = len(tokens)
-    matrix = tokens.numpy()
+    """As ``reference.choose``.
+
+    Products are torch's and not NumPy's: the threads of NumPy's BLAS go on spinning for a while after a product, and
+    took 100 ms off the two cores that the language model (700 ms) then ran on.
+    """
+    size, small = len(tokens), tokens.numel() * tokens.element_size() <= _SMALL
     combine = np.add if criterion == "max_sum" else np.maximum
     score = np.zeros(size) if criterion == "max_sum" else np.full(size, -np.inf)  # integers: exact up to 2 ** 53
-    rows: dict[int, np.ndarray] = {}
+    rows: dict[int, Tensor] = {}
     best, chosen = first, [first]
     while True:
-        if matrix.nbytes <= _SMALL:
-            row = matrix @ matrix[best]
+        if small:
+            row = tokens @ tokens[best]
         else:
             if best not in rows:
-                ahead = _look_ahead(matrix, score, best, min(_AHEAD, steps - len(chosen) + 1), combine)
+                ahead = _look_ahead(tokens, score, best, min(_AHEAD, steps - len(chosen) + 1), combine)
                 ahead = [place for place in ahead if place not in rows]
-                rows.update(zip(ahead, matrix[ahead] @ matrix.T, strict=True))
+                rows.update(zip(ahead, tokens[ahead] @ tokens.T, strict=True))
             row = rows[best]
-        combine(score, row, out=score)
+        combine(score, row.numpy(), out=score)
         score[best] = np.inf
         if len(chosen) == steps:
             return chosen
@@ -154,7 +172,7 @@ def _choose(tokens: Tensor, steps: int, criterion: str, first: int) -> list[int]
         chosen.append(best)
 
 
-def _look_ahead(matrix: np.ndarray, score: np.ndarray, best: int, steps: int, combine: np.ufunc) -> list[int]:
+def _look_ahead(tokens: Tensor, score: np.ndarray, best: int, steps: int, combine: np.ufunc) -> list[int]:
     """``best`` and the choices after it, if all came from the tokens that have the smallest scores now.
 
     A guess: it decides only for which tokens similarities are computed together.
@@ -162,7 +180,8 @@ def _look_ahead(matrix: np.ndarray, score: np.ndarray, best: int, steps: int, co
     size = min(len(score), _POOL * steps)
     pool = np.argpartition(score, size - 1)[:size]
     pool = np.concatenate([[best], pool[(pool != best) & (score[pool] < np.inf)]])
-    similarity = matrix[pool] @ matrix[pool].T
+    some = tokens[pool.tolist()]
+    similarity = (some @ some.T).numpy()
     score, place, guess = score[pool], 0, [best]
     while len(guess) < min(steps, len(pool)):
         score = combine(score, similarity[place])

@@ -1,0 +1,77 @@
+"""Prepared state: what calibration made of a model, as parameters that the optimized model owns.
+
+The state is a submodule of the optimized model, ``model.tokcompile``, so ``.to()``, ``state_dict``, training and saving
+see it. A tensor has the name ``tokcompile.<pass>.<module path>.<name>``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+#: Name of the submodule of an optimized model.
+NAMESPACE = "tokcompile"
+#: Module path of a region that belongs to no submodule.
+_ROOT = "_root"
+
+
+class _Scope(nn.Module):
+    """One component of a module path."""
+
+
+class PreparedState(nn.Module):
+    """Tensors and facts by pass name and region key (see :func:`tokcompile.plan.region_keys`).
+
+    Attributes:
+        facts: (pass, key) -> what else the pass has to know when it rewrites the region; JSON values only.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.facts: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def put(self, pass_name: str, key: str, tensors: Mapping[str, torch.Tensor],
+            facts: Mapping[str, Any] | None = None) -> None:
+        """Store the state of one region.
+
+        Args:
+            tensors: name -> tensor; an :class:`~torch.nn.Parameter` can be trained, anything else is a buffer.
+            facts: JSON values.
+        """
+        scope: nn.Module = self
+        for part in _parts(pass_name, key):
+            if part not in scope._modules:
+                scope.add_module(part, _Scope())
+            scope = scope._modules[part]  # type: ignore[assignment]
+        for name, tensor in tensors.items():
+            if isinstance(tensor, nn.Parameter):
+                scope.register_parameter(name, tensor)
+            else:
+                scope.register_buffer(name, tensor)
+        self.facts[pass_name, key] = dict(facts or {})
+
+    def has(self, pass_name: str, key: str) -> bool:
+        return (pass_name, key) in self.facts
+
+    def scope(self, pass_name: str, key: str) -> nn.Module:
+        """The module that holds the tensors of a region."""
+        scope: nn.Module = self
+        for part in _parts(pass_name, key):
+            scope = scope._modules[part]  # type: ignore[assignment]
+        return scope
+
+    def tensors(self, pass_name: str, key: str) -> dict[str, torch.Tensor]:
+        """name -> tensor of a region: the live ones."""
+        scope = self.scope(pass_name, key)
+        return {**dict(scope.named_parameters(recurse=False)), **dict(scope.named_buffers(recurse=False))}
+
+    def keys(self, pass_name: str) -> Iterator[str]:
+        """Keys of the regions that have state of this pass."""
+        return (key for name, key in self.facts if name == pass_name)
+
+
+def _parts(pass_name: str, key: str) -> list[str]:
+    return [pass_name, *(key.split(".") if key else [_ROOT])]
