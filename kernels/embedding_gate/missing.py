@@ -1,0 +1,72 @@
+"""The operation ``torch.ops.tokcompile.linear_where``: a linear layer for some of the tokens.
+
+    y_i = x_i @ weight.T + bias    where mask_i,    0 elsewhere
+
+The dense way out for tokens without a row in a table. Only the tokens of the mask are multiplied; how many they are
+stays inside the operation (on CUDA one number is copied to the host).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@torch.library.custom_op("tokcompile::linear_where", mutates_args=())
+def linear_where(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
+    """A linear layer for the tokens of ``mask``.
+
+    Args:
+        x: float [..., d].
+        weight: [f, d], type of ``x``.
+        bias: [f] or None.
+        mask: bool [...].
+
+    Returns:
+        float [..., f], zero where the mask is false.
+    """
+    result = x.new_zeros(*x.shape[:-1], weight.shape[0])
+    if bool(mask.any()):
+        result[mask] = functional.linear(x[mask], weight, bias)
+    return result
+
+
+@linear_where.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("tokcompile::linear_where_backward", mutates_args=())
+def linear_where_backward(grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias."""
+    result, above = torch.zeros_like(x), grad[mask]
+    result[mask] = above @ weight
+    return result, above.T @ x[mask], above.sum(0)
+
+
+@linear_where_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+
+
+def decompose(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
+    """``linear_where`` in operations that ONNX has: multiplies all tokens."""
+    value = functional.linear(x, weight, bias)
+    return torch.where(mask.unsqueeze(-1), value, torch.zeros((), dtype=value.dtype, device=value.device))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, mask = inputs
+    ctx.save_for_backward(x, weight, mask)
+    ctx.biased = bias is not None
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    of_x, of_weight, of_bias = linear_where_backward(grad, *ctx.saved_tensors)
+    return of_x, of_weight, of_bias if ctx.biased else None, None
+
+
+linear_where.register_autograd(_differentiate, setup_context=_keep)
