@@ -1,0 +1,149 @@
+"""Split the neurons of a trained feed-forward layer into shared and routed experts, without training.
+
+Neurons that are among the most active ones of a token again and again are shared; the others are clustered into experts
+of equal size, such that neurons of an expert are active for the same tokens. Each expert is stood for by its most
+typical neuron, and the router is made of the weights of these neurons.
+
+Source: CMoE, "Analytical FFN-to-MoE Restructuring via Activation Pattern Analysis", arXiv 2502.04416.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: Weight of the distance of the neurons' weights beside that of their activity (whole numbers): it decides ties.
+_TIE = 1e-3
+#: A sum of costs below this is an improvement.
+_IMPROVES = -1e-9
+
+
+@dataclass
+class Split:
+    """Which neuron goes where.
+
+    Attributes:
+        shared: int64 [s], neurons of the shared expert, most active first; the remainder of the division among them.
+        experts: int64 [E, m], neurons of the routed experts.
+        typical: int64 [E], the neuron that stands for an expert.
+    """
+
+    shared: Tensor
+    experts: Tensor
+    typical: Tensor
+
+    @property
+    def order(self) -> Tensor:
+        """int64 [f]: all neurons in the order shared, expert 0, expert 1, ..."""
+        return torch.cat([self.shared, self.experts.reshape(-1)])
+
+
+def split(top: Tensor, neurons: int, experts: int, shared: int, keys: Tensor, rounds: int = 1) -> Split:
+    """Split ``neurons`` neurons into experts of equal size.
+
+    Args:
+        top: int [q, K], the K most active neurons of each of q tokens.
+        neurons: f.
+        experts: number of experts, shared ones included; the size of an expert is ``f // experts``.
+        shared: how many of them are shared; neurons that remain of the division join them.
+        keys: float [f, d], rows of weights: equally active neurons go to the expert with the nearest centre.
+        rounds: assignments; the centres move to the means of their clusters in between.
+    """
+    size, routed = neurons // experts, experts - shared
+    top = top.long()
+    count = torch.bincount(top.reshape(-1), minlength=neurons)
+    by_rate = torch.sort(count, descending=True, stable=True).indices
+    first = neurons - routed * size
+    common, rest = by_rate[:first], by_rate[first:].sort().values
+    centres = by_rate[first: first + routed]  # the most active neurons that are left
+    activity = torch.nn.functional.one_hot(torch.arange(routed), routed).float()
+    member = torch.zeros(neurons, routed).index_copy_(0, centres, activity)
+    directions = torch.nn.functional.normalize(keys.float(), dim=-1)
+    closeness = directions[rest] @ directions[centres].T
+    labels = torch.empty(0, dtype=torch.int64)
+    for _ in range(max(1, rounds)):
+        cost = _distance(top, member, count)[rest] + _TIE * (1 - closeness)
+        labels = torch.from_numpy(assign(cost.double().numpy(), size))
+        member = torch.zeros(neurons, routed).index_copy_(0, rest, activity[labels] / size)
+    final = _distance(top, member, count)[rest]
+    groups = torch.stack([rest[labels == expert] for expert in range(routed)])
+    typical = torch.stack([rest[labels == e][final[labels == e, e].argmin()] for e in range(routed)])
+    return Split(common, groups, typical)
+
+
+def _distance(top: Tensor, member: Tensor, count: Tensor) -> Tensor:
+    """Squared distance of the activity of each neuron, one number per token, to weighted means: [f, E].
+
+    Args:
+        member: [f, E], the weight of each neuron in each mean.
+    """
+    mean = member[top].sum(1)  # [q, E], the means at each token
+    product = torch.zeros_like(member).index_add_(0, top.reshape(-1), mean.repeat_interleave(top.shape[1], dim=0))
+    return count.unsqueeze(-1) + mean.square().sum(0) - 2 * product
+
+
+def assign(cost: np.ndarray, size: int) -> np.ndarray:
+    """The cheapest assignment of n things to k groups of ``size`` each, n = k * size: int64 [n].
+
+    Exact: a greedy start, then things move along cycles of groups that lower the cost, until there is none (a minimum-cost
+    flow without negative cycles is the cheapest).
+    """
+    things, groups = cost.shape
+    label = np.full(things, -1, dtype=np.int64)
+    if groups == 1:
+        return np.zeros(things, dtype=np.int64)
+    room = np.full(groups, size)
+    two = np.partition(cost, 1, axis=1)
+    for thing in np.argsort(-(two[:, 1] - two[:, 0]), kind="stable"):
+        label[thing] = np.argmin(np.where(room > 0, cost[thing], np.inf))
+        room[label[thing]] -= 1
+    price, mover = np.full((groups, groups), np.inf), np.zeros((groups, groups), dtype=np.int64)
+    changed = range(groups)
+    while True:
+        for group in changed:  # the cheapest thing to move from a group to each other one
+            members = np.flatnonzero(label == group)
+            moves = cost[members] - cost[members, group][:, None]
+            place = moves.argmin(axis=0)
+            price[group], mover[group] = moves[place, np.arange(groups)], members[place]
+            price[group, group] = np.inf
+        cycle = _negative_cycle(price)
+        if cycle is None:
+            return label
+        moved = [mover[one, other] for one, other in zip(cycle, [*cycle[1:], cycle[0]], strict=True)]
+        label[moved] = [*cycle[1:], cycle[0]]
+        changed = cycle  # type: ignore[assignment]
+
+
+def _negative_cycle(price: np.ndarray) -> list[int] | None:
+    """Groups along a cycle whose prices sum to less than zero (Bellman and Ford)."""
+    groups = len(price)
+    least, before = np.zeros(groups), np.full(groups, -1)
+    for _ in range(groups):
+        through = least[:, None] + price
+        source = through.argmin(axis=0)
+        found = through[source, np.arange(groups)]
+        better = found < least + _IMPROVES
+        if not better.any():
+            return None
+        least, before = np.where(better, found, least), np.where(better, source, before)
+        cycle = _loop(before)
+        if cycle is not None and sum(price[a, b] for a, b in zip(cycle, [*cycle[1:], cycle[0]], strict=True)) < 0:
+            return cycle
+    return None
+
+
+def _loop(before: np.ndarray) -> list[int] | None:
+    """A cycle in the graph ``before[i] -> i``, in the direction of its edges."""
+    state = np.zeros(len(before), dtype=np.int64)
+    for start in range(len(before)):
+        path, node = [], start
+        while node >= 0 and state[node] == 0:
+            state[node] = start + 1
+            path.append(node)
+            node = int(before[node])
+        if node >= 0 and state[node] == start + 1:
+            return path[path.index(node):][::-1]
+    return None

@@ -1,0 +1,98 @@
+"""Which input of a graph holds the ids of the tokens that a layer works on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from tokcompile.plan import Context
+from tokcompile.regions.flow import Flow
+from tokcompile.regions.model import Layer, Region
+from tokcompile.regions.ops import LAYOUT, TRIVIAL
+
+
+def layer_with(ctx: Context, region: Region) -> tuple[Region, Layer] | None:
+    """The decoder stack, and its layer, that has ``region`` as its feed-forward part."""
+    for stack in ctx.regions.of("decoder_stack"):
+        for layer in stack.layers:
+            if layer.feed_forward is region:
+                return stack, layer
+    return None
+
+
+def embedding_of(ctx: Context, region: Region) -> tuple[fx.Node, fx.Node]:
+    """The lookup that the residual stream of a region starts with: -> (ids [B, S], table [V, d]), graph inputs.
+
+    Raises:
+        NarrowError: the region is in no stack of layers, or its stream does not start with a lookup of token ids.
+    """
+    found = layer_with(ctx, region)
+    where = region.roles["input"]
+    if found is None:
+        raise ctx.refuse(where, "the layer belongs to no stack of layers over tokens, so no token ids go with it")
+    start, flow = found[0].layers[0].input, Flow(ctx.captured.graph)
+    placeholders = set(ctx.captured.placeholders)
+    lookups = []
+    for node in flow.by_op.get("embedding", []):
+        table, ids = node.args[0], node.args[1]
+        while flow.op[ids] in TRIVIAL | LAYOUT and ids.meta["val"].dim() <= 2 and flow.inputs[ids]:  # type: ignore
+            ids = flow.inputs[ids][0]  # type: ignore[index]
+        if flow.reaches(node, start) and ids in placeholders and table in placeholders and (
+                ids.meta["val"].dim() == 2 and not ids.meta["val"].is_floating_point()):  # type: ignore[union-attr]
+            lookups.append((ids, table))
+    if not lookups:
+        raise ctx.refuse(where, "no input_ids in the graph: the tokens of this layer do not come from a lookup of ids "
+                                "[B, S]; call the model with input_ids, not with inputs_embeds or pixel values")
+
+    # token types and learned positions are looked up too, in smaller tables
+    return max(lookups, key=lambda lookup: lookup[1].meta["val"].shape[0])  # type: ignore[no-any-return]
+
+
+def ids_for(ctx: Context, region: Region, like: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    """Token ids for the tokens of ``like``: int64, its shape without the last axis; -1 at images and empty slots.
+
+    After earlier steps removed tokens, the ids of those that are left.
+
+    Returns:
+        The ids, the table of the embedding [V, d], and the positions of image features in the ids (bool, or None).
+
+    Raises:
+        NarrowError: there are no ids, or they do not fit the tokens.
+    """
+    ids, table = embedding_of(ctx, region)
+    stack, layer = layer_with(ctx, region)  # type: ignore[misc]
+    flow = Flow(ctx.captured.graph)
+    visual = [ctx.feature_mask(m) for m in ctx.regions.of("merge_point")
+              if flow.reaches(m.roles["output"], stack.layers[0].input)]
+    parts = [ids, *visual]
+    masked = ctx.emit(_masked, *parts, before=ctx.after(*parts)) if visual else ids
+    sizes = flow.dims(layer.input)
+    kept = [None, *(k.node for k in ctx.kept)]
+    fitting = [k for k in kept if _dims(k or masked) == (None if sizes is None else sizes[:2])]
+    if not fitting:
+        raise ctx.refuse(like, f"the ids are {tuple(ids.meta['val'].shape)}, the tokens of this layer "
+                               f"{tuple(layer.input.meta['val'].shape[:2])}")
+    if fitting[0] is not None:
+        masked = ctx.emit(_left, masked, fitting[0], before=ctx.after(masked, fitting[0]))
+    if like.meta["val"].dim() == 2:
+        masked = ctx.emit(lambda i: i.reshape(-1), masked, before=ctx.after(masked))
+    if _dims(masked) != _dims(like)[:-1]:
+        raise ctx.refuse(like, f"the ids are {tuple(masked.meta['val'].shape)}, the tokens here "
+                               f"{tuple(like.meta['val'].shape[:-1])}")
+    return masked, table, visual[0] if visual else None
+
+
+def _masked(ids: torch.Tensor, *visual: torch.Tensor) -> torch.Tensor:
+    for mask in visual:
+        ids = torch.where(mask, -1, ids)
+    return ids
+
+
+def _left(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    return torch.where(positions >= 0, ids.gather(1, positions.clamp(min=0)), -1)
+
+
+def _dims(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(s.node.expr if isinstance(s, torch.SymInt) else int(s) for s in node.meta["val"].shape)
