@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
 import math
 import re
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from fractions import Fraction
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +23,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 from ruamel.yaml import YAML
 
-from tokcompile import registry
+from tokcompile import recipe_overrides, recipe_yaml, registry
 from tokcompile.errors import RecipeError
+from tokcompile.parameters import parameters, pass_parameters, pass_source
+from tokcompile.recipe_schema import EDITOR_LINE, FILE, shipped_schema
 from tokcompile.recipes import Budget, Recipe, Step, Target, json_schema, shipped
 from tokcompile.registry import PassParams, get_pass, load_failures, pass_names, register
 
@@ -490,6 +496,140 @@ def test_a_null_parameter_is_kept():
     assert again.steps[0].params == recipe.steps[0].params
 
 
+# --- changing single values ------------------------------------------------------------------------------------------
+
+
+def test_overrides_change_the_complete_recipe():
+    recipe = Recipe.load(
+        "vlm_prune_90",
+        {
+            "steps[0].params.keep": 64,
+            "steps[-1].expect.max_matches": 1,
+            "protect.paths": ["lm_head"],
+            "description": "Mine.",
+        },
+    )
+    step = recipe.steps[0]
+    assert (step.params.keep, step.params.criterion) == (Budget(64, 1, is_count=True), "max_sum")
+    assert (step.expect.min_matches, step.expect.max_matches) == (1, 1)
+    assert (recipe.protect.paths, recipe.description, recipe.name) == (["lm_head"], "Mine.", "vlm_prune_90")
+    assert Recipe.load("vlm_prune_90").steps[0].params.keep == Budget(1, 10)  # the one that ships is left alone
+    assert Recipe.load("vlm_prune_90", {"steps[0].params.drop_layer": None}).steps[0].params.drop_layer is None
+    assert Recipe.load(recipe, {}) is recipe
+
+
+def test_settings_of_the_command_line_are_yaml():
+    settings = ["steps[0].params.keep=0.2", "protect.paths=[a, 'b=c']", "description=", "a.b=null", "c='1'"]
+    assert recipe_overrides.parse(settings[:2] + settings[3:]) == {
+        "steps[0].params.keep": 0.2, "protect.paths": ["a", "b=c"], "a.b": None, "c": "1"
+    }  # fmt: skip
+    with pytest.raises(RecipeError) as caught:
+        recipe_overrides.parse(["steps[0]", "a=!!python/name:os.system x", "b=1", "b=2", "c=[1", settings[2]])
+    assert str(caught.value).split("\n") == [
+        "override: steps[0]: should be PLACE=VALUE, such as steps[0].params.keep=0.2",
+        "override: a: tag '!!python/name:os.system' is not allowed in a recipe",
+        "override: b: is set twice",
+        "override: c: not valid YAML: expected ',' or ']', but got '<stream end>'",
+        "override: description: the file is empty",
+    ]
+
+
+def test_every_mistake_of_overrides_is_named():
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(
+            "vlm_prune_90",
+            {
+                "steps[0].params.keep": "10%",
+                "steps[0].params.criterion": "k_centre",
+                "steps[0].params.drop_layer": 1.5,
+                "steps[3].params.keep": 1,
+                "steps.params": 2,
+                "descripton": 3,
+                "steps[0].target.regon": "merge_point",
+                "extends": "vlm_random_90",
+                "steps[0].pass.x": 3,
+                "a..b": 1,
+            },
+        )
+    assert str(caught.value).split("\n") == [
+        "override: steps[3].params.keep: steps has 1 entries, numbered from 0",
+        "override: steps.params: steps is a list; say which entry: steps[0].params",
+        "override: extends: cannot be changed here; name the other recipe instead",
+        "override: steps[0].pass.x: steps[0].pass is a single value and has no 'x' in it",
+        "override: a..b: is not a place in a recipe; write it like steps[0].params.keep",
+        "override: steps[0].target.regon: unknown key (did you mean 'region'?)",
+        "override: steps[0].params.keep: should be a ratio in (0, 1] or a whole number of tokens, found '10%'; "
+        "write 0.1",
+        "override: steps[0].params.criterion: should be 'max_sum' or 'k_center', found 'k_centre' "
+        "(did you mean 'k_center'?)",
+        "override: steps[0].params.drop_layer: should be less than or equal to 1, or a valid integer, found 1.5",
+        "override: descripton: unknown key (did you mean 'description'?)",
+    ]
+
+
+def test_mistakes_are_data_too():
+    with pytest.raises(RecipeError) as caught:
+        Recipe.parse("recipe_version: 1\nsteps:\n  - pass: sample_kepe\n", "r.yaml")
+    [mistake] = caught.value.mistakes
+    assert (mistake.file, mistake.line, mistake.column, mistake.where) == ("r.yaml", 3, 11, "steps[0].pass")
+    assert str(mistake) == str(caught.value)
+
+
+# --- schema and description of parameters ----------------------------------------------------------------------------
+
+
+def test_the_schema_file_is_current():
+    text = files("tokcompile.recipes").joinpath(FILE).read_text(encoding="utf-8")
+    assert json.loads(text) == shipped_schema(), "run `python docs/generate.py`"
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_recipes_fit_the_schema_and_name_it(name):
+    validator = pytest.importorskip("jsonschema").Draft202012Validator
+    text = files("tokcompile.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    assert text.startswith(EDITOR_LINE.format(FILE) + "\n"), "the first line tells editors which schema to use"
+    data = recipe_yaml.read(text)[0]
+    assert list(validator(shipped_schema()).iter_errors(data)) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("steps[0].params.keep", 0),
+        ("steps[0].params.keep", "10%"),
+        ("steps[0].params.kepe", 1),
+        ("steps[0].params.criterion", "k_centre"),
+        ("steps[0].params.drop_layer", -1),
+        ("steps[0].pass", "tordre"),
+        ("steps[0].target.region", "merge_pont"),
+        ("steps[0].target.layers", ["4..8"]),
+        ("steps[0].expect.min_matches", 0),
+        ("recipe_version", 2),
+        ("descripton", "x"),
+    ],
+)
+def test_the_schema_refuses_what_the_reader_refuses(place, value):
+    validator = pytest.importorskip("jsonschema").Draft202012Validator
+    data, wrong = recipe_overrides.apply(Recipe.load("vlm_prune_90").to_dict(), {place: value})
+    assert wrong == []
+    assert list(validator(shipped_schema()).iter_errors(data))
+    with pytest.raises(RecipeError):
+        Recipe.load(data)
+
+
+def test_parameters_say_type_bounds_unit_default_and_source():
+    keep, criterion, drop = pass_parameters("todre")
+    assert (keep.type, keep.required, keep.unit) == (
+        "ratio > 0, ≤ 1 or count ≥ 1", True, "share of the tokens, or tokens")  # fmt: skip
+    assert (criterion.type, criterion.default, criterion.required) == ("max_sum | k_center", "max_sum", False)
+    assert (drop.type, drop.default) == ("number ≥ 0, ≤ 1 or whole number ≥ 0 or null", 0.875)
+    assert (drop.unit, drop.source) == ("fraction of the depth, or layer number from 0", "paper: 7/8")
+    assert pass_source("todre").endswith("arXiv 2505.18757.")
+    assert pass_source("sample_keep") == ""
+    [entry] = [p for p in parameters(Target) if p.name == "layers"]
+    assert entry.type.startswith("list of (whole number or text")
+
+
 # --- fuzzing ---------------------------------------------------------------------------------------------------------
 
 JUNK = st.recursive(
@@ -539,28 +679,92 @@ def mutated(draw):
     return data
 
 
+def _lost(given: Any, kept: Any, here: str = "recipe") -> list[str]:
+    """Places of ``given`` that ``kept`` (the recipe written out) does not hold: what was silently passed over."""
+    if isinstance(given, dict):
+        pairs = [(key, value, kept.get(key) if isinstance(kept, dict) else None) for key, value in given.items()]
+    elif isinstance(given, list) and isinstance(kept, list) and len(given) == len(kept):
+        pairs = list(zip(range(len(given)), given, kept, strict=True))
+    else:
+        same = given == kept or (isinstance(given, float) and isinstance(kept, float) and abs(given - kept) < 1e-6)
+        return [] if same and type(given) is type(kept) else [here]
+    return [place for key, value, other in pairs for place in _lost(value, other, f"{here}.{key}")]
+
+
+@contextlib.contextmanager
+def nothing_runs() -> Iterator[None]:
+    """Fails if code is compiled, run or imported, a process started or a file written while a recipe is read."""
+    seen, thread = _events, threading.get_ident()
+    if not _hooked:
+        sys.addaudithook(_watch)
+        _hooked.append(True)
+    seen.clear()
+    _watched.append(thread)
+    try:
+        yield
+    finally:
+        _watched.clear()
+    assert seen == []
+
+
+_events: list[str] = []
+_watched: list[int] = []
+_hooked: list[bool] = []
+_DANGEROUS = ("exec", "compile", "import", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen",
+              "pickle.find_class", "socket.connect", "ctypes.dlopen")  # fmt: skip
+
+
+def _watch(event: str, args: tuple[Any, ...]) -> None:
+    if _watched and _watched[0] == threading.get_ident():
+        writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
+        if event in _DANGEROUS or writes:
+            _events.append(f"{event} {args[:2]}")
+
+
+def test_the_watch_sees_code_run():
+    with pytest.raises(AssertionError, match="compile"), nothing_runs():
+        exec("1")
+
+
 @settings(max_examples=150, deadline=None)
 @given(mutated())
 def test_a_mutated_dict_parses_or_is_a_recipe_error(data):
     recipe, error = outcome(lambda: Recipe.load(data))
     assert all(line.startswith("recipe: ") or ".yaml" in line for line in error.split("\n") if line)
-    if recipe is not None:
-        assert Recipe.load(recipe.to_dict()).to_dict() == recipe.to_dict()
+    if recipe is None:
+        assert error
+        return
+    assert Recipe.load(recipe.to_dict()).to_dict() == recipe.to_dict()
+    if data.get("extends") is None:
+        ignorable = {k: v for k, v in data.items() if v is not None}
+        assert _lost(_without_defaults(ignorable), recipe.to_dict()) == []
+
+
+def _without_defaults(value: Any, params: bool = False) -> Any:
+    """Without keys that are null and mean "left out" (a parameter that is null means null)."""
+    if isinstance(value, dict):
+        return {k: _without_defaults(v, params or k == "params") for k, v in value.items() if params or v is not None}
+    return [_without_defaults(v, params) for v in value] if isinstance(value, list) else value
 
 
 TEXT = _yaml(GOOD)
+TOKENS = ["&a ", "*a", "!!int ", "!x ", "<<: ", "? ", "{", "]", "\t", "|", "---\n", "%YAML 9\n",
+          "!!python/object/apply:os.system ['false']", "!!python/name:os.system ", "__import__('os').system('false')",
+          "{{ 1 }}", "${HOME}", "$(false)"]  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    st.integers(0, len(TEXT)),
-    st.integers(0, 12),
-    st.text(max_size=6)
-    | st.sampled_from(["&a ", "*a", "!!int ", "!x ", "<<: ", "? ", "{", "]", "\t", "|", "---\n", "%YAML 9\n"]),
-)
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, len(TEXT)), st.integers(0, 12), st.text(max_size=6) | st.sampled_from(TOKENS))
 def test_mutated_text_parses_or_is_a_recipe_error(at, removed, added):
-    recipe, error = outcome(lambda: Recipe.parse(TEXT[:at] + added + TEXT[at + removed :], "r.yaml"))
-    assert error.startswith("r.yaml:") if recipe is None else recipe.steps
+    text = TEXT[:at] + added + TEXT[at + removed :]
+    outcome(lambda: Recipe.parse(TEXT, "r.yaml"))  # imports what reading imports
+    outcome(lambda: Recipe.parse("[", "r.yaml"))
+    with nothing_runs():
+        recipe, error = outcome(lambda: Recipe.parse(text, "r.yaml"))
+    if recipe is None:
+        assert all(re.match(r"r\.yaml:\d+:\d+: .", line) for line in error.split("\n"))
+    else:
+        assert _lost(recipe_yaml.read(text)[0], {"protect": None, **recipe.to_dict()}) == []
 
 
 @settings(max_examples=200, deadline=None)
@@ -568,3 +772,14 @@ def test_mutated_text_parses_or_is_a_recipe_error(at, removed, added):
 def test_any_text_parses_or_is_a_recipe_error(text):
     with pytest.raises(RecipeError):
         Recipe.parse(text, "r.yaml")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(["steps", "steps[0]", "steps[0].params", "steps[0].params.keep", "steps[-1].target", "protect"])
+    | st.text("steps[0].params-_1 x", max_size=24),
+    JUNK,
+)
+def test_any_override_holds_or_is_a_recipe_error(place, value):
+    recipe, error = outcome(lambda: Recipe.load(GOOD, {place: value}))
+    assert recipe is not None or all(line.startswith("override: ") for line in error.split("\n"))

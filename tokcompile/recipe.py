@@ -1,7 +1,8 @@
 """Recipes: which passes to run on which regions, with which parameters. Data, never code.
 
 A recipe is read from YAML, a dict or the name of one that ships, and checked as a whole: every mistake in it
-is named in one :class:`~tokcompile.errors.RecipeError`, one line each, ``file:line:column: where: what``.
+is named in one :class:`~tokcompile.errors.RecipeError`, one line each, ``file:line:column: where: what``. Reading YAML
+is in ``recipe_yaml``, changing single values in ``recipe_overrides``, the JSON Schema in ``recipe_schema``.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -26,16 +27,17 @@ from pydantic import (
     PrivateAttr,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     field_serializer,
     field_validator,
 )
 from pydantic_core import ErrorDetails, core_schema
 
-from tokcompile import recipe_yaml
-from tokcompile.errors import RecipeError
+from tokcompile import recipe_overrides, recipe_yaml
+from tokcompile.errors import Mistake, RecipeError
 from tokcompile.recipe_yaml import Loc, Marks, Place
 from tokcompile.regions.model import KINDS
-from tokcompile.registry import did_you_mean, get_pass, pass_names
+from tokcompile.registry import did_you_mean, get_pass
 
 _MAX_DENOMINATOR = 10**6
 
@@ -113,14 +115,20 @@ class Budget:
     ) -> dict[str, Any]:
         return {
             "anyOf": [
-                {"type": "integer", "minimum": 1, "description": "count"},
                 {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "description": "ratio"},
-            ]
+                {"type": "integer", "minimum": 1, "description": "count"},
+            ],
+            "unit": "share of the tokens, or tokens",
         }
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+_LayerEntry = Annotated[
+    Any, WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string", "pattern": "^-?[0-9]+--?[0-9]+$"}]})
+]
 
 
 class Target(_Model):
@@ -131,10 +139,9 @@ class Target(_Model):
         description="Region kind; left out, the kind that the pass targets.",
         json_schema_extra={"enum": [*KINDS, None]},
     )
-    layers: list[Any] | None = Field(
+    layers: list[_LayerEntry] | None = Field(
         None,
         description='Layers of the stack: 0-based indices, negative from the end, inclusive ranges such as "4-8".',
-        json_schema_extra={"items": {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": "^-?\\d+--?\\d+$"}]}},
     )
     path: str | None = Field(None, min_length=1, description="Glob on the module path; * also crosses dots.")
     modality: Literal["image", "video"] | None = Field(None, description="Only tokens of this kind of input.")
@@ -285,11 +292,13 @@ class Recipe(_Model):
         return self._name
 
     @classmethod
-    def load(cls, source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> Recipe:
+    def load(cls, source: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
+             overrides: Mapping[str, Any] | None = None) -> Recipe:
         """Read and check a recipe, and merge what it extends.
 
         Args:
             source: the name of a shipped recipe, the path of a YAML file, a dict, or a recipe (given back as it is).
+            overrides: values to change in the complete recipe, by place: ``{"steps[0].params.keep": 0.2}``.
 
         Returns:
             a complete recipe: ``extends`` is merged and None.
@@ -297,6 +306,8 @@ class Recipe(_Model):
         Raises:
             RecipeError: all that is wrong, one line each: ``file:line:column: where: what``.
         """
+        if overrides:
+            return cls.load(source).override(overrides)
         if isinstance(source, Recipe):
             return source if source.extends is None else cls.load(source.to_dict())
         if isinstance(source, Mapping):
@@ -310,6 +321,19 @@ class Recipe(_Model):
         """Like :meth:`load`, from YAML text; ``name`` stands for the file in messages."""
         return _resolve_text(_Source(name, name, Path()), text, [])
 
+    def override(self, changes: Mapping[str, Any]) -> Recipe:
+        """A copy with other values, by place: ``{"steps[0].params.keep": 0.2, "steps[-1].expect.max_matches": 1}``.
+
+        Raises:
+            RecipeError: a place that no recipe has, or a value that does not fit there; all of them at once.
+        """
+        label = "override"
+        data, wrong = recipe_overrides.apply(self.to_dict(), changes)
+        lines = [Mistake(label, None, None, where, what) for where, what in wrong]
+        recipe = _resolve(_Source("", label, Path()), data, Marks(), [], lines)
+        recipe._name = self._name
+        return recipe
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; ``Recipe.load(recipe.to_dict())`` does the same as the recipe."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -319,24 +343,6 @@ def shipped() -> list[str]:
     """Names of the recipes that ship, sorted."""
     folder = files("tokcompile.recipes")
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON Schema of a recipe file, for editors; the parameters of each known pass included."""
-    schema = Recipe.model_json_schema(by_alias=True)
-    defs, branches = schema["$defs"], []
-    for name in pass_names():
-        params = get_pass(name).Params.model_json_schema(by_alias=True, ref_template=f"#/$defs/{name}_{{model}}")
-        defs.update({f"{name}_{key}": value for key, value in params.pop("$defs", {}).items()})
-        defs[f"{name}_params"] = params
-        then: dict[str, Any] = {"properties": {"params": {"$ref": f"#/$defs/{name}_params"}}}
-        if params.get("required"):
-            then["required"] = ["params"]
-        branches.append({"if": {"properties": {"pass": {"const": name}}}, "then": then})
-    defs["Step"]["properties"]["pass"]["enum"] = pass_names()
-    if branches:
-        defs["Step"]["allOf"] = branches
-    return schema
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -371,27 +377,27 @@ def _read(source: _Source, chain: list[str]) -> Recipe:
         else:
             text = Path(source.key).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{source.label}: cannot be read: {error}") from None
+        raise RecipeError(mistakes=[_line(source, None, (), f"cannot be read: {error}")]) from None
     return _resolve_text(source, text, chain)
 
 
 def _resolve_text(source: _Source, text: str, chain: list[str]) -> Recipe:
-    data, marks, mistakes = recipe_yaml.read(text)
-    lines = [_line(source, place, loc, what) for loc, what, place in mistakes]
+    data, marks, faults = recipe_yaml.read(text)
+    lines = [_line(source, place, loc, what) for loc, what, place in faults]
     if data is None and lines:
-        raise RecipeError("\n".join(text for _, text in lines))
+        raise RecipeError(mistakes=lines)
     return _resolve(source, data, marks, chain, lines)
 
 
-def _resolve(source: _Source, data: Any, marks: Marks, chain: list[str], lines: list[_Line]) -> Recipe:
+def _resolve(source: _Source, data: Any, marks: Marks, chain: list[str], lines: list[Mistake]) -> Recipe:
     """Check one recipe, then lay it over the one that it extends. ``lines`` holds the mistakes found so far."""
     recipe: Recipe | None = None
     base: Recipe | None = None
-    inherited: list[str] = []
+    inherited: list[Mistake] = []
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        lines += [_explain(source, marks, data, detail) for detail in error.errors(include_url=False)]
+        lines += _united([_explain(source, marks, data, detail) for detail in error.errors(include_url=False)])
     if recipe is not None and recipe.extends and recipe.steps == [] and "steps" in recipe.model_fields_set:
         what = "a recipe needs at least one step; leave the key out to keep those of the recipe that it extends"
         lines.append(_line(source, marks.find(("steps",)), ("steps",), what))
@@ -406,9 +412,10 @@ def _resolve(source: _Source, data: Any, marks: Marks, chain: list[str], lines: 
             try:
                 base = _read(found, [*chain, source.key])
             except RecipeError as error:
-                inherited = [str(error)]
+                inherited = error.mistakes or [_line(found, None, (), str(error))]
     if lines or inherited or recipe is None:
-        raise RecipeError("\n".join([text for _, text in sorted(lines, key=lambda line: line[0])] + inherited))
+        lines.sort(key=lambda line: (line.line or 0, line.column or 0))
+        raise RecipeError(mistakes=lines + inherited)
     if base is not None:
         own = {field: getattr(recipe, field) for field in recipe.model_fields_set - {"extends"}}
         recipe = base.model_copy(update=own)
@@ -424,13 +431,10 @@ def _check_circle(found: _Source, chain: list[str]) -> None:
 
 # --- messages --------------------------------------------------------------------------------------------------------
 
-_Line = tuple[Place, str]
 
-
-def _line(source: _Source, place: Place | None, loc: Loc, what: str) -> _Line:
-    position = f":{place[0]}:{place[1]}" if place else ""
-    where = _where(loc)
-    return place or (0, 0), f"{source.label}{position}: {where + ': ' if where else ''}{' '.join(what.splitlines())}"
+def _line(source: _Source, place: Place | None, loc: Loc, what: str) -> Mistake:
+    line, column = place or (None, None)
+    return Mistake(source.label, line, column, _where(loc), " ".join(what.splitlines()))
 
 
 def _where(loc: Loc) -> str:
@@ -442,8 +446,9 @@ def _where(loc: Loc) -> str:
     return text.lstrip(".")
 
 
-def _explain(source: _Source, marks: Marks, data: Any, detail: ErrorDetails) -> _Line:
-    loc, kind, value = tuple(detail["loc"]), detail["type"], detail["input"]
+def _explain(source: _Source, marks: Marks, data: Any, detail: ErrorDetails) -> Mistake:
+    kind, value = detail["type"], detail["input"]
+    loc = _in_data(detail["loc"], data, kind == "missing")
     if kind == "extra_forbidden":
         what = f"unknown key{did_you_mean(str(loc[-1]), _known_keys(loc[:-1], data))}"
         return _line(source, marks.find(loc, key=True), loc, what)
@@ -459,6 +464,37 @@ def _explain(source: _Source, marks: Marks, data: Any, detail: ErrorDetails) -> 
             near = did_you_mean(value, re.findall(r"'([^']*)'", detail["ctx"]["expected"]))
             what += near if "did you mean" in near else ""  # the message lists what is known already
     return _line(source, marks.find(loc), loc, what)
+
+
+def _in_data(loc: Loc, data: Any, missing: bool) -> Loc:
+    """``loc`` without the names that pydantic gives to the members of a union."""
+    here: Any = data
+    real: list[int | str] = []
+    for part in loc[:-1] if missing else loc:
+        if isinstance(here, BaseModel):  # an object handed in as it is
+            here = vars(here)
+        inside: Any = range(len(here)) if isinstance(here, list) else here if isinstance(here, Mapping) else ()
+        if part in inside:
+            here = here[part]
+            real.append(part)
+        elif isinstance(here, Mapping) and part in _known_keys(tuple(real), data):  # left out
+            here = {}
+            real.append(part)
+    return (*real, loc[-1]) if missing else tuple(real)
+
+
+def _united(lines: list[Mistake]) -> list[Mistake]:
+    """One line where each member of a union had its own complaint about one value."""
+    groups: dict[tuple[Any, ...], list[Mistake]] = {}
+    for line in lines:
+        groups.setdefault((line.line, line.column, line.where, line.what.rpartition(", found ")[2]), []).append(line)
+    united = []
+    for group in groups.values():
+        heads = list(dict.fromkeys(line.what.rpartition(", found ")[0] for line in group))
+        found = group[0].what.rpartition(", found ")[2]
+        text = ", or ".join([heads[0], *(head.removeprefix("should be ") for head in heads[1:])])
+        united.append(group[0] if len(heads) == 1 else replace(group[0], what=f"{text}, found {found}"))
+    return united
 
 
 def _known_keys(loc: Loc, data: Any) -> list[str]:
@@ -503,4 +539,4 @@ def _bounds(entry: Any) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
-__all__ = ["Budget", "Expect", "Protect", "Recipe", "Step", "Target", "json_schema", "shipped"]
+__all__ = ["Budget", "Expect", "Protect", "Recipe", "Step", "Target", "shipped"]

@@ -16,7 +16,7 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 Loc = tuple[int | str, ...]
 Place = tuple[int, int]
 #: where in the data, what is wrong, where in the text
-Mistake = tuple[Loc, str, Place]
+Fault = tuple[Loc, str, Place]
 
 _PREFIX = "tag:yaml.org,2002:"
 _SCALARS = {_PREFIX + kind for kind in ("null", "bool", "int", "float", "str")}
@@ -38,11 +38,11 @@ class Marks:
         return self.values.get(loc)
 
 
-def read(text: str) -> tuple[Any, Marks, list[Mistake]]:
+def read(text: str) -> tuple[Any, Marks, list[Fault]]:
     """Parse YAML text.
 
     Returns:
-        the data (None when the text is not YAML, and for ``null``), the places, and the mistakes.
+        the data (None when the text is not YAML, and for ``null``), the places, and the faults.
     """
     yaml, reader = YAML(typ="safe", pure=True), _Reader()
     try:
@@ -57,18 +57,18 @@ def read(text: str) -> tuple[Any, Marks, list[Mistake]]:
     except (YAMLError, RecursionError) as error:
         why = str(error).strip().split("\n")[0] if isinstance(error, YAMLError) else "nested too deeply"
         return None, reader.marks, [((), f"not valid YAML: {why}", (1, 1))]
-    return data, reader.marks, reader.mistakes
+    return data, reader.marks, reader.faults
 
 
 class _Reader:
     def __init__(self) -> None:
-        self.marks, self.mistakes = Marks(), list[Mistake]()
+        self.marks, self.faults = Marks(), list[Fault]()
         self.seen: set[int] = set()
 
     def value(self, node: Node, loc: Loc, yaml: YAML) -> Any:
         self.marks.values.setdefault(loc, _place(node))
         if id(node) in self.seen:
-            self.mistakes.append((loc, "anchors and aliases (& and *) are not allowed in a recipe", _place(node)))
+            self.faults.append((loc, "anchors and aliases (& and *) are not allowed in a recipe", _place(node)))
             return None
         self.seen.add(id(node))
         if isinstance(node, MappingNode):
@@ -87,26 +87,26 @@ class _Reader:
             return yaml.constructor.construct_object(node)
         except (YAMLError, ValueError, TypeError, KeyError, IndexError):
             what = f"not a valid {tag.removeprefix(_PREFIX)}: {str(node.value)[:40]!r}"
-            self.mistakes.append((loc, what, _place(node)))
+            self.faults.append((loc, what, _place(node)))
             return None
 
     def refuse_tag(self, node: Node, loc: Loc, allowed: str = "") -> None:
         tag = str(node.tag)
         if tag != allowed:
             what = f"tag {tag.replace(_PREFIX, '!!')!r} is not allowed in a recipe"
-            self.mistakes.append((loc, what, _place(node)))
+            self.faults.append((loc, what, _place(node)))
 
     def mapping(self, node: MappingNode, loc: Loc, yaml: YAML) -> dict[str, Any]:
         data: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if str(key_node.tag) != _PREFIX + "str":
-                self.mistakes.append((loc, "a key should be plain text", _place(key_node)))
+                self.faults.append((loc, "a key should be plain text", _place(key_node)))
                 continue
             key = str(key_node.value)
             place = (*loc, key)
             if key in data:
                 what = f"duplicate key, first on line {self.marks.keys[place][0]}"
-                self.mistakes.append((place, what, _place(key_node)))
+                self.faults.append((place, what, _place(key_node)))
                 continue
             self.marks.keys[place] = _place(key_node)
             data[key] = self.value(value_node, place, yaml)

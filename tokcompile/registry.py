@@ -12,6 +12,8 @@ A pass is a class with four things (all checked by :func:`register`)::
         class Params(PassParams):
             keep: Budget = Field(description="Kept tokens of each image, ratio or count.")
             seed: int = Field(0, ge=0, description="Seed of the draw.")
+            drop: float = Field(0.875, gt=0, lt=1, description="Depth at which the rest is dropped.",
+                                json_schema_extra=about(unit="fraction of depth", source="arXiv 2505.18757"))
 
 Passes that ship live in ``tokcompile.passes``, one module each. Another package adds its own through the
 entry-point group ``tokcompile.passes``; the entry point names the class, or a module that registers some.
@@ -22,13 +24,17 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
+import os
 import pkgutil
+import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from tokcompile.errors import RecipeError
+from tokcompile.errors import RecipeError, TokcompileError
 from tokcompile.regions.model import KINDS
 
 #: Entry-point group through which other packages add passes.
@@ -39,6 +45,14 @@ class PassParams(BaseModel):
     """Base of a pass's parameters: unknown keys are errors, values are not coerced, instances do not change."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def about(unit: str = "", source: str = "") -> dict[str, Any]:
+    """For ``Field(json_schema_extra=about(...))``: the unit of a parameter, and where its default comes from.
+
+    ``tokcompile recipes show``, the reference and the JSON Schema carry both.
+    """
+    return {key: value for key, value in (("unit", unit), ("source", source)) if value}
 
 
 class Pass(Protocol):
@@ -105,10 +119,40 @@ def pass_names() -> list[str]:
     return sorted(_passes)
 
 
+def shipped_passes() -> list[str]:
+    """Names of the passes that come with tokcompile, sorted."""
+    return [name for name in pass_names() if _passes[name].__module__.startswith("tokcompile.passes.")]
+
+
 def load_failures() -> dict[str, str]:
     """Module or entry point that could not be loaded -> the exception, as text."""
     _load()
     return dict(_failures)
+
+
+def load_file(path: str | os.PathLike[str]) -> list[str]:
+    """Run a Python file that registers passes, and give their names. For files of your own: this runs code.
+
+    Raises:
+        TokcompileError: the file cannot be read or run, or it registers nothing.
+    """
+    before = set(pass_names())
+    file = Path(path)
+    name = f"tokcompile_pass_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None or not file.is_file():
+        raise TokcompileError(f"{file}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise TokcompileError(f"{file}: {type(error).__name__}: {error}") from error
+    new = sorted(known for known, method in _passes.items() if known not in before or method.__module__ == name)
+    if not new:
+        raise TokcompileError(f"{file}: registers no pass; put @register on the class")
+    return new
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
