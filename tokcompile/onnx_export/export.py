@@ -1,0 +1,378 @@
+"""The function :func:`export_onnx`: stages, passes, files, check."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokcompile.api import RecipeLike, optimize
+from tokcompile.calibration import calibrate, check_prepared
+from tokcompile.errors import ExportError
+from tokcompile.onnx_export import parity
+from tokcompile.onnx_export.files import (
+    INLINE_BYTES,
+    complete_folder,
+    save_configuration,
+    save_manifest,
+    save_model,
+    versions,
+)
+from tokcompile.onnx_export.generative import (
+    batch_inputs,
+    check_kind,
+    decoder_stage,
+    embed_stage,
+    generates,
+    image_arguments,
+    kv_shapes,
+    vision_stage,
+)
+from tokcompile.onnx_export.lowering import TARGETS, Lowered, Stage, capture, lower, rewrite
+from tokcompile.onnx_export.single import single_stage
+from tokcompile.recipes import Recipe
+from tokcompile.serving import FORMAT, FORMAT_VERSION, OnnxModel
+from tokcompile.session import Session
+from tokcompile.stages import SESSION
+from tokcompile.state import PreparedState
+
+#: Opset that every model was measured with; 23 has a fault with rotary embeddings (``docs/onnx.md``).
+OPSET = 20
+OPSETS = range(18, 25)
+
+
+@dataclass
+class ExportReport:
+    """What was written, and how close it is to the model.
+
+    Attributes:
+        directory: where the files are.
+        manifest: what ``manifest.json`` says.
+        parity: the rows of the check; empty with ``check=False``.
+        tolerance: of the relative error.
+        seconds: name of a phase -> seconds.
+    """
+
+    directory: Path
+    manifest: dict[str, Any]
+    parity: list[parity.Parity]
+    tolerance: float
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"directory": str(self.directory), "manifest": self.manifest, "tolerance": self.tolerance,
+                "parity": [row.to_dict() for row in self.parity], "seconds": self.seconds}
+
+    def __str__(self) -> str:
+        m = self.manifest
+        recipe = m["recipe"]["name"] if m["recipe"] else "dense"
+        lines = [f"{m['model']} ({m['kind']}, {recipe}), opset {m['opset']}, target {m['target']} -> {self.directory}"]
+        for role, entry in m["files"].items():
+            size = entry["weights_bytes"] / 1e6
+            lines.append(f"  {role}: {entry['file']}, {entry['nodes']} nodes, {size:.1f} MB"
+                         + (f" in {entry['external_data']}" if entry["external_data"] else ""))
+        for item in m["kept"]:
+            layers = f"layers {item['layers'][0]}-{item['layers'][-1]}" if item["layers"] else "no layer"
+            lines.append(f"  {item['stack']}: {layers} keep {item['tokens']} of {item['of']} tokens (given inputs)")
+        lines += ["", parity.table(self.parity)] if self.parity else ["  not checked"]
+        return "\n".join(lines)
+
+
+def export_onnx(model: nn.Module, inputs: Mapping[str, Any], out_dir: str | PathLike[str], *,
+                recipe: RecipeLike | None = None, calibration: Any = None, check: bool = True, opset: int = OPSET,
+                target: str = "standard", logits: str = "last",
+                axes: Mapping[str, Mapping[int, str]] | None = None, tolerance: float = parity.TOLERANCE,
+                inline_bytes: int = INLINE_BYTES, overwrite: bool = False) -> ExportReport:
+    """Write ``model`` as ONNX files, with the steps of ``recipe`` applied to the exported graphs.
+
+    A model of one graph becomes ``model.onnx``; a decoder ``model.onnx`` with explicit keys and values; a
+    vision-language model (``inputs`` with an image) three files under ``onnx/``. ``manifest.json`` says how they fit
+    together, and :class:`tokcompile.OnnxModel` runs them.
+
+    Args:
+        model: in eval mode. Hugging Face models that generate are split; everything else is one graph.
+        inputs: example arguments of ``forward`` by name, for a model that generates a prompt (at least 2 rows make
+            nothing special; any number will do). Values matter for the check only.
+        out_dir: folder; it appears when everything in it is complete.
+        recipe: as for :func:`tokcompile.optimize`; None exports the dense model.
+        calibration: as for :func:`tokcompile.optimize`.
+        check: run the files against the model (for a recipe: against ``optimize(model, recipe)``), on ``inputs`` and
+            on others of other shapes, and write nothing when an output is off.
+        opset: of the standard operations, 18 to 24.
+        target: "standard" (ONNX operations only) or "contrib" (fused operations of onnxruntime).
+        logits: "last": of the last position only, ``[B, 1, V]``, or "all".
+        axes: for models of one graph: input -> {dimension: name} of what may change size; default: batch and sequence.
+        tolerance: largest relative error of an output.
+        inline_bytes: weights beyond this many bytes go into ``<file>.onnx_data``.
+        overwrite: replace an earlier export.
+
+    Raises:
+        ExportError: something in the model has no ONNX form (names the node, its source line and the way out), or the
+            files are off.
+        NoMatchError, RecipeError: as for ``optimize``.
+    """
+    if opset not in OPSETS:
+        raise ExportError(f"opset {opset}: choose one of {OPSETS[0]} to {OPSETS[-1]} ({OPSET} unless there is a need)")
+    if target not in TARGETS:
+        raise ExportError(f"target={target!r}: choose one of {', '.join(TARGETS)}")
+    if logits not in ("last", "all"):
+        raise ExportError(f"logits={logits!r}: choose 'last' or 'all'")
+    if not isinstance(model, nn.Module):
+        raise ExportError(f"export_onnx takes a torch.nn.Module, not {type(model).__name__}")
+    if hasattr(model, SESSION):
+        raise ExportError("this model is optimized already; export the original model with recipe=")
+    if model.training:
+        raise ExportError("the model is in training mode; call model.eval() first")
+    loaded = None if recipe is None else Recipe.load(recipe)
+    if loaded is not None:
+        check_prepared(loaded, calibration)
+        if calibration is not None and not isinstance(calibration, PreparedState):
+            calibration = calibrate(model, loaded, calibration)
+    elif calibration is not None:
+        raise ExportError("calibration without a recipe has no use; leave it out")
+    job = _Job(model, dict(inputs), loaded, calibration, opset, target, logits == "last", axes)
+    started = time.perf_counter()
+    job.lower()
+    exported = time.perf_counter()
+    with complete_folder(out_dir, overwrite) as folder:
+        manifest = job.write(folder, inline_bytes)
+        rows = job.check(folder, tolerance) if check else []
+    seconds = {"export": exported - started, "write and check": time.perf_counter() - exported}
+    return ExportReport(Path(out_dir), manifest, rows, tolerance, seconds)
+
+
+class _Job:
+    """One export."""
+
+    def __init__(self, model: nn.Module, inputs: dict[str, Any], recipe: Recipe | None,
+                 calibration: PreparedState | None, opset: int, target: str, last: bool,
+                 axes: Mapping[str, Mapping[int, str]] | None) -> None:
+        self.model, self.inputs, self.recipe, self.calibration = model, inputs, recipe, calibration
+        self.opset, self.target, self.last, self.axes = opset, target, last, axes
+        self.session = Session(recipe, lowering="eager", model=type(model).__name__, state=calibration)
+        self.lowered: dict[str, Lowered] = {}
+        self.paths: dict[str, str] = {}
+        self.generation: dict[str, Any] | None = None
+        self.kept: list[dict[str, Any]] = []
+        self.per_image = 0
+        images = [n for n, v in inputs.items() if isinstance(v, Tensor) and n.startswith("pixel_values")]
+        self.kind = "single" if axes is not None or not generates(model) else (
+            "vision_language" if images else "decoder")
+        if self.kind == "decoder" and hasattr(model.base_model, "get_image_features"):
+            raise ExportError(f"{type(model).__name__} takes images; give inputs with an image (pixel_values and the "
+                              "placeholder tokens for it)")
+
+    # .. graphs
+
+    def lower(self) -> None:
+        if self.kind == "single":
+            self._stage("model", "model.onnx", single_stage(self.model, self.inputs, self.axes), "forward")
+        else:
+            check_kind(self.model)
+            self._generative()
+        self.session.check_matches(None)
+
+    def _stage(self, role: str, path: str, stage: Stage, name: str, passes: bool = True) -> None:
+        found = capture(stage)
+        ctx = None
+        if self.recipe is not None and passes:
+            ctx = rewrite(found, self.session, name)
+            self._note_kept(name, ctx)
+        if name in ("forward", "prefill"):
+            self.session.check_matches(name)
+        self.lowered[role] = lower(found, ctx, opset=self.opset, target=self.target)
+        self.paths[role] = path
+
+    def _generative(self) -> None:
+        model, session = self.model, self.session
+        ids, mask, rest = batch_inputs(self.inputs)
+        if bool((mask[:, -1] == 0).any()):
+            raise ExportError("rows of the prompt are padded on the right; pad on the left")
+        images = self.kind == "vision_language"
+        token = image_token(model) if images else None
+        features = scores = None
+        if images:
+            stage = vision_stage(model, image_arguments(model, rest), session.wants_scores)
+            with torch.no_grad():
+                made = stage.module(stage.inputs)
+            features = made["image_features"].reshape(-1, made["image_features"].shape[-1])
+            count = int((ids == token).sum())
+            if count != len(features):
+                raise ExportError(f"{count} placeholder tokens ({token}) in input_ids, {len(features)} image features")
+            pictures = made["image_features"].shape[0] if made["image_features"].dim() == 3 else 1
+            self.per_image = len(features) // pictures
+            self._stage("vision_encoder", "onnx/vision_encoder.onnx", stage, "encoder")
+            if session.wants_scores:
+                scores = made["image_scores"]
+                if not session.scored_features:
+                    session.check_matches("prefill")
+            self._stage("embed_tokens", "onnx/embed_tokens.onnx", embed_stage(model, ids), "embedding", passes=False)
+        elif rest:
+            raise ExportError(f"inputs {', '.join(rest)}: a decoder takes input_ids and attention_mask")
+        merges = images and any(m.regions in ("merge_point", "decoder_stack") for _, m in session.passes)
+        common: dict[str, Any] = {"last": self.last, "features": features, "scores": scores, "merges": merges,
+                                  "images": images, "token": token}
+        self._check_split(ids, mask, rest, features, token)
+        groups = self._groups(ids, mask, common) if any(
+            m.regions in ("merge_point", "decoder_stack") for _, m in session.passes) else []
+        stage = decoder_stage(model, ids, mask, groups=groups, **common)
+        path = "onnx/decoder_model_merged.onnx" if images else "model.onnx"
+        self._stage("decoder", path, stage, "prefill")
+        self._describe(groups, token, ids.shape[1])
+
+    def _groups(self, ids: Tensor, mask: Tensor, common: dict[str, Any]) -> list[list[int]]:
+        """Which layers are cut alike: seen on a prefill without a past."""
+        trial = Session(self.recipe, lowering="eager", on_no_match="ignore", state=self.calibration)
+        found = capture(decoder_stage(self.model, ids, mask, groups=[], cached=False, **common))
+        ctx = rewrite(found, trial, "prefill")
+        starts = sorted({k.layer for k in ctx.kept})
+        if not starts:
+            trial.on_no_match = "error"
+            trial.check_matches("prefill")
+            return []
+        layers = len(kv_shapes(self.model))
+        return [list(range(a, b)) for a, b in zip(starts, [*starts[1:], layers], strict=True) if b > a]
+
+    def _check_split(self, ids: Tensor, mask: Tensor, rest: dict[str, Tensor], features: Tensor | None,
+                     token: int | None) -> None:
+        """The parts of the split, put together in torch, against the model itself.
+
+        Raises:
+            ExportError: the model does something between or around the parts that the split leaves out.
+        """
+        stage = decoder_stage(self.model, ids, mask, groups=[], last=True, features=features, images=features is not
+                              None, merges=features is not None, cached=False, token=token)
+        with torch.no_grad():
+            found = stage.module(stage.inputs)["logits"][:, -1].float()
+            out = self.model.generate(  # type: ignore[operator]
+                input_ids=ids, attention_mask=mask, **rest, max_new_tokens=1, do_sample=False, num_beams=1,
+                return_dict_in_generate=True, output_logits=True)
+        row = parity.compare("given", "logits", found.cpu(), out.logits[0].float().cpu())
+        if not row.relative <= 1e-4:
+            raise ExportError(
+                f"{type(self.model).__name__}: image encoder, embedding and decoder, put together, do not give the "
+                f"logits of the model (relative error {row.relative:.1e} before any export): the model hands something "
+                "else from the prompt or the images to its decoder, which "
+                f"{type(self.model).__name__}.forward [{_source(type(self.model.base_model).forward)}] shows; no input of "
+                "an exported decoder carries it. Use tokcompile.optimize for this model")
+
+    # .. what is said about it
+
+    def _note_kept(self, name: str, ctx: Any) -> None:
+        for region in (*ctx.regions.of("vision_encoder"), *ctx.regions.of("decoder_stack")):
+            path = region.path or name
+            cuts = {k.layer: k for k in ctx.kept if not region.layers or any(
+                k.path == layer.path for layer in region.layers)}
+            if not cuts:
+                continue
+            tokens: Any = region.layers[0].input.meta["val"].shape[1]
+            starts = sorted(cuts)
+            for start, end in zip(starts, [*starts[1:], len(region.layers)], strict=True):
+                kept = cuts[start].node.meta["val"].shape[1]
+                self.kept.append({"stack": path, "layers": list(range(start, end)), "tokens": _number(kept),
+                                  "of": _number(tokens)})
+
+    def _describe(self, groups: list[list[int]], token: int | None, length: int) -> None:
+        config: Any = getattr(self.model, "generation_config", None)
+        for item in self.kept:
+            if item["of"] != length and item["layers"] and self.kind != "single" and groups:
+                item["of"] = item["of"] if "vision" in item["stack"] else length
+        self.generation = {
+            "layers": len(kv_shapes(self.model)),
+            "logits": "last" if self.last else "all",
+            "image_token_id": token,
+            "eos_token_id": getattr(config, "eos_token_id", None),
+            "pad_token_id": getattr(config, "pad_token_id", None),
+            "suppress_tokens": getattr(config, "suppress_tokens", None),
+            "cache_groups": [{"layers": group, "positions": f"past_positions.{i}", "length": f"past_length_{i}"}
+                             for i, group in enumerate(groups)],
+            "sizes": {"in_graph": sorted(self.lowered["decoder"].sizes)},
+        }
+
+    def write(self, folder: Path, inline_bytes: int) -> dict[str, Any]:
+        files = {role: save_model(lowered, folder, self.paths[role], inline_bytes)
+                 for role, lowered in self.lowered.items()}
+        recipe = None
+        if self.recipe is not None:
+            steps = [{"pass": e.pass_name, "matches": e.matches, "regions": e.regions, "details": e.details}
+                     for e in self.session.report.steps]
+            recipe = {"name": Path(self.recipe.name).name, "steps": plain(steps), "source": self.recipe.model_dump(mode="json", by_alias=True, exclude_none=True)}
+        manifest = {
+            "format": FORMAT, "format_version": FORMAT_VERSION, "kind": self.kind,
+            "model": type(self.model).__name__, "opset": self.opset, "target": self.target,
+            "dtype": str(next(iter(self.model.parameters()), torch.empty(0)).dtype).removeprefix("torch."),
+            "files": files, "generation": self.generation, "recipe": recipe, "kept": self.kept, "versions": versions(),
+        }
+        save_configuration(self.model, folder)
+        save_manifest(folder, manifest)
+        return manifest
+
+    # .. check
+
+    def check(self, folder: Path, tolerance: float) -> list[parity.Parity]:
+        model = OnnxModel.from_pretrained(folder, providers=["CPUExecutionProvider"])
+        reference = self.model if self.recipe is None else optimize(
+            self.model, self.recipe, calibration=self.calibration, lowering="eager")
+        if self.kind == "single":
+            checks = parity.check_single(model, reference, self.inputs, self.lowered["model"].stage.axes)
+        else:
+            checks = parity.check_generation(model, reference, self.inputs, (self.generation or {})["image_token_id"],
+                                             self.per_image)
+        rows: list[parity.Parity] = []
+        for found, tensors in checks:
+            rows += found
+            if parity.failed(found, tolerance):
+                parity.raise_failed(rows, tolerance, lambda tensors=tensors: self._culprit(folder, tensors, tolerance))
+        return rows
+
+    def _culprit(self, folder: Path, tensors: Mapping[str, Tensor], tolerance: float) -> str:
+        """Look for the first wrong node, file by file, on the inputs that failed."""
+        found = "none found"
+        for role, lowered in self.lowered.items():
+            feed = {n: v.cpu().numpy() for n, v in tensors.items()} if role == "model" else {
+                n: v.detach().cpu().numpy() for n, v in lowered.stage.inputs.items()}
+            try:
+                found = f"{role}: " + parity.worst_node(lowered, folder / self.paths[role], feed, tolerance)
+            except Exception as error:  # the search must not hide what was found before
+                found = f"{role}: could not be searched ({type(error).__name__}: {str(error)[:200]})"
+            if "relative error" in found:
+                return found
+        return found
+
+
+def image_token(model: nn.Module) -> int:
+    """The token id that stands for an image feature in the prompt."""
+    config: Any = model.config
+    for name in ("image_token_id", "image_token_index"):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    raise ExportError(f"{type(model).__name__}: its configuration names no image_token_id")
+
+
+def _source(function: Any) -> str:
+    import inspect
+
+    function = inspect.unwrap(function)
+    return f"{inspect.getsourcefile(function)}:{inspect.getsourcelines(function)[1]}"
+
+
+def plain(value: Any) -> Any:
+    """As plain JSON types."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else _number(value) if isinstance(
+        value, torch.SymInt) else str(value)
+
+
+def _number(size: Any) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
