@@ -1,20 +1,17 @@
-"""Interleaved timing, result rows, CSV files and plots: what all benchmarks share."""
+"""Result rows, CSV files and plots: what all benchmarks share. The timing is that of ``tokcompile.benching``."""
 
 from __future__ import annotations
 
 import csv
-import gc
-import importlib.metadata
-import os
-import platform
 import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
+from tokcompile.benching import cpu_name, interleaved, load, quantile, versions
+
+__all__ = ["cpu_name", "interleaved", "load", "quantile", "versions"]  # beside what is defined here
 
 RESULTS = Path(__file__).with_name("results")
 THREADS = 2
@@ -63,43 +60,6 @@ class Row:
 COLUMNS = [f.name for f in fields(Row)]
 
 
-def quantile(values: Sequence[float], share: float) -> float:
-    """Linear interpolation between the sorted values: 0.5 is the median."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-
-def interleaved(calls: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 3) -> dict[str, list[float]]:
-    """Wall times in ms. Every round runs each call once, so that a load from outside hits all of them alike.
-
-    Args:
-        calls: name -> function without arguments.
-        repeats: timed rounds. warmup: rounds before them (compilation belongs there).
-    """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    with torch.inference_mode():
-        for call in calls.values():
-            for _ in range(warmup):
-                call()
-        gc.collect()
-        gc.disable()
-        try:
-            for turn in range(repeats):
-                names = list(calls)
-                shift = turn % len(names)  # nobody always runs behind the same other
-                for name in names[shift:] + names[:shift]:
-                    started = time.perf_counter()
-                    result = calls[name]()
-                    times[name].append((time.perf_counter() - started) * 1e3)
-                    del result
-        finally:
-            gc.enable()
-    return times
-
-
 def row(benchmark: str, model: str, recipe: str, times: Sequence[float], *, batch: int, tokens: int,
         baseline: Sequence[float] | None = None, flop_ratio: float | None = None,
         formula: float | None = None, load: float | None = None) -> Row:
@@ -110,31 +70,6 @@ def row(benchmark: str, model: str, recipe: str, times: Sequence[float], *, batc
         benchmark, model, recipe, batch, tokens, median, quantile(times, 0.2), quantile(times, 0.8), len(times),
         flop_ratio, formula, speedup, speedup / flop_ratio if speedup and flop_ratio else None, load, **versions(),
     )
-
-
-def versions() -> dict[str, Any]:
-    """What the figures hang on."""
-    import tokcompile
-
-    return {"torch": torch.__version__, "transformers": importlib.metadata.version("transformers"),
-            "tokcompile": tokcompile.__version__, "cpu": cpu_name(), "threads": torch.get_num_threads()}
-
-
-def cpu_name() -> str:
-    """Model name of the processor and its number of cores."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def load() -> float | None:
-    """Load average of the last minute; None where the system has none."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def write_csv(path: Path, rows: Iterable[Row]) -> None:

@@ -6,9 +6,7 @@ and the tests.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +23,6 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 IMAGE_TOKEN = 3
 TEXT_TOKENS = 64
 
@@ -101,15 +98,6 @@ def vit(quick: bool = False) -> Dinov2Model:
     width, heads, size, depth = (64, 4, 56, 8) if quick else (384, 6, 224, 12)
     return Dinov2Model(Dinov2Config(hidden_size=width, num_attention_heads=heads, image_size=size,
                                     num_hidden_layers=depth, patch_size=14)).eval()
-
-
-def dinov2() -> Dinov2Model:
-    """The same architecture with trained weights; raises where the package that holds them is missing."""
-    if str(EXAMPLES) not in sys.path:
-        sys.path.insert(0, str(EXAMPLES))
-    import small_vlm
-
-    return small_vlm.load_vision()
 
 
 def vit_flops(model: Dinov2Model, size: int, tokens: Sequence[int]) -> int:

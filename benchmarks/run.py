@@ -10,7 +10,7 @@ models to see that everything runs; its times mean nothing.
 
 ========  =============================================================================================================
 vlm       prefill of a LLaVA with the text tower of Qwen2-0.5B: 576 image and 64 text tokens, 90 % of the image dropped
-vit       ViT-S/14 at 224 px, random and trained weights, batch 8 and 1, 30 % and 50 % of the FLOPs dropped
+vit       ViT-S/14 at 224 px, random weights, batch 8 and 1, 30 % and 50 % of the FLOPs dropped
 compile   wall time of the first call: optimize against torch.compile, nothing cached
 detect    time to capture a 32-layer Llama, and to find its regions
 ========  =============================================================================================================
@@ -82,34 +82,25 @@ def bench_vit(quick: bool, repeats: int, load: float | None) -> list[harness.Row
     """Encoder with patches dropped inside."""
     import tokcompile
 
-    towers: dict[str, Callable[[], Any]] = {_vit_name(quick): lambda: models.vit(quick)}
-    if not quick:
-        towers["ViT-S/14, trained"] = models.dinov2
-    size = 56 if quick else 224
+    model, size, name = models.vit(quick), 56 if quick else 224, _vit_name(quick)
     rows = []
-    for name, make in towers.items():
-        try:
-            model = make()
-        except RuntimeError as error:
-            print(f"vit: {name} left out: {error}", file=sys.stderr)
-            continue
-        for batch in (8, 1):
-            torch._dynamo.reset()
-            pixels = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
-            plain = torch.compile(model)
-            calls: dict[str, Callable[[], Any]] = {harness.BASELINE: lambda m=plain, x=pixels: m(pixel_values=x)}
-            optimized = {}
-            for recipe in ("vit_prune_30", "vit_prune_50"):
-                optimized[recipe] = tokcompile.optimize(model, recipe=recipe)
-                calls[recipe] = lambda m=optimized[recipe], x=pixels: m(pixel_values=x)
-            times = harness.interleaved(calls, repeats * (4 if batch == 1 else 1))
-            tokens, base = (size // 14) ** 2 + 1, times[harness.BASELINE]
-            rows.append(harness.row("vit", name, harness.BASELINE, base, batch=batch, tokens=tokens, load=load))
-            for recipe, keep in (("vit_prune_30", 0.78), ("vit_prune_50", 0.56)):
-                rows.append(harness.row(
-                    "vit", name, recipe, times[recipe], batch=batch, tokens=tokens, baseline=base, load=load,
-                    flop_ratio=tokcompile.report(optimized[recipe]).steps[0].flop_ratio,
-                    formula=models.vit_ratio(model, size, [keep] * 3, [0.25, 0.5, 0.75])))
+    for batch in (8, 1):
+        torch._dynamo.reset()
+        pixels = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+        plain = torch.compile(model)
+        calls: dict[str, Callable[[], Any]] = {harness.BASELINE: lambda m=plain, x=pixels: m(pixel_values=x)}
+        optimized = {}
+        for recipe in ("vit_prune_30", "vit_prune_50"):
+            optimized[recipe] = tokcompile.optimize(model, recipe=recipe)
+            calls[recipe] = lambda m=optimized[recipe], x=pixels: m(pixel_values=x)
+        times = harness.interleaved(calls, repeats * (4 if batch == 1 else 1))
+        tokens, base = (size // 14) ** 2 + 1, times[harness.BASELINE]
+        rows.append(harness.row("vit", name, harness.BASELINE, base, batch=batch, tokens=tokens, load=load))
+        for recipe, keep in (("vit_prune_30", 0.78), ("vit_prune_50", 0.56)):
+            rows.append(harness.row(
+                "vit", name, recipe, times[recipe], batch=batch, tokens=tokens, baseline=base, load=load,
+                flop_ratio=tokcompile.report(optimized[recipe]).steps[0].flop_ratio,
+                formula=models.vit_ratio(model, size, [keep] * 3, [0.25, 0.5, 0.75])))
     return rows
 
 
@@ -118,14 +109,13 @@ def _vit_name(quick: bool) -> str:
 
 
 COMPILED = {"vlm": ("vlm_prune_90", "vlm_random_90"), "vit": ("vit_prune_50",)}
-PLAIN = (harness.BASELINE, f"{harness.BASELINE} dynamic")
 
 
 def bench_compile(quick: bool, repeats: int, load: float | None) -> list[harness.Row]:
     """Wall time of the first call, each in a new process with an empty cache."""
     rows = []
     for name, recipes in COMPILED.items():
-        contestants = [*PLAIN, *recipes] if name == "vlm" else [PLAIN[0], *recipes]
+        contestants = [harness.BASELINE, *recipes]
         times: dict[str, list[float]] = {c: [] for c in contestants}
         tokens = batch = 0
         for _ in range(repeats):
@@ -137,7 +127,7 @@ def bench_compile(quick: bool, repeats: int, load: float | None) -> list[harness
         for contestant in contestants:
             rows.append(harness.row(
                 "compile", title, contestant, times[contestant], batch=batch, tokens=tokens, load=load,
-                baseline=None if contestant == PLAIN[0] else times[PLAIN[0]]))
+                baseline=None if contestant == harness.BASELINE else times[harness.BASELINE]))
     return rows
 
 
@@ -155,8 +145,8 @@ def first_call(case: str, recipe: str, quick: bool) -> dict[str, Any]:
         kwargs, tokens = {"pixel_values": torch.randn(batch, 3, size, size)}, (size // 14) ** 2 + 1
     with torch.inference_mode():
         started = time.perf_counter()
-        if recipe in PLAIN:
-            compiled = torch.compile(model, dynamic=True if recipe == PLAIN[1] else None)
+        if recipe == harness.BASELINE:
+            compiled = torch.compile(model)
         else:
             compiled = tokcompile.optimize(model, recipe=recipe)
         compiled(**kwargs)
@@ -202,7 +192,7 @@ def bench_detect(quick: bool, repeats: int, load: float | None) -> list[harness.
 
 
 BENCHMARKS: dict[str, tuple[Callable[..., list[harness.Row]], int]] = {
-    "vlm": (bench_vlm, 15), "vit": (bench_vit, 30), "compile": (bench_compile, 3), "detect": (bench_detect, 5),
+    "vlm": (bench_vlm, 15), "vit": (bench_vit, 15), "compile": (bench_compile, 1), "detect": (bench_detect, 5),
 }
 """Name -> (function, rounds)."""
 
