@@ -1,6 +1,7 @@
 # Set-up and run, from nothing but Python 3.11+ and make. A second run skips what is already there.
 #   make demo    the demonstration       make test    the fast tests      make check   lint, types and tests
-#   make bench   the benchmarks          make clean   remove what was made
+#   make bench   the benchmarks          make docs    the documentation, into build/docs
+#   make clean   remove what was made
 # PYTHON=python3.12 chooses another interpreter, ARGS="-k recipes" is handed to pytest, the demo or the benchmarks.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ JOBS   ?= 2
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check lint types bench clean
+.PHONY: demo test check lint types bench docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -35,6 +36,11 @@ types: $(VENV)/.dev
 bench: $(VENV)/.demo
 	$(PY) benchmarks/run.py $(ARGS)
 
+docs: $(VENV)/.docs
+	$(PY) docs/generate.py
+	$(PY) -m mkdocs build --quiet
+	@echo build/docs/index.html
+
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -49,6 +55,10 @@ $(VENV)/.torch: constraints.txt
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) -e '.[dev,onnx]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(PIP) -e '.[docs]'
 	@touch $@
 
 # the weights of the demonstration come in two packages; of their dependencies it needs none

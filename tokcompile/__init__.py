@@ -7,21 +7,38 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokcompile.api import explain, optimize, record, report
-    from tokcompile.errors import CacheError, CaptureError, NarrowError, NoMatchError, RecipeError, TokcompileError
+    from tokcompile.benching import bench
+    from tokcompile.calibration import calibrate
+    from tokcompile.errors import (
+        CacheError,
+        CalibrationError,
+        CaptureError,
+        ExportError,
+        NarrowError,
+        NoMatchError,
+        RecipeError,
+        TokcompileError,
+    )
+    from tokcompile.onnx_export import ExportReport, export_onnx
     from tokcompile.recipes import Recipe
     from tokcompile.reporting import Report
+    from tokcompile.serving import OnnxModel
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "explain": "api", "optimize": "api", "record": "api", "report": "api",
-    "CacheError": "errors", "CaptureError": "errors", "NarrowError": "errors", "NoMatchError": "errors",
-    "RecipeError": "errors", "TokcompileError": "errors",
+    "bench": "benching", "calibrate": "calibration",
+    "ExportReport": "onnx_export", "export_onnx": "onnx_export", "OnnxModel": "serving",
+    "CacheError": "errors", "CalibrationError": "errors", "CaptureError": "errors", "ExportError": "errors",
+    "NarrowError": "errors",
+    "NoMatchError": "errors", "RecipeError": "errors", "TokcompileError": "errors",
     "Recipe": "recipes", "Report": "reporting",
 }
 
-__all__ = ["CacheError", "CaptureError", "NarrowError", "NoMatchError", "Recipe", "RecipeError", "Report",
-           "TokcompileError", "explain", "optimize", "record", "report"]
+__all__ = ["CacheError", "CalibrationError", "CaptureError", "ExportError", "ExportReport", "NarrowError",
+           "NoMatchError", "OnnxModel", "Recipe", "RecipeError", "Report", "TokcompileError", "bench", "calibrate",
+           "explain", "export_onnx", "optimize", "record", "report"]
 
 
 def __getattr__(name: str) -> Any:
