@@ -72,7 +72,7 @@ def check_numbers(scale: float | None, softcap: float) -> None:
 
 
 def check_range(name: str, index: Tensor, size: int) -> None:
-    """Raise ValueError unless -1 <= index < size. Only on the host: on a device it would have to wait for the answer."""
+    """Raise ValueError unless -1 <= index < size. Only on the host: a device would have to be waited for."""
     if index.device.type != "cpu" or index.numel() == 0:
         return
     low, high = (int(i) for i in index.aminmax())

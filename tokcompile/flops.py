@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 
@@ -23,25 +24,37 @@ def _numel(sizes: list[int]) -> int:
 
 
 def node_flops(node: fx.Node) -> int:
-    """Multiply-adds x 2 of one node; 0 for everything that is not a contraction."""
+    """Multiply-adds x 2 of one node; 0 for everything that is not a contraction.
+
+    Operations of a kernel say it themselves, with ``torch.utils.flop_counter.register_flop_formula``.
+    """
     value = node.meta.get("val")
-    if node.op != "call_function" or not isinstance(value, torch.Tensor):
+    if node.op != "call_function":
         return 0
     target = node.target
-    if target in (aten.linear.default, aten.mm.default, aten.bmm.default, aten.matmul.default):
+    if target in (aten.linear.default, aten.matmul.default):
         inner = _hints(node.args[0].meta["val"])[-1]  # type: ignore[union-attr]
-        return 2 * _numel(_hints(value)) * inner
-    if target in (aten.addmm.default, aten.baddbmm.default):
-        inner = _hints(node.args[1].meta["val"])[-1]  # type: ignore[union-attr]
         return 2 * _numel(_hints(value)) * inner
     if target is aten.scaled_dot_product_attention.default:
         query = _hints(node.args[0].meta["val"])  # type: ignore[union-attr]
         keys = _hints(node.args[1].meta["val"])[-2]  # type: ignore[union-attr]
         return 2 * _numel(query) * keys + 2 * _numel(_hints(value)) * keys
-    if target in (aten.conv2d.default, aten.convolution.default, aten.conv1d.default, aten.conv3d.default):
+    if target in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default):
         weight = _hints(node.args[1].meta["val"])  # type: ignore[union-attr]
         return 2 * _numel(_hints(value)) * _numel(weight[1:])
-    return 0
+    if target in (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input):
+        given, weight = (_hints(n.meta["val"]) for n in node.args[:2])  # type: ignore[union-attr]
+        return 2 * _numel(given) * _numel(weight[1:])
+    formula = flop_registry.get(getattr(target, "overloadpacket", None))
+    if formula is None:
+        return 0
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _sizes(n.meta["val"]))
+    return int(formula(*args, **kwargs, out_val=_sizes(value)))
+
+
+def _sizes(value: Any) -> Any:
+    """Sizes of a tensor as a list; a number as it is."""
+    return _hints(value) if isinstance(value, torch.Tensor) else value
 
 
 def graph_flops(graph: fx.Graph) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.flop_counter import register_flop_formula
 
 from ..activation import activate, check_activation, slope
 from ..launch import runs_on
@@ -223,3 +224,11 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 grouped_ffn.register_autograd(_differentiate, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.tokcompile.grouped_ffn)
+def _(x: list[int], index: list[int], weight: list[int], gate_up: list[int], down: list[int], *_: object,
+      **__: object) -> int:
+    """Products of all slots; empty ones count too, since no shape shows them."""
+    slots, width = index[0] * index[1], x[1]
+    return 2 * slots * width * (gate_up[1] + down[2])

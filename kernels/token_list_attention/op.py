@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ..attend import check_heads, check_numbers, check_range, differ, kernel_limits, shape_of, wide
 from ..launch import runs_on
@@ -116,3 +117,10 @@ def supports(
     """Whether the Triton kernel can run on these arguments, and why not."""
     ok, reason = runs_on(query)
     return kernel_limits(query, value) if ok else (ok, reason)
+
+
+@register_flop_formula(torch.ops.tokcompile.token_list_attention)
+def _(query: list[int], key: list[int], value: list[int], index: list[int], *_: object, **__: object) -> int:
+    """Products with the listed keys and values; empty slots count too, since no shape shows them."""
+    batch, heads, queries, width = query
+    return 2 * batch * heads * queries * index[2] * (width + value[3])
