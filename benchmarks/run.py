@@ -145,10 +145,7 @@ def first_call(case: str, recipe: str, quick: bool) -> dict[str, Any]:
         kwargs, tokens = {"pixel_values": torch.randn(batch, 3, size, size)}, (size // 14) ** 2 + 1
     with torch.inference_mode():
         started = time.perf_counter()
-        if recipe == harness.BASELINE:
-            compiled = torch.compile(model)
-        else:
-            compiled = tokcompile.optimize(model, recipe=recipe)
+        compiled = torch.compile(model) if recipe == harness.BASELINE else tokcompile.optimize(model, recipe=recipe)
         compiled(**kwargs)
         seconds = time.perf_counter() - started
     return {"ms": seconds * 1e3, "tokens": tokens, "batch": batch}

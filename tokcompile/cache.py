@@ -8,7 +8,8 @@ still holds. Beam search, row selection and cropping treat keys and positions al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from inspect import Parameter
 from typing import Any
 
 import torch
@@ -109,6 +110,16 @@ class PrunedLayer(DynamicLayer):
         super().crop(tokens_to_remove)
 
 
+def cache_argument(parameters: Mapping[str, Parameter]) -> str | None:
+    """The parameter of a forward that takes the cache: ``cache`` from transformers 5.24 on, ``past_key_values`` before.
+
+    None where there is none. Another ``cache``, in a model of one's own, is not annotated as a ``Cache``.
+    """
+    if "past_key_values" in parameters:
+        return "past_key_values"
+    return "cache" if "cache" in parameters and "Cache" in str(parameters["cache"].annotation) else None
+
+
 def adopt(cache: Cache) -> None:
     """Give ``cache`` layers that can be pruned, in place.
 
@@ -119,7 +130,7 @@ def adopt(cache: Cache) -> None:
     if not isinstance(cache, DynamicCache):
         raise CacheError(f"{type(cache).__name__} cannot hold fewer tokens in some rows or layers (its layers have one "
                          "preallocated length); use the default dynamic cache: drop cache_implementation, or pass "
-                         "past_key_values=DynamicCache(config=model.config)")
+                         "a DynamicCache(config=model.config)")
     if cache.offloading:
         raise CacheError("an offloaded cache moves layers between devices inside the compiled graph; use the default "
                          "dynamic cache: drop cache_implementation='offloaded'")

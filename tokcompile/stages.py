@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from tokcompile.cache import adopt, append_held, layers_of, note_held
+from tokcompile.cache import adopt, append_held, cache_argument, layers_of, note_held
 from tokcompile.capture import DYNAMO_CONFIG
 from tokcompile.errors import TokcompileError
 from tokcompile.session import Session
@@ -64,7 +64,7 @@ def install(model: nn.Module, session: Session) -> None:
     """Give ``model`` a forward that captures, rewrites and runs the original one."""
     original = type(model).forward
     parameters = inspect.signature(original).parameters
-    session.tracks_cache = "past_key_values" in parameters and any(
+    session.tracks_cache = cache_argument(parameters) is not None and any(
         method.regions in ("merge_point", "decoder_stack") for _, method in session.passes)
     run = _Stages(original, session)
 
@@ -248,7 +248,8 @@ class _Stages:
     def __init__(self, original: Callable[..., Any], session: Session) -> None:
         self.original, self.session = original, session
         parameters = inspect.signature(original).parameters
-        self.takes_features, self.takes_cache = "mm_encoder_outputs" in parameters, "past_key_values" in parameters
+        self.takes_features, self.cache_name = "mm_encoder_outputs" in parameters, cache_argument(parameters) or ""
+        cache_name = self.cache_name
 
         def plain(model: nn.Module, kwargs: dict[str, Any]) -> Any:
             return original(model, **kwargs)
@@ -258,7 +259,7 @@ class _Stages:
             marked = None if scores is None else torch.ops.tokcompile.visual_scores(scores)
             result = original(model, **kwargs)
             held = []
-            for layer in kwargs["past_key_values"].layers:
+            for layer in kwargs[cache_name].layers:
                 if layer.is_initialized:
                     rows, length = layer.keys.shape[0], layer.keys.shape[-2]
                     positions = torch.arange(length, device=layer.keys.device)[None].expand(rows, length)
@@ -277,6 +278,9 @@ class _Stages:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs = _by_name(self.original, model, args, kwargs)
+        if self.cache_name == "cache" and "past_key_values" in kwargs:  # its older name
+            kwargs = {**kwargs, "cache": kwargs["past_key_values"]}
+            del kwargs["past_key_values"]
         if self.takes_features and kwargs.get("mm_encoder_outputs") is None:
             kwargs = model._prepare_multimodal_encoder_kwargs_for_generation(dict(kwargs))  # type: ignore[operator]
             if not kwargs.get("mm_encoder_outputs"):
@@ -284,9 +288,9 @@ class _Stages:
         if self.session.tracks_cache:
             return self._with_cache(model, kwargs)
         name, function = "forward", self.plain
-        if self.takes_cache:
+        if self.cache_name:
             name = "prefill"
-            cache = kwargs.get("past_key_values")
+            cache = kwargs.get(self.cache_name)
             if cache is not None and cache.get_seq_length() > 0 and _tokens(kwargs).shape[1] == 1:
                 name, function = "decode", self.decode
         return self._stage(name, function, model, kwargs)
@@ -297,13 +301,13 @@ class _Stages:
             config: Any = getattr(model, "config", None)
             text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
             use_cache = bool(getattr(text, "use_cache", True))
-        if kwargs.get("past_key_values") is None:
+        if kwargs.get(self.cache_name) is None:
             if not use_cache:
                 return self._stage("prefill", self.uncached, model, kwargs).result
             from transformers import DynamicCache
 
-            kwargs = {**kwargs, "past_key_values": DynamicCache(config=model.config)}  # type: ignore[arg-type]
-        cache = kwargs["past_key_values"]
+            kwargs = {**kwargs, self.cache_name: DynamicCache(config=model.config)}  # type: ignore[arg-type]
+        cache = kwargs[self.cache_name]
         adopt(cache)
         count = _tokens(kwargs).shape[1]
         if count == 1:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tokcompile.cache import Held, PrunedLayer
+from tokcompile.cache import Held, PrunedLayer, cache_argument
 from tokcompile.errors import ExportError
 from tokcompile.onnx_export.lowering import Stage
 
@@ -160,7 +160,8 @@ def _sliding(model: nn.Module, layers: int) -> list[bool]:
 def generates(model: nn.Module) -> bool:
     """Whether ``model`` is a causal language model (with or without images) of transformers."""
     can = getattr(model, "can_generate", None)
-    return bool(can is not None and can()) and "past_key_values" in inspect.signature(type(model).forward).parameters
+    return bool(can is not None and can()) and cache_argument(
+        inspect.signature(type(model).forward).parameters) is not None
 
 
 def check_kind(model: nn.Module) -> None:
