@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         RecipeError,
         TokcompileError,
     )
+    from tokcompile.evaluation import evaluate
     from tokcompile.onnx_export import ExportReport, export_onnx
     from tokcompile.recipes import Recipe
     from tokcompile.reporting import Report
@@ -28,7 +29,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "explain": "api", "optimize": "api", "record": "api", "report": "api",
-    "bench": "benching", "calibrate": "calibration",
+    "bench": "benching", "calibrate": "calibration", "evaluate": "evaluation",
     "ExportReport": "onnx_export", "export_onnx": "onnx_export", "OnnxModel": "serving",
     "CacheError": "errors", "CalibrationError": "errors", "CaptureError": "errors", "ExportError": "errors",
     "NarrowError": "errors",
@@ -38,7 +39,7 @@ _EXPORTS = {
 
 __all__ = ["CacheError", "CalibrationError", "CaptureError", "ExportError", "ExportReport", "NarrowError",
            "NoMatchError", "OnnxModel", "Recipe", "RecipeError", "Report", "TokcompileError", "bench", "calibrate",
-           "explain", "export_onnx", "optimize", "record", "report"]
+           "evaluate", "explain", "export_onnx", "optimize", "record", "report"]
 
 
 def __getattr__(name: str) -> Any:

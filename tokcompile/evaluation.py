@@ -1,0 +1,624 @@
+"""Quality of recipes against the dense model on the same items: :func:`evaluate`.
+
+Protocol only: models and data come from the caller. Every candidate sees the same items as the dense model, so all
+comparisons are paired; intervals come from a bootstrap over items. A recipe is also compared with its controls at the
+same budget: a random choice (three seeds) and pooling. What was measured is appended to a journal beside the result
+file, so an interrupted run goes on where it stopped.
+
+    task = Task("quiz", items, observe=answer, measures=[Measure("accuracy", judge=right)])
+    result = evaluate(model, [task], ["vlm_prune_90"], results="quality.csv")
+    print(result)
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from tokcompile.benching import load, quantile, versions
+from tokcompile.errors import TokcompileError
+from tokcompile.recipes import Recipe
+from tokcompile.registry import get_pass
+
+Array = npt.NDArray[np.float64]
+#: Statistics of items ``[n, k]`` -> the figure, see :class:`Measure`.
+Score = Callable[[Array], float]
+#: Called with what is being measured, items done, and items in all.
+Progress = Callable[[str, int, int], None]
+Role = Literal["dense", "method", "random", "pool"]
+
+DENSE = "dense"
+#: Region kind that a pass targets -> the passes that are its controls.
+CONTROLS = {"merge_point": {"random": "random", "pool": "pool"},
+            "vision_encoder": {"random": "patch_random", "pool": "patch_pool"}}
+
+
+# ------------------------------------------------------------------------------------------------------------ tasks
+
+
+def mean_percent(stats: Array) -> float:
+    """100 x the mean of the first column."""
+    return 100 * float(stats[:, 0].mean())
+
+
+def ratio_percent(stats: Array) -> float:
+    """100 x sum of column 0 / sum of column 1 (errors / words)."""
+    return 100 * float(stats[:, 0].sum() / stats[:, 1].sum())
+
+
+def perplexity(stats: Array) -> float:
+    """exp(sum of column 0 / sum of column 1): negative log-likelihoods in nats, and tokens."""
+    return math.exp(float(stats[:, 0].sum() / stats[:, 1].sum()))
+
+
+def as_is(observed: Sequence[Any], dense: Sequence[Any]) -> Array:
+    """Each observation is the statistics of its item."""
+    return np.asarray([np.atleast_1d(np.asarray(one, dtype=np.float64)) for one in observed])
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure of a task.
+
+    Attributes:
+        name: of the figure, "accuracy" say; unit: "%" or "".
+        judge: (observations of a candidate, those of the dense model), both one for each item -> float ``[n, k]``.
+        score: statistics ``[n, k]`` of any sample of items -> the figure. A mean, a ratio of sums, a correlation.
+        higher_is_better: False for perplexity or an error rate.
+    """
+
+    name: str
+    judge: Callable[[Sequence[Any], Sequence[Any]], Array] = as_is
+    score: Score = mean_percent
+    unit: str = "%"
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class Task:
+    """Items, what a model does with one, and the figures that follow.
+
+    Attributes:
+        name: of the task; one name, one set of items.
+        items: what is asked, one after the other. An item is also the unit of the bootstrap: items have to be
+            independent of each other.
+        observe: (model, item) -> what it did: an answer, features, log-likelihoods. Runs without gradients.
+        measures: at least one.
+        calibration: inputs for passes that need them (:func:`tokcompile.calibrate`), disjoint from ``items``.
+        version: change it when items or ``observe`` change, so that old journal entries are not used.
+        note: what a reader should know, "small sample" say.
+    """
+
+    name: str
+    items: Sequence[Any]
+    observe: Callable[[Any, Any], Any]
+    measures: Sequence[Measure]
+    calibration: Iterable[Any] | None = None
+    version: str = "1"
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is measured: a recipe, or a model that is ready.
+
+    Attributes:
+        name: in the results. recipe: None for a ready model and for the dense one.
+        role: "method", or the control that it is. model: a ready model. seed: of a random control.
+    """
+
+    name: str
+    recipe: Recipe | None = None
+    role: Role = "method"
+    model: Any = None
+    seed: int | None = None
+
+    @property
+    def key(self) -> str:
+        """The same for candidates that do the same: their steps, and the source of the passes."""
+        if self.recipe is None:
+            return self.name
+        sources = {inspect.getsourcefile(get_pass(step.pass_)) for step in self.recipe.steps}
+        code = hashlib.sha256(b"".join(Path(s).read_bytes() for s in sorted(filter(None, sources)))).hexdigest()[:12]
+        return f"{self.recipe.model_dump_json(exclude={'description'})} {code}"
+
+
+def controls(recipe: Recipe, seeds: Sequence[int] = (0, 1, 2)) -> list[Candidate]:
+    """The controls of a recipe at its budget: random choices and pooling in place of its one step that chooses tokens.
+
+    A control takes the parameters that it shares with the method (``keep``, ``at``). None for a recipe with no such
+    step, with several, or that is a control itself.
+    """
+    steps = [(i, s) for i, s in enumerate(recipe.steps) if CONTROLS.get(get_pass(s.pass_).regions)
+             and "keep" in get_pass(s.pass_).Params.model_fields]
+    if len(steps) != 1:
+        return []
+    index, step = steps[0]
+    kinds = CONTROLS[get_pass(step.pass_).regions]
+    if step.pass_ in kinds.values():
+        return []
+    document = _document(recipe)
+    given = document["steps"][index]["params"]
+    found = []
+    for role, name in kinds.items():
+        known = get_pass(name).Params.model_fields
+        shared = {key: value for key, value in given.items() if key in known and key != "seed"}
+        for seed in seeds if role == "random" else (None,):
+            params = shared if seed is None else {**shared, "seed": seed}
+            changed = {**document["steps"][index], "pass": name, "params": params}
+            steps_ = [*document["steps"][:index], changed, *document["steps"][index + 1:]]
+            control = Recipe.load({**document, "description": f"{role} control", "steps": steps_})
+            label = f"{name} " + " ".join(f"{key}={_short(value)}" for key, value in params.items())
+            found.append(Candidate(label, control, "random" if role == "random" else "pool", seed=seed))
+    return found
+
+
+def _document(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as the mapping that :meth:`Recipe.load` takes."""
+    document: dict[str, Any] = json.loads(recipe.model_dump_json(exclude={"name"}, by_alias=True, exclude_none=True))
+    return document
+
+
+# -------------------------------------------------------------------------------------------------------- bootstrap
+
+
+def bootstrap(difference: Callable[[npt.NDArray[np.int64]], float], items: int, *, resamples: int = 2000,
+              level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Percentile interval of ``difference(rows)`` over samples of ``items`` rows drawn with replacement.
+
+    Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13.
+    """
+    generator = np.random.default_rng(seed)
+    found = sorted(difference(generator.integers(0, items, items)) for _ in range(resamples))
+    finite = [value for value in found if math.isfinite(value)]
+    if not finite:
+        return math.nan, math.nan
+    return quantile(finite, (1 - level) / 2), quantile(finite, (1 + level) / 2)
+
+
+def interval(score: Score, stats: Array, *, resamples: int = 2000, level: float = 0.95,
+             seed: int = 0) -> tuple[float, float]:
+    """Bootstrap interval of one figure over its items."""
+    return bootstrap(lambda rows: score(stats[rows]), len(stats), resamples=resamples, level=level, seed=seed)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference of figures, first minus second, with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def verdict(self, higher_is_better: bool = True) -> str:
+        """"better" or "worse" where the interval leaves out 0, else "same"."""
+        if not (math.isfinite(self.low) and math.isfinite(self.high)) or self.low <= 0 <= self.high:
+            return "same"
+        return "better" if (self.low > 0) == higher_is_better else "worse"
+
+
+def compare(score: Score, first: Array, others: Sequence[Array], *, resamples: int = 2000, level: float = 0.95,
+            seed: int = 0) -> Difference:
+    """``score(first)`` minus the mean of ``score`` over ``others`` (the seeds of a control) on the same items.
+
+    Args:
+        first: ``[n, k]``. others: arrays of the same ``n``, item by item.
+        resamples, level, seed: of the bootstrap over items.
+
+    Raises:
+        TokcompileError: not the same number of items.
+    """
+    if not others or any(len(other) != len(first) for other in others):
+        raise TokcompileError(f"a paired comparison needs the same items: {len(first)} and "
+                              f"{[len(other) for other in others]}")
+
+    def difference(rows: npt.NDArray[np.int64]) -> float:
+        return score(first[rows]) - sum(score(other[rows]) for other in others) / len(others)
+
+    low, high = bootstrap(difference, len(first), resamples=resamples, level=level, seed=seed)
+    return Difference(difference(np.arange(len(first))), low, high)
+
+
+# ---------------------------------------------------------------------------------------------------------- results
+
+
+@dataclass
+class EvalRow:
+    """One figure of one candidate: a line of the result file.
+
+    Attributes:
+        model, task, metric, unit, higher_is_better, items: what was measured.
+        candidate, role, seed: see :class:`Candidate`.
+        tokens_before, tokens_after, flop_ratio: of the changed part, from tokcompile's report (of the last input seen).
+        value: the figure. low, high: its own interval. dense: the dense model's.
+        relative: value / dense (dense / value where lower is better), so 1 is "as good".
+        minus_dense, minus_random, minus_pool: paired differences, each with ``_low`` and ``_high``; random is the mean
+            over its seeds.
+        random, pool: figures of the controls. random_min, random_max: over the seeds.
+        against_random, against_pool, against_dense: "better", "worse" or "same" (the interval holds 0).
+        ms: median wall time of one item, in this run; the machine may have been busy (load).
+        status: "measured", "refused" (tokcompile says why in ``reason``) or "failed" (an error, in ``reason``).
+    """
+
+    model: str
+    task: str
+    metric: str
+    candidate: str
+    role: str
+    seed: int | None = None
+    unit: str = ""
+    higher_is_better: bool = True
+    items: int = 0
+    tokens_before: float | None = None
+    tokens_after: float | None = None
+    flop_ratio: float | None = None
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    dense: float | None = None
+    relative: float | None = None
+    minus_dense: float | None = None
+    minus_dense_low: float | None = None
+    minus_dense_high: float | None = None
+    against_dense: str = ""
+    random: float | None = None
+    random_min: float | None = None
+    random_max: float | None = None
+    minus_random: float | None = None
+    minus_random_low: float | None = None
+    minus_random_high: float | None = None
+    against_random: str = ""
+    pool: float | None = None
+    minus_pool: float | None = None
+    minus_pool_low: float | None = None
+    minus_pool_high: float | None = None
+    against_pool: str = ""
+    ms: float | None = None
+    status: str = "measured"
+    reason: str = ""
+    load: float | None = None
+    threads: int = 0
+    torch: str = ""
+    transformers: str = ""
+    tokcompile: str = ""
+
+
+COLUMNS = [f.name for f in fields(EvalRow)]
+
+
+@dataclass
+class Evaluation:
+    """Rows of all tasks, in order."""
+
+    rows: list[EvalRow] = field(default_factory=list)
+
+    def find(self, task: str, candidate: str, metric: str | None = None) -> EvalRow:
+        """The row of a candidate (the first figure, without ``metric``).
+
+        Raises:
+            KeyError: there is none.
+        """
+        for row in self.rows:
+            if (row.task, row.candidate) == (task, candidate) and metric in (None, row.metric):
+                return row
+        raise KeyError((task, candidate, metric))
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the rows; numbers with five significant digits."""
+        write_rows(path, self.rows)
+
+    def __str__(self) -> str:
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for column in ("task", "metric", "candidate", "tokens", "value", "minus dense", "minus random", "minus pool"):
+            table.add_column(column, overflow="fold")
+        for r in self.rows:
+            if r.status != "measured":
+                table.add_row(r.task, r.metric, r.candidate, "", r.status, r.reason)
+                continue
+            tokens = "" if r.tokens_before is None or r.tokens_after is None else \
+                f"{r.tokens_before:.0f} -> {r.tokens_after:.0f}"
+            table.add_row(r.task, r.metric, r.candidate, tokens, _digits(r.value),
+                          *(_interval(getattr(r, n), getattr(r, f"{n}_low"), getattr(r, f"{n}_high"))
+                            for n in ("minus_dense", "minus_random", "minus_pool")))
+        console = Console(file=io.StringIO(), width=160, color_system=None, markup=False, highlight=False)
+        console.print(table)
+        return "\n".join(line.rstrip() for line in console.file.getvalue().split("\n"))  # type: ignore[attr-defined]
+
+
+def write_rows(path: str | os.PathLike[str], rows: Iterable[EvalRow]) -> None:
+    """Write a result file."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with Path(path).open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: _digits(v) if isinstance(v, float) else "" if v is None else v
+                             for k, v in asdict(row).items()})
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[EvalRow]:
+    """Read a result file."""
+    kinds = {f.name: str(f.type) for f in fields(EvalRow)}
+
+    def typed(name: str, text: str) -> Any:
+        kind = kinds[name]
+        if not text and "None" in kind:
+            return None
+        if kind.startswith("float"):
+            return float(text)
+        if kind.startswith("int"):
+            return int(text)
+        return text == "True" if kind == "bool" else text
+
+    with Path(path).open(newline="") as file:
+        return [EvalRow(**{k: typed(k, v) for k, v in line.items() if k in kinds}) for line in csv.DictReader(file)]
+
+
+def _digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.5g}"
+
+
+def _interval(value: float | None, low: float | None, high: float | None) -> str:
+    return "" if value is None or low is None or high is None else f"{value:+.3g} [{low:+.3g}, {high:+.3g}]"
+
+
+def _short(value: Any) -> str:
+    return "/".join(map(_short, value)) if isinstance(value, list) else str(value)
+
+
+# ---------------------------------------------------------------------------------------------------------- journal
+
+
+@dataclass
+class Measured:
+    """What one candidate did on one task, as the journal keeps it."""
+
+    stats: dict[str, Array] = field(default_factory=dict)
+    ms: float | None = None
+    facts: dict[str, float | None] = field(default_factory=dict)
+    status: str = "measured"
+    reason: str = ""
+    load: float | None = None
+
+
+class Journal:
+    """Lines of JSON, one for each candidate and task, appended as they are measured. A broken last line is left out."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.entries: dict[str, Measured] = {}
+        if path is None or not path.exists():
+            return
+        for line in path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # a run was cut off while it wrote
+            stats = {k: np.asarray(v, dtype=np.float64) for k, v in entry.pop("stats").items()}
+            known = {f.name for f in fields(Measured)}
+            self.entries[entry["key"]] = Measured(stats, **{k: v for k, v in entry.items() if k in known})
+
+    def add(self, key: str, name: str, measured: Measured) -> None:
+        """Keep an entry; failures are kept for this run only, so that the next run tries again."""
+        self.entries[key] = measured
+        if self.path is None or measured.status == "failed":
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = {"key": key, "name": name, **{k: v for k, v in vars(measured).items() if k != "stats"},
+                "stats": {k: v.tolist() for k, v in measured.stats.items()}}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def journal_path(results: str | os.PathLike[str]) -> Path:
+    """Where the journal of a result file lies: ``quality.csv`` -> ``quality.local.jsonl``."""
+    return Path(results).with_suffix(".local.jsonl")
+
+
+# --------------------------------------------------------------------------------------------------------- evaluate
+
+
+def evaluate(model: nn.Module, tasks: Sequence[Task],
+             candidates: Sequence[Any] | Mapping[str, Any], *,
+             label: str | None = None, with_controls: bool = True, seeds: Sequence[int] = (0, 1, 2),
+             results: str | os.PathLike[str] | None = None, lowering: str = "eager", resamples: int = 2000,
+             level: float = 0.95, fresh: bool = False, progress: Progress | None = None) -> Evaluation:
+    """Measure candidates on tasks, item by item against the dense model and against controls at the same budget.
+
+    Args:
+        model: the dense model; it is left as it was.
+        tasks: see :class:`Task`.
+        candidates: recipes as :func:`tokcompile.optimize` takes them; or name -> recipe; or name -> a model that is
+            ready (what a recipe made, or anything else that ``observe`` can use).
+        label: name of the model in the results; left out, its class.
+        with_controls: measure the random (one for each of ``seeds``) and pooling controls of each recipe that chooses
+            tokens, see :func:`controls`.
+        results: CSV file to write after each candidate. Beside it a journal keeps the statistics of items; what it
+            holds already is not measured again. Rows of other models and tasks in the file stay.
+        lowering: of the recipes. "eager" compiles in seconds and gives the same figures as "inductor" up to rounding.
+        resamples, level: of the bootstrap.
+        fresh: measure anew what the journal holds.
+        progress: called with what is being measured, items done, items in all.
+
+    Returns:
+        The rows of these tasks. A recipe that tokcompile refuses has rows with the reason; an error in a candidate
+        gives rows with status "failed", and the others go on.
+
+    Raises:
+        TokcompileError: a bad argument: no tasks or candidates, a task without items, two with the same name.
+        RecipeError: a recipe is not valid.
+    """
+    label = label or type(model).__name__
+    named = _candidates(candidates)
+    if not tasks or len({t.name for t in tasks}) != len(tasks):
+        raise TokcompileError("evaluate needs tasks, each with a name of its own")
+    for task in tasks:
+        if not task.items or not task.measures:
+            raise TokcompileError(f"task {task.name!r} has no items or no measures")
+    journal = Journal(None if results is None else journal_path(results))
+    beside = {c.name: controls(c.recipe, seeds) if with_controls and c.recipe is not None else [] for c in named}
+    all_: dict[str, Candidate] = {}  # controls that methods share are measured once
+    for one in [Candidate(DENSE, role="dense"), *named, *(c for group in beside.values() for c in group)]:
+        all_.setdefault(one.key, one)
+    done: dict[str, list[EvalRow]] = {}
+    for task in tasks:
+        measured: dict[str, Measured] = {}
+        dense: list[Any] | None = None
+        for key, one in all_.items():
+            entry = _entry_key(label, task, key, lowering)
+            found = None if fresh else journal.entries.get(entry)
+            if found is None:
+                if dense is None:
+                    dense, seconds = _observe(model, task, f"{task.name}: {DENSE}", progress)
+                if one.role == "dense":
+                    stats = {m.name: m.judge(dense, dense) for m in task.measures}
+                    found = Measured(stats, quantile(seconds, 0.5) * 1e3, load=load())
+                else:
+                    found = _measure(model, one, task, dense, lowering, progress)
+                journal.add(entry, f"{label}/{task.name}/{one.name}", found)
+            measured[key] = found
+            done[task.name] = _rows(label, task, all_, measured, named, beside, resamples, level)
+            if results is not None:
+                _merge(results, label, done)
+    return Evaluation([row for task in tasks for row in done[task.name]])
+
+
+def _candidates(given: Sequence[Any] | Mapping[str, Any]) -> list[Candidate]:
+    pairs = list(given.items()) if isinstance(given, Mapping) else [(None, one) for one in given]
+    found = []
+    for name, one in pairs:
+        if isinstance(one, Candidate):
+            found.append(one)
+        elif isinstance(one, nn.Module):
+            found.append(Candidate(name or type(one).__name__, model=one))
+        else:
+            recipe = Recipe.load(one)
+            found.append(Candidate(name or recipe.name or (str(one) if isinstance(one, str) else ""), recipe))
+    names = [one.name for one in found]
+    if len(set(names)) != len(names) or not all(names) or DENSE in names:
+        raise TokcompileError(f"candidates need names that differ, and none may be {DENSE!r}: {names}")
+    return found
+
+
+def _entry_key(label: str, task: Task, candidate: str, lowering: str) -> str:
+    parts = [label, task.name, task.version, len(task.items), [m.name for m in task.measures], candidate, lowering]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def _observe(model: Any, task: Task, title: str, progress: Progress | None) -> tuple[list[Any], list[float]]:
+    observed, seconds = [], []
+    with torch.no_grad():
+        for number, item in enumerate(task.items):
+            if progress:
+                progress(title, number, len(task.items))
+            started = time.perf_counter()
+            observed.append(task.observe(model, item))
+            seconds.append(time.perf_counter() - started)
+    if progress:
+        progress(title, len(task.items), len(task.items))
+    return observed, seconds
+
+
+def _measure(model: nn.Module, one: Candidate, task: Task, dense: Sequence[Any], lowering: str,
+             progress: Progress | None) -> Measured:
+    from tokcompile.api import optimize, report
+
+    try:
+        changed = one.model
+        if one.recipe is not None:
+            needs = [getattr(get_pass(step.pass_), "calibration", "none") for step in one.recipe.steps]
+            takes = task.calibration if any(need != "none" for need in needs) else None
+            changed = optimize(model, one.recipe, lowering=lowering, calibration=takes)
+        observed, seconds = _observe(changed, task, f"{task.name}: {one.name}", progress)
+        stats = {m.name: m.judge(observed, dense) for m in task.measures}
+        facts: dict[str, float | None] = {}
+        if one.recipe is not None:
+            steps = report(changed).steps
+            facts["flop_ratio"] = max((s.flop_ratio for s in steps if s.flop_ratio), default=None)
+            for name in ("tokens_before", "tokens_after"):
+                facts[name] = next((float(s.details[name]) for s in steps
+                                    if isinstance(s.details.get(name), int | float)), None)
+        return Measured(stats, quantile(seconds, 0.5) * 1e3, facts, load=load())
+    except TokcompileError as error:
+        return Measured(status="refused", reason=" ".join(str(error).split()), load=load())
+    except Exception as error:  # one broken candidate must not take a long run down; the row says what happened
+        return Measured(status="failed", reason=" ".join(f"{type(error).__name__}: {error}".split())[:500], load=load())
+
+
+def _rows(label: str, task: Task, all_: Mapping[str, Candidate], measured: Mapping[str, Measured],
+          named: Sequence[Candidate], beside: Mapping[str, Sequence[Candidate]], resamples: int,
+          level: float) -> list[EvalRow]:
+    """Rows of what has been measured so far."""
+    origin = {k: v for k, v in versions().items() if k in COLUMNS}
+    names = {one.key: beside.get(one.name, ()) for one in named}
+    rows = []
+    for metric in task.measures:
+        def stats(key: str, metric: Measure = metric) -> Array | None:
+            found = measured.get(key)
+            return None if found is None or found.status != "measured" else found.stats[metric.name]
+
+        def differ(first: Array, others: Sequence[Array], metric: Measure = metric) -> Difference:
+            return compare(metric.score, first, others, resamples=resamples, level=level)
+
+        base = stats(DENSE)
+        for key, found in measured.items():
+            one = all_[key]
+            row = EvalRow(label, task.name, metric.name, one.name, one.role, one.seed, metric.unit,
+                          metric.higher_is_better, len(task.items), status=found.status, reason=found.reason,
+                          ms=found.ms, load=found.load, **found.facts, **origin)
+            rows.append(row)
+            mine = stats(key)
+            if mine is None:
+                continue
+            row.value = metric.score(mine)
+            row.low, row.high = interval(metric.score, mine, resamples=resamples, level=level)
+            if base is None or one.role == "dense":
+                continue
+            row.dense = metric.score(base)
+            better, worse = (row.value, row.dense) if metric.higher_is_better else (row.dense, row.value)
+            row.relative = better / worse if worse else None
+            _fill(row, "dense", differ(mine, [base]))
+            for role in ("random", "pool"):
+                others = [s for c in names.get(key, ()) if c.role == role and (s := stats(c.key)) is not None]
+                if not others:
+                    continue
+                values = [metric.score(other) for other in others]
+                setattr(row, role, sum(values) / len(values))
+                if role == "random":
+                    row.random_min, row.random_max = min(values), max(values)
+                _fill(row, role, differ(mine, others))
+    return rows
+
+
+def _fill(row: EvalRow, name: str, difference: Difference) -> None:
+    for suffix, value in (("", difference.value), ("_low", difference.low), ("_high", difference.high)):
+        setattr(row, f"minus_{name}{suffix}", value)
+    setattr(row, f"against_{name}", difference.verdict(row.higher_is_better))
+
+
+def _merge(path: str | os.PathLike[str], label: str, done: Mapping[str, Sequence[EvalRow]]) -> None:
+    """Write the rows of these tasks in place of their old ones; other rows of the file stay."""
+    old = read_rows(path) if Path(path).exists() else []
+    kept = [row for row in old if row.model != label or row.task not in done]
+    fresh = [row for rows in done.values() for row in rows]
+    names = {(row.task, row.candidate) for row in fresh}
+    # candidates of the same tasks that this run does not know stay too: files grow recipe by recipe
+    kept += [row for row in old if row.model == label and row.task in done and (row.task, row.candidate) not in names]
+    write_rows(path, [*kept, *fresh])
