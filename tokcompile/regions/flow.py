@@ -79,6 +79,10 @@ class Flow:
         found = self._writers.get(self._base.get(node, node), [])
         return [n for n in found if self.position[n] < self.position[reader]]
 
+    def written(self, node: fx.Node) -> bool:
+        """Whether anything writes to the memory of ``node``."""
+        return bool(self._writers.get(self._base.get(node, node)))
+
     # Reachability -----------------------------------------------------------------------------------------------
 
     def reaches(self, source: fx.Node, target: fx.Node) -> bool:
