@@ -93,7 +93,7 @@ def with_sink(output: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
 
 
 def read_attention(ctx: Context, region: Region) -> AttentionForm:
-    """The formula of an attention region. Puts views of the operands into the graph, which are dead until they are used.
+    """The formula of an attention region. Puts views of the operands into the graph, dead until they are used.
 
     Raises:
         NarrowError: it is another one; nothing was rewritten.
@@ -127,7 +127,7 @@ class _Reader:
     def _sdpa(self) -> AttentionForm:
         node = self.output
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
         if given.get("dropout_p"):
             raise self._refuse(node, f"dropout of {given['dropout_p']} on the attention weights; call model.eval()")
         query, key, value = given["query"], given["key"], given["value"]
