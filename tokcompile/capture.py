@@ -104,8 +104,15 @@ class _Inputs:
             size, stride = [self.number(s) for s in value.shape], [self.number(s) for s in value.stride()]
             with self.mode:
                 new = torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
-            return new.requires_grad_(value.requires_grad) if value.is_leaf else new
+            new.requires_grad_(value.requires_grad)
+            return new if value.is_leaf or not value.requires_grad else _with_history(new)
         return self.number(value)
+
+
+def _with_history(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` as the result of some operation: gradients flow to it, and it may be changed in place."""
+    with torch.enable_grad():
+        return torch._C._functions.DelayedError("an example input has no history", 1)(tensor)  # type: ignore
 
 
 def _hint(env: ShapeEnv, symbol: Any) -> int:
@@ -140,7 +147,14 @@ def from_dynamo(graph_module: fx.GraphModule) -> Captured:
 
     Args:
         graph_module: as given to a ``torch.compile`` backend; placeholders carry ``meta["example_value"]``.
+
+    Raises:
+        CaptureError: the graph cannot be rewritten (it checkpoints activations).
     """
+    if graph_module.graph.find_nodes(op="call_function", target=torch.ops.higher_order.tag_activation_checkpoint):
+        raise CaptureError("gradient checkpointing is on, and what a checkpoint recomputes cannot be rewritten: call "
+                           "model.gradient_checkpointing_disable() before training an optimized model (Inductor "
+                           "recomputes cheap activations anyway), or train with shorter sequences")
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     inputs = _Inputs(mode)
     fakes = [inputs.value(_example(node)) for node in graph_module.graph.nodes if node.op == "placeholder"]

@@ -339,6 +339,8 @@ class _Narrower:
                 self._map_index(node, position, axis, by_row)
         if node in self.flow.attention:
             self._mask_empty(node, *self.flow.attention[node])
+        if node.target is aten.cross_entropy_loss.default:
+            self._ignore_empty(node)
         if node.target is HELD:
             token = next((f.axis for f in self.flow.labels[node][1]), None)
             alive = self.alive(token, node) if token is not None else None
@@ -629,6 +631,21 @@ class _Narrower:
 
         hidden = inline(self.captured, hide, [node.args[0], alive_key], node)
         node.args = (hidden, *node.args[1:])
+
+    def _ignore_empty(self, loss: fx.Node) -> None:
+        """Empty slots have no label."""
+        logits, target = loss.args[:2]
+        axes = [f.axis for d in self.flow.labels[logits] for f in d]  # type: ignore[index]
+        token = next((a for a in axes if a is not None and a.kind == "token"), None)
+        alive = self.alive(token, loss) if token is not None else None
+        if alive is None:
+            return
+        ignored = loss.args[4] if len(loss.args) > 4 else -100
+        if axes.index(token) < axes.index(self.batch):
+            raise NarrowError("a loss over tokens by row cannot leave empty slots out", node=loss.name,
+                              path=module_path(loss), source=source_line(loss))
+        filled = inline(self.captured, lambda t, a: torch.where(a.reshape(t.shape), t, ignored), [target, alive], loss)
+        loss.args = (logits, filled, *loss.args[2:])
 
     def _detach_sizes(self, order: list[fx.Node]) -> None:
         """Sizes read off values below the cut, but used for what lies outside, keep their old value."""

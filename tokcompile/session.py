@@ -69,10 +69,13 @@ class Variant:
     inputs: list[HostSize | StateInput] = field(default_factory=list)
     prepared: PreparedState | None = None
 
+    def __post_init__(self) -> None:
+        self.forms = [_form(self._state(item)) for item in self.inputs if isinstance(item, StateInput)]
+
     def extra(self, args: Sequence[Any]) -> list[Any] | None:
         """What to append to ``args``: sizes and prepared state, and what the prologue computes from all of these.
 
-        None when this variant was made for other sizes, or for other (un)ragged rows.
+        None when this variant was made for other sizes, for other (un)ragged rows, or for state of another form.
         """
         found = [size(args) for size in self.sizes]
         if [r for _, r in found] != self.ragged or any(
@@ -80,6 +83,9 @@ class Variant:
             return None
         numbers = {id(size): n for size, (n, _) in zip(self.sizes, found, strict=True)}
         more = [numbers[id(item)] if isinstance(item, HostSize) else self._state(item) for item in self.inputs]
+        # Dynamo guards on the parameters that the model uses, and knows nothing of these
+        if [_form(v) for v, item in zip(more, self.inputs, strict=True) if isinstance(item, StateInput)] != self.forms:
+            return None
         if self.prologue is None:
             return more
         choose, inputs = self.prologue
@@ -90,6 +96,10 @@ class Variant:
     def _state(self, item: StateInput) -> torch.Tensor:
         assert self.prepared is not None
         return getattr(self.prepared.scope(item.pass_name, item.key), item.name)  # type: ignore[no-any-return]
+
+
+def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
 
 
 class Session:
@@ -122,6 +132,10 @@ class Session:
         self.report.steps = [StepReport(pass_name=step.pass_, status="structure_miss", matches=0, regions=[],
                                         reason="no graph was captured yet") for step, _ in self.passes]
         self._checked: set[int] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a copy starts without compiled graphs: they read the state of this session
+        return _session, (self.recipe, self.lowering, self.on_no_match, self.report.model, self.prepared)
 
     # .. the torch.compile backend
 
@@ -304,6 +318,11 @@ class Session:
             import warnings
 
             warnings.warn("\n".join(problems), stacklevel=3)
+
+
+def _session(recipe: Recipe | None, lowering: str, on_no_match: str, model: str,
+             state: PreparedState | None) -> Session:
+    return Session(recipe, lowering=lowering, on_no_match=on_no_match, model=model, state=state)
 
 
 def _merged(details: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -35,8 +35,17 @@ SESSION = "_tokcompile_session"
 
 
 def share(model: Model) -> Model:
-    """A copy of the module tree over the same parameter and buffer tensors."""
+    """A copy of the module tree over the memory of the same parameters and buffers.
+
+    Parameters are objects of their own, so ``.to()``, ``.requires_grad_()`` and ``.grad`` of the one leave the other
+    alone; what is written into them in place (an optimizer step, ``load_state_dict``) shows in both.
+    """
     memo: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter:  # others (quantised ones) know best what they are
+            alias = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+            alias.__dict__.update(parameter.__dict__)
+            memo[id(parameter)] = alias
     return copy.deepcopy(model, memo)
 
 
@@ -62,29 +71,17 @@ def run_once(model: nn.Module, inputs: Mapping[str, Any]) -> None:
 
 def install(model: nn.Module, session: Session) -> None:
     """Give ``model`` a forward that captures, rewrites and runs the original one."""
-    original = type(model).forward
-    parameters = inspect.signature(original).parameters
-    session.tracks_cache = cache_argument(parameters) is not None and any(
-        method.regions in ("merge_point", "decoder_stack") for _, method in session.passes)
-    run = _Stages(original, session)
-
-    bound = types.MethodType(original, model)
-
-    @functools.wraps(bound)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return run(model, args, kwargs)
-
-    model.forward = forward
+    stages = _Stages(type(model), session)
+    model.forward = _Forward(model, stages)
     if session.prepared is not None:
         model.add_module(NAMESPACE, session.prepared)
     object.__setattr__(model, SESSION, session)
     _settle(model)
     base = getattr(model, "base_model", None)
-    if "mm_encoder_outputs" in parameters and base is not None:
+    if stages.takes_features and base is not None:
         for name in ("get_image_features", "get_video_features"):
-            function = getattr(base, name, None)
-            if function is not None:
-                object.__setattr__(base, name, _encoder(base, name, session))
+            if getattr(base, name, None) is not None:
+                object.__setattr__(base, name, _Encoder(base, name, session))
 
 
 def _settle(model: nn.Module) -> None:
@@ -168,38 +165,55 @@ def _open_forms() -> Iterator[None]:
             os.environ |= {} if checks is None else {_CHECKS: checks}
 
 
-def _encoder(base: nn.Module, name: str, session: Session) -> Callable[..., Any]:
-    """The image encoder as a stage of its own; runs uncompiled where it cannot be captured."""
-    original = getattr(type(base), name)
+class _Forward:
+    """The forward of an optimized model. A copy of the model (or a pickle) gets one of its own, bound to the copy."""
 
-    def encode(base: nn.Module, kwargs: dict[str, Any]) -> Any:
-        return original(base, **kwargs), None
+    def __init__(self, owner: nn.Module, stages: _Stages) -> None:
+        self.owner, self.stages = owner, stages
+        functools.update_wrapper(self, types.MethodType(stages.original, owner))
 
-    def encode_and_score(base: nn.Module, kwargs: dict[str, Any]) -> Any:
-        result = original(base, **kwargs)
-        rows = torch.cat([f.reshape(-1, f.shape[-1]) for f in result.pooler_output])
-        return result, torch.ops.tokcompile.feature_scores(rows)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.stages(self.owner, args, kwargs)
 
-    compiled: Callable[..., Any] | None = _compiled(
-        encode_and_score if session.wants_scores else encode, session)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Forward, (self.owner, self.stages)
 
-    @functools.wraps(types.MethodType(original, base))
-    def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal compiled
-        kwargs = _by_name(original, base, args, kwargs)
-        if compiled is not None:
+
+class _Encoder:
+    """The image encoder ``base.<name>`` as a stage of its own; runs uncompiled where it cannot be captured."""
+
+    def __init__(self, base: nn.Module, name: str, session: Session) -> None:
+        self.base, self.name, self.session = base, name, session
+        self.original = original = getattr(type(base), name)
+        functools.update_wrapper(self, types.MethodType(original, base))
+
+        def encode(base: nn.Module, kwargs: dict[str, Any]) -> Any:
+            return original(base, **kwargs), None
+
+        def encode_and_score(base: nn.Module, kwargs: dict[str, Any]) -> Any:
+            result = original(base, **kwargs)
+            rows = torch.cat([f.reshape(-1, f.shape[-1]) for f in result.pooler_output])
+            return result, torch.ops.tokcompile.feature_scores(rows)
+
+        self.compiled: Callable[..., Any] | None = _compiled(
+            encode_and_score if session.wants_scores else encode, session)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs = _by_name(self.original, self.base, args, kwargs)
+        if self.compiled is not None:
             try:
-                with session.at_stage("encoder"):
-                    result, scores = compiled(base, kwargs)
-                if session.scored_features:
+                with self.session.at_stage("encoder"):
+                    result, scores = self.compiled(self.base, kwargs)
+                if self.session.scored_features:
                     _attach(result, scores)
                 return result
             except _CAPTURE_FAILURES as error:
-                session.note_uncaptured("encoder", error)
-                compiled = None
-        return original(base, **kwargs)
+                self.session.note_uncaptured("encoder", error)
+                self.compiled = None
+        return self.original(self.base, **kwargs)
 
-    return call
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Encoder, (self.base, self.name, self.session)
 
 
 def _attach(result: Any, scores: torch.Tensor) -> None:
@@ -245,11 +259,14 @@ def _by_name(function: Callable[..., Any], owner: Any, args: tuple[Any, ...], kw
 class _Stages:
     """Runs one call: image encoder first, then the captured forward, with the cache told what it holds."""
 
-    def __init__(self, original: Callable[..., Any], session: Session) -> None:
-        self.original, self.session = original, session
+    def __init__(self, kind: type[nn.Module], session: Session) -> None:
+        self.kind, self.session = kind, session
+        self.original = original = kind.forward
         parameters = inspect.signature(original).parameters
         self.takes_features, self.cache_name = "mm_encoder_outputs" in parameters, cache_argument(parameters) or ""
         cache_name = self.cache_name
+        session.tracks_cache = bool(cache_name) and any(
+            method.regions in ("merge_point", "decoder_stack") for _, method in session.passes)
 
         def plain(model: nn.Module, kwargs: dict[str, Any]) -> Any:
             return original(model, **kwargs)
@@ -275,6 +292,9 @@ class _Stages:
         self.tracked = _compiled(tracked, session)
         self.uncached = _compiled(uncached, session)
         self.failed: set[str] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Stages, (self.kind, self.session)
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs = _by_name(self.original, model, args, kwargs)

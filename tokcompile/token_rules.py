@@ -565,6 +565,21 @@ def _index(self: Follower, node: fx.Node) -> Any:
     return (*dims[: positions[0]], *made, *dims[positions[-1] + 1:])
 
 
+@rule(aten.cross_entropy_loss.default)
+def _cross_entropy(self: Follower, node: fx.Node) -> Any:
+    """``cross_entropy_loss(logits [N, C, ...], target [N, ...])``: the loss of the tokens that are left."""
+    logits, target = node.args[:2]
+    rank = len(shape_of(logits))
+    if len(shape_of(target)) == rank:
+        raise self.refuse(node, "a loss against probabilities is not followed; labels are")
+    keys = ["n", "c", *range(rank - 2)] if rank > 1 else ["c"]
+    places = [k for k in keys if k != "c"]
+    table = self.align(node, [(logits, keys), (target, places)])
+    if is_token(table.get("c", plain(1))):
+        raise self.refuse(node, "the classes of a loss are tokens")
+    return self.output(node, places, table) if shape_of(node) else ()
+
+
 @rule(*overloads("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose2d", "avg_pool2d", "max_pool2d", "pad",
                  "constant_pad_nd", "unfold", "im2col", "interpolate", "upsample_bilinear2d", "upsample_bicubic2d",
                  "adaptive_avg_pool1d", "adaptive_avg_pool2d", "pixel_shuffle", "pixel_unshuffle", "conv2d_padding"))
