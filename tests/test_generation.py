@@ -15,7 +15,7 @@ from tests import oracle
 from tests.pruning import RANDOM, TODRE, check, close, generate, hidden, optimized
 from tests.zoo.vlm import TEXT_VOCAB, VLMS, Case
 from tokcompile.cache import PrunedLayer, adopt, append_held, note_held
-from tokcompile.errors import CacheError, NoMatchError
+from tokcompile.errors import CacheError
 from tokcompile.session import Recording
 
 #: One plain family, one whose positions have three parts, one with sliding layers.
@@ -220,20 +220,15 @@ def test_direct_forward(shared: tuple[Case, Any]) -> None:
     close(logits[real], wanted.gather(1, kept[..., None].expand(-1, -1, wanted.shape[-1]))[real])
 
 
-def test_a_loss_inside_the_graph_is_refused() -> None:
-    """Labels carry the token axis into the loss, which is not followed: nothing is dropped, the error says where."""
+def test_a_loss_inside_the_graph_is_that_of_the_kept_tokens() -> None:
     case = VLMS["llava"]()
     inputs = case.inputs(batch=2, left_padding=3)
-    labels = inputs["input_ids"].masked_fill(case.visual_mask(inputs), -100)
+    labels = inputs["input_ids"].masked_fill(case.visual_mask(inputs) | (inputs["attention_mask"] == 0), -100)
     model = optimized(case.model, RANDOM)
     with torch.no_grad(), tokcompile.record(model) as recording:
-        before = case.model(**inputs, labels=labels)
-        with pytest.raises(NoMatchError, match=r"cross_entropy_loss.* is not known to the token-axis analysis"):
-            model(**inputs, labels=labels)
-        assert not recording.kept
-        after = case.model(**inputs, labels=labels)
-    assert torch.equal(before.loss, after.loss)
-    assert torch.equal(before.logits, after.logits)
+        output = model(**inputs, labels=labels)
+    following = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].gather(1, recording.kept[-1].indices)
+    assert torch.equal(output.loss, torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), following.flatten()))
 
 
 # --------------------------------------------------------------------------------------------------------- caches
