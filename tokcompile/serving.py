@@ -190,8 +190,8 @@ class _Decoder:
             extra = self.model.run("vision_encoder", images)
             features = extra["image_features"] = extra["image_features"].reshape(-1, extra["image_features"].shape[-1])
             if len(features) != visual.sum():
-                raise ExportError(f"{visual.sum()} placeholder tokens ({token}) in input_ids, and {len(features)} image "
-                                  "features; the prompt needs one placeholder for each feature")
+                raise ExportError(f"{visual.sum()} placeholder tokens ({token}) in input_ids, and {len(features)} "
+                                  "image features; the prompt needs one placeholder for each feature")
         elif visual.any():
             raise ExportError(f"input_ids hold {visual.sum()} placeholders of images ({token}), and no image is given")
         return self._run(ids, mask, visual, extra)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -259,8 +260,8 @@ class _Job:
                 f"{type(self.model).__name__}: image encoder, embedding and decoder, put together, do not give the "
                 f"logits of the model (relative error {row.relative:.1e} before any export): the model hands something "
                 "else from the prompt or the images to its decoder, which "
-                f"{type(self.model).__name__}.forward [{_source(type(self.model.base_model).forward)}] shows; no input of "
-                "an exported decoder carries it. Use tokcompile.optimize for this model")
+                f"{type(self.model).__name__}.forward [{_source(type(self.model.base_model).forward)}] shows; no input "
+                "of an exported decoder carries it. Use tokcompile.optimize for this model")
 
     # .. what is said about it
 
@@ -302,7 +303,8 @@ class _Job:
         if self.recipe is not None:
             steps = [{"pass": e.pass_name, "matches": e.matches, "regions": e.regions, "details": e.details}
                      for e in self.session.report.steps]
-            recipe = {"name": Path(self.recipe.name).name, "steps": plain(steps), "source": self.recipe.model_dump(mode="json", by_alias=True, exclude_none=True)}
+            recipe = {"name": Path(self.recipe.name).name, "steps": plain(steps),
+                      "source": self.recipe.model_dump(mode="json", by_alias=True, exclude_none=True)}
         manifest = {
             "format": FORMAT, "format_version": FORMAT_VERSION, "kind": self.kind,
             "model": type(self.model).__name__, "opset": self.opset, "target": self.target,
@@ -357,8 +359,6 @@ def image_token(model: nn.Module) -> int:
 
 
 def _source(function: Any) -> str:
-    import inspect
-
     function = inspect.unwrap(function)
     return f"{inspect.getsourcefile(function)}:{inspect.getsourcelines(function)[1]}"
 

@@ -96,6 +96,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.model, self.layers, self.groups, self.last, self.cached = model, layers, groups, last, cached
         parameters = inspect.signature(type(model).forward).parameters
+        self.cache_name = cache_argument(parameters) or ""
         self.takes_positions = "position_ids" in parameters
         self.takes_count = "logits_to_keep" in parameters
 
@@ -122,8 +123,9 @@ class Decoder(nn.Module):
         if self.cached:
             cache = DynamicCache()
             cache.layers = self._layers(inputs, inputs["attention_mask"].shape[1] - tokens.shape[1])
-        result = self.model(**arguments, attention_mask=inputs["attention_mask"], past_key_values=cache,
-                            use_cache=self.cached, return_dict=True)
+        arguments[self.cache_name] = cache
+        result = self.model(**arguments, attention_mask=inputs["attention_mask"], use_cache=self.cached,
+                            return_dict=True)
         outputs["logits"] = result.logits[:, -1:] if self.last else result.logits
         for i, layer in enumerate(cache.layers if cache is not None else ()):
             outputs[f"present.{i}.key"], outputs[f"present.{i}.value"] = layer.keys, layer.values
@@ -181,8 +183,8 @@ def check_kind(model: nn.Module) -> None:
         file = inspect.getsourcefile(type(base)) or ""
         raise ExportError(
             f"{name}: its rotary positions have three axes that {type(base).__name__}.get_rope_index "
-            f"[{file}:{line[1]}] works out in Python from the values of image_grid_thw, for each image; no graph and no "
-            "input of the exported decoder carries them. Export model.model.language_model with inputs_embeds and "
+            f"[{file}:{line[1]}] works out in Python from the values of image_grid_thw, for each image; no graph and "
+            "no input of the exported decoder carries them. Export model.model.language_model with inputs_embeds and "
             "position_ids as a model of one graph, or use tokcompile.optimize")
 
 
@@ -241,7 +243,7 @@ def decoder_stage(model: nn.Module, ids: Tensor, mask: Tensor, *, groups: Sequen
     """
     shapes = kv_shapes(model)
     module = Decoder(model, len(shapes), groups, last=last, cached=cached)
-    batch, count = ids.shape
+    batch = ids.shape[0]
     past = 6 if cached else 0
     inputs: dict[str, Tensor] = {}
     axes: dict[str, dict[int, str]] = {}
@@ -288,7 +290,8 @@ def kv_shapes(model: nn.Module) -> list[tuple[int, int]]:
     device = next(model.parameters()).device
     cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
     with torch.no_grad(), _evaluating(model):
-        model(input_ids=torch.ones(1, 2, dtype=torch.int64, device=device), past_key_values=cache, use_cache=True)
+        name = cache_argument(inspect.signature(type(model).forward).parameters) or ""
+        model(input_ids=torch.ones(1, 2, dtype=torch.int64, device=device), **{name: cache}, use_cache=True)
     shapes = []
     for i, layer in enumerate(cache.layers):
         keys = getattr(layer, "keys", None)

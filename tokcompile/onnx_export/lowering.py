@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
+from torch._export.verifier import TrainingIRVerifier
 from torch.export import Dim
 from torch.export.exported_program import ExportedProgram, ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
@@ -201,7 +202,7 @@ def _not_traceable(stage: Stage, error: Exception) -> ExportError:
         found = frames
     own = [f for f in found if "/torch/" not in f and "/tokcompile/" not in f and "/contextlib.py" not in f]
     place = f" [{own[-1]}]" if own else ""
-    way = "move what depends on values of tensors out of forward, or replace it by operations with shapes that follow " \
+    way = "move what depends on values of tensors out of forward, or replace it by operations with shapes that follow "\
           "from shapes (torch.where for a branch, a mask for a selection)"
     return ExportError(f"{stage.name}: the model cannot be traced with dynamic shapes: {type(error).__name__}: "
                        f"{text[:600]}{place}; {way}")
@@ -240,7 +241,7 @@ def lower(found: CapturedStage, ctx: Context | None = None, *, opset: int, targe
     propagate(captured)
     lines = {n.name: source_line(n) for n in captured.graph.nodes}
     program = _program(found, ctx)
-    kernels = decompositions(target)
+    kernels = decompositions()
     try:
         with torch.no_grad(), _quiet(), torch.fx.experimental._config.patch(backed_size_oblivious=True):
             if any(n.target in kernels for n in captured.graph.nodes):
@@ -274,11 +275,10 @@ def repair(captured: Captured, target: str) -> None:
         function = found(node, target)
         if function is None:
             continue
-        flat = [n for n in dict.fromkeys(node.all_input_nodes)]
+        flat = list(dict.fromkeys(node.all_input_nodes))
 
         def call(*values: Any, function: Any = function, node: fx.Node = node, flat: Any = flat) -> Any:
-            table = dict(zip(flat, values, strict=True))
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: table[n])
+            args, kwargs = fx.map_arg((node.args, node.kwargs), dict(zip(flat, values, strict=True)).__getitem__)
             return function(*args, **kwargs)
 
         new = inline(captured, call, flat, node)
@@ -303,20 +303,21 @@ def _replace(captured: Captured, node: fx.Node, new: Any) -> None:
     captured.graph.erase_node(node)
 
 
-def decompositions(target: str) -> dict[Any, Callable[..., Any]]:
-    """How operations of our kernels lower: what ``decompositions(target)`` of each ``kernels/<name>/onnx.py`` says."""
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Operation of a kernel -> ``decompose`` in its ``kernels/<name>/onnx.py``, for every kernel that has one."""
     table: dict[Any, Callable[..., Any]] = {}
     for module in pkgutil.iter_modules(tokcompile.kernels.__path__):
-        if module.ispkg:
-            name = f"tokcompile.kernels.{module.name}.onnx"
-            try:
-                lowering = importlib.import_module(name)
-            except ModuleNotFoundError as error:
-                if error.name != name:
-                    raise
-                continue
-            if hasattr(lowering, "decompositions"):
-                table |= lowering.decompositions(target)
+        if not module.ispkg:
+            continue
+        name = f"tokcompile.kernels.{module.name}"
+        try:
+            lowering = importlib.import_module(f"{name}.onnx")
+        except ModuleNotFoundError as error:
+            if error.name != f"{name}.onnx":
+                raise
+            continue
+        importlib.import_module(f"{name}.op")
+        table[getattr(torch.ops.tokcompile, module.name).default] = lowering.decompose
     return table
 
 
@@ -345,7 +346,8 @@ def _program(found: CapturedStage, ctx: Context | None) -> ExportedProgram:
             continue
         item = ctx.inputs[node] if ctx else None
         if isinstance(item, StateInput):
-            assert ctx is not None and ctx.prepared is not None
+            assert ctx is not None
+            assert ctx.prepared is not None
             name = f"{item.pass_name}.{item.key}.{item.name}"
             constants[name] = getattr(ctx.prepared.scope(item.pass_name, item.key), item.name).detach()
             specs.append(InputSpec(InputKind.CONSTANT_TENSOR, kind(node.name), name))
@@ -360,7 +362,8 @@ def _program(found: CapturedStage, ctx: Context | None) -> ExportedProgram:
     captured.graph_module.recompile()
     return ExportedProgram(
         root=captured.graph_module, graph=graph, graph_signature=ExportGraphSignature(specs, outputs),
-        state_dict=found.state_dict, range_constraints={}, module_call_graph=[call], constants=constants)
+        state_dict=found.state_dict, range_constraints={}, module_call_graph=[call], constants=constants,
+        verifiers=[TrainingIRVerifier])  # in-place operations are left to the exporter
 
 
 def _not_convertible(captured: Captured, stage: Stage, error: Exception) -> ExportError:

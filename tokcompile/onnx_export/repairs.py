@@ -130,7 +130,7 @@ def _spread(base: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
 
 
 def _masked_scatter(node: fx.Node, target: str) -> Callable[..., Any] | None:
-    base, mask, source = (n.meta["val"] for n in node.args)  # type: ignore[union-attr]
+    base, mask = (n.meta["val"] for n in node.args[:2])  # type: ignore[union-attr]
     whole = mask.dim() == base.dim() == 3 and (_one(mask.shape[2]) or _same_along_last(node.args[1]))  # type: ignore
 
     def scatter(base: Tensor, mask: Tensor, source: Tensor) -> Tensor:
@@ -177,7 +177,8 @@ def _scatter_reduce(node: fx.Node, target: str) -> Callable[..., Any] | None:
     if node.args[4] != "mean" or not node.meta["val"].dtype.is_floating_point:
         return None
 
-    def mean(base: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True) -> Tensor:
+    def mean(base: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *,
+             include_self: bool = True) -> Tensor:
         ones = torch.zeros_like(base).scatter_add(dim, index, torch.ones_like(source))
         total = torch.zeros_like(base).scatter_add(dim, index, source)
         if include_self:
