@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tokcompile import stem
     from tokcompile.api import explain, optimize, record, report
     from tokcompile.benching import bench
     from tokcompile.calibration import calibrate
@@ -37,9 +38,12 @@ _EXPORTS = {
     "Recipe": "recipes", "Report": "reporting",
 }
 
+#: Public modules, imported when they are first named.
+_MODULES = ("stem",)
+
 __all__ = ["CacheError", "CalibrationError", "CaptureError", "ExportError", "ExportReport", "NarrowError",
            "NoMatchError", "OnnxModel", "Recipe", "RecipeError", "Report", "TokcompileError", "bench", "calibrate",
-           "evaluate", "explain", "export_onnx", "optimize", "record", "report"]
+           "evaluate", "explain", "export_onnx", "optimize", "record", "report", "stem"]
 
 
 def __getattr__(name: str) -> Any:
@@ -48,4 +52,6 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"tokcompile.{_EXPORTS[name]}"), name)
         globals()[name] = value
         return value
+    if name in _MODULES:
+        return importlib.import_module(f"tokcompile.{name}")
     raise AttributeError(f"module 'tokcompile' has no attribute {name!r}")
