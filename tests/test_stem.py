@@ -161,7 +161,7 @@ def test_unseen_ids_leave_a_dense_model():
     torch.testing.assert_close(output(optimized, other), output(dense, other), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
 def test_visual_positions_stay_dense(name):
     case = vlm.VLMS[name]()
     inputs = case.inputs(batch=2, left_padding=3)
@@ -237,7 +237,7 @@ def test_the_layers_that_the_tables_explain_best_are_converted():
     dense, inputs = decoders.llama(4)
     nn.init.zeros_(dense.model.layers[0].self_attn.o_proj.weight)  # the first layer depends on the id alone
     data = [{"input_ids": inputs["input_ids"].roll(shift, 1)} for shift in range(6)]
-    optimized = tokcompile.optimize(dense, recipe(convert=1, held_out=2), calibration=data, lowering="eager",
+    optimized = tokcompile.optimize(dense, recipe(convert=1, held_out=3), calibration=data, lowering="eager",
                                     inputs=inputs)
     step = tokcompile.report(optimized).steps[0]
     assert step.regions == ["model.layers.0.mlp"]

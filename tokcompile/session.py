@@ -238,7 +238,9 @@ class Session:
         for region in self._candidates(ctx, step):
             try:
                 if self.observing:
-                    method.observe(ctx, region, self._seen(ctx, region))
+                    seen = self._seen(ctx, region)
+                    method.observe(ctx, region, seen)
+                    self.seen.setdefault(ctx.step, {})[seen.key] = seen
                 else:
                     details[region.path] = method.apply(ctx, region)
                 done.append(region)
@@ -259,11 +261,13 @@ class Session:
         return bool(done) and not self.observing
 
     def _seen(self, ctx: Context, region: Region) -> Seen:
-        key, regions = ctx.key(region), self.seen.setdefault(ctx.step, {})
-        if key not in regions:
+        """What calibration has seen of ``region``; noted only once the pass takes the region."""
+        key = ctx.key(region)
+        seen = self.seen.get(ctx.step, {}).get(key)
+        if seen is None:
             layer, depth = ctx.layer(region) or (None, None)
-            regions[key] = Seen(key, region.path, layer, depth, sums=self.resumed.pop((ctx.step, key), {}))
-        return regions[key]
+            seen = Seen(key, region.path, layer, depth, sums=self.resumed.pop((ctx.step, key), {}))
+        return seen
 
     def _miss(self, regions: Regions, kind: str, stage: str, step: Step) -> str:
         found = ", ".join(f"{len(regions.of(k))} {k}" for k in KINDS if regions.of(k)) or "no region"
