@@ -74,6 +74,15 @@ def split(top: Tensor, neurons: int, experts: int, shared: int, keys: Tensor, ro
     return Split(common, groups, typical)
 
 
+def random_split(neurons: int, experts: int, shared: int, generator: torch.Generator) -> Split:
+    """As :func:`split`, at random: the control."""
+    size, routed = neurons // experts, experts - shared
+    order = torch.randperm(neurons, generator=generator)
+    first = neurons - routed * size
+    groups = order[first:].reshape(routed, size)
+    return Split(order[:first], groups, groups[:, 0].clone())
+
+
 def _distance(top: Tensor, member: Tensor, count: Tensor) -> Tensor:
     """Squared distance of the activity of each neuron, one number per token, to weighted means: [f, E].
 

@@ -1,0 +1,267 @@
+"""Experts made of a dense layer: all active equals the dense layer; fewer equal the masked dense layer; bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tokcompile
+from tests.test_stem import close, gated, output
+from tests.zoo import decoders, encoders, vision
+from tokcompile import experts
+from tokcompile.errors import CalibrationError, NoMatchError, RecipeError
+from tokcompile.kernels.activation import activate
+
+FAMILIES = {"llama": decoders.llama, "qwen3": decoders.qwen3, "gemma2": decoders.gemma2, "gpt2": decoders.gpt2,
+            "vit": vision.vit, "hand_written_gated": gated, "hand_written_plain": encoders.hand_written}
+BOTH = pytest.mark.parametrize("router", ["top_k", "relu"])
+
+
+def recipe(target: dict | None = None, **params) -> dict:
+    return {"recipe_version": 1, "description": "test",
+            "steps": [{"pass": "moe_from_dense", "target": target or {}, "params": {"gate": "off"} | params}]}
+
+
+def result(model: nn.Module, inputs: dict) -> Tensor:
+    with torch.no_grad():
+        found = model(**inputs)
+    return found if isinstance(found, Tensor) else next(
+        v for v in (getattr(found, n, None) for n in ("logits", "last_hidden_state")) if v is not None)
+
+
+@BOTH
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_experts_active_equal_the_dense_layer(family, router):
+    dense, inputs = FAMILIES[family]()
+    optimized = tokcompile.optimize(dense, recipe(experts=8, shared=2, active=6, router=router), calibration=[inputs],
+                                    lowering="eager", inputs=inputs)
+    step = tokcompile.report(optimized).steps[0]
+    assert step.status == "matched"
+    assert step.matches == 2
+    assert step.details["neurons_active"] == 1
+    close(result(optimized, inputs), result(dense, inputs), 2e-6)
+
+
+def test_all_experts_active_in_bf16():
+    dense, inputs = decoders.llama()
+    exact = output(dense, inputs)
+    optimized = tokcompile.optimize(dense.bfloat16(), recipe(experts=8, shared=2, active=6), calibration=[inputs],
+                                    lowering="eager", inputs=inputs)
+    # sums of the experts round in another order than one product does: as far from fp32 as dense bf16 is
+    dense_error = float((output(dense, inputs) - exact).norm() / exact.norm())
+    close(output(optimized, inputs), exact, 1.5 * dense_error)
+    assert dense_error < 1.5e-2
+
+
+def masked(layer: nn.Module, tensors: dict[str, Tensor], split: tuple[int, int], act: str, router: str):
+    """The oracle: a dense layer whose neurons are multiplied by the weights of their experts, by hooks."""
+    _, active = split
+    gate = getattr(layer, "gate_proj", None)
+    down = getattr(layer, "down_proj", None) or layer.c_proj
+    up = getattr(layer, "up_proj", None) or layer.c_fc
+    row = lambda m: m.weight if isinstance(m, nn.Linear) else m.weight.T  # noqa: E731
+    own = tensors["gate_up"].chunk(2, 1)[1] if gate is not None else tensors["gate_up"]
+    # each neuron of the layer, found again among the experts by its row
+    expert = torch.full((row(up).shape[0],), -1)
+    for number, rows in enumerate(own):
+        expert[(row(up)[:, None] == rows).all(-1).any(1)] = number
+
+    def hook(_module, args):
+        inner, = args
+        x = hook.x.reshape(-1, hook.x.shape[-1])
+        index, weight = experts.route(x, tensors, act, router, active)
+        chosen = torch.zeros(len(x), len(own) + 1)
+        chosen.scatter_(1, torch.where(index < 0, len(own), index), weight.masked_fill(index < 0, 0))
+        chosen[:, -1] = 1  # shared
+        return (inner * chosen[:, expert].reshape(inner.shape),)
+
+    def keep(_module, args):
+        hook.x = args[0]
+
+    return up.register_forward_pre_hook(keep), down.register_forward_pre_hook(hook)
+
+
+@BOTH
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_some_experts_equal_the_dense_layer_with_the_other_neurons_masked(family, router):
+    dense, inputs = FAMILIES[family]()
+    optimized = tokcompile.optimize(dense, recipe(experts=8, shared=2, active=2, router=router), calibration=[inputs],
+                                    lowering="eager", inputs=inputs)
+    state = optimized.tokcompile
+    with torch.no_grad():
+        for key in state.keys("moe_from_dense"):
+            state.tensors("moe_from_dense", key)["scale"].fill_(0.3)  # weights other than one, too
+    act = "silu" if family == "llama" else "gelu_tanh"
+    hooks = [h for key in state.keys("moe_from_dense")
+             for h in masked(dense.get_submodule(key), state.tensors("moe_from_dense", key), (2, 2), act, router)]
+    expected = output(dense, inputs)
+    for hook in hooks:
+        hook.remove()
+    close(output(optimized, inputs), expected, 3e-6)
+    assert not torch.allclose(expected, output(dense, inputs), atol=1e-3)
+    step = tokcompile.report(optimized).steps[0]
+    assert step.details["split"] == "S2A2E8"
+    density = step.details["neurons_active"]
+    densities = [density] if isinstance(density, float) else list(density.values())
+    assert all(abs(d - 0.5) < (1e-6 if router == "top_k" else 0.06) for d in densities)
+    assert step.flop_ratio > 1.1
+
+
+def test_neurons_are_split_and_not_changed():
+    dense, inputs = decoders.llama()
+    optimized = tokcompile.optimize(dense, recipe(experts=7, shared=3, active=2), calibration=[inputs], lowering="eager")
+    for number, layer in enumerate(dense.model.layers):
+        t = optimized.tokcompile.tensors("moe_from_dense", f"model.layers.{number}.mlp")
+        assert t["gate_up"].shape == (4, 2 * 13, 64)
+        assert t["shared_in"].shape == (2 * (96 - 4 * 13), 64)  # the remainder of the division is shared
+        for place, name in enumerate(("gate_proj", "up_proj")):
+            rows = torch.cat([t["shared_in"].chunk(2)[place], *t["gate_up"].chunk(2, 1)[place]])
+            order = torch.cdist(rows, getattr(layer.mlp, name).weight).argmin(1)
+            assert torch.equal(order.sort().values, torch.arange(96))
+            assert torch.equal(rows, getattr(layer.mlp, name).weight[order])
+
+
+@BOTH
+def test_a_batch_equals_its_rows_and_cached_decoding_one_forward(router):
+    dense, inputs = decoders.llama()
+    ids = inputs["input_ids"]
+    optimized = tokcompile.optimize(dense, recipe(router=router), calibration=[inputs], lowering="eager")
+    whole = output(optimized, {"input_ids": ids, "use_cache": False})
+    for row in range(2):
+        close(output(optimized, {"input_ids": ids[row: row + 1], "use_cache": False}), whole[row: row + 1], 2e-6)
+    with torch.no_grad():
+        out = optimized(input_ids=ids[:, :6], use_cache=True)
+        for place in range(6, 9):
+            out = optimized(input_ids=ids[:, place: place + 1], past_key_values=out.past_key_values, use_cache=True)
+            close(out.logits[:, -1], whole[:, place], 2e-6)
+
+
+@BOTH
+def test_gradients_reach_the_prepared_parameters_and_training_lowers_a_loss(router):
+    dense, inputs = decoders.llama()
+    optimized = tokcompile.optimize(dense, recipe(router=router, active=2), calibration=[inputs], lowering="eager")
+    target = output(dense, inputs)
+    named = {n: p for n, p in optimized.named_parameters() if n.startswith("tokcompile.")}
+    assert set(named) <= set(optimized.state_dict())
+    before = F.mse_loss(optimized(**inputs).logits, target)
+    before.backward()
+    for name, parameter in named.items():
+        if not name.endswith(("router_in", "threshold")):  # these act through scale, which starts at zero
+            assert parameter.grad is not None, name
+            assert float(parameter.grad.abs().sum()) > 0, name
+    optimizer = torch.optim.Adam(named.values(), lr=1e-3)
+    for _ in range(5):
+        optimizer.zero_grad()
+        F.mse_loss(optimized(**inputs).logits, target).backward()
+        optimizer.step()
+    assert float(F.mse_loss(optimized(**inputs).logits, target)) < 0.8 * float(before)
+    assert float(named["tokcompile.moe_from_dense.model.layers.0.mlp.router_in"].grad.abs().sum()) > 0
+
+
+@pytest.mark.inductor
+def test_inductor_computes_the_same_and_trains():
+    dense, inputs = decoders.llama()
+    state = tokcompile.calibrate(dense, recipe(), [inputs])
+    eager, compiled = (tokcompile.optimize(dense, recipe(), calibration=state, lowering=how)
+                       for how in ("eager", "inductor"))
+    close(output(compiled, inputs), output(eager, inputs))
+    name = "tokcompile.moe_from_dense.model.layers.0.mlp.gate_up"
+    grads = []
+    for model in (eager, compiled):
+        model.zero_grad()
+        model(**inputs).logits.square().mean().backward()
+        grads.append(dict(model.named_parameters())[name].grad.clone())
+    close(grads[1], grads[0], 1e-4)
+
+
+def test_layers_that_change_least_are_converted_and_the_controls_do_worse():
+    torch.manual_seed(0)
+    dense, inputs = decoders.llama(4)
+    data = [inputs | {"input_ids": torch.randint(4, 120, (4, 16))} | {"attention_mask": torch.ones(4, 16)}]
+    errors = {}
+    for name, params in (("cmoe", {}), ("split", {"split": "random"}), ("choice", {"choice": "random"})):
+        state = tokcompile.calibrate(dense, recipe(convert=0.5, active=2, **params), data)
+        facts = list(state.facts.values())
+        errors[name] = sum(f["error"] for f in facts)
+        assert sum(f["converted"] for f in facts) == 2
+        assert max(f["error"] for f in facts if f["converted"]) <= min(f["error"] for f in facts if not f["converted"])
+    assert errors["cmoe"] < errors["choice"]
+    assert errors["cmoe"] < errors["split"]
+
+
+def test_samples_are_spread_over_the_stream_and_do_not_depend_on_its_pieces():
+    rows = torch.arange(1000)[:, None]
+    one, many = {}, {}
+    experts.sample(one, "x", rows, 64)
+    for piece in rows.split([1, 7, 300, 92, 600]):
+        experts.sample(many, "x", piece, 64)
+    assert torch.equal(one["x"], many["x"])
+    assert torch.equal(one["x"][:, 0], torch.arange(0, 1000, 16))
+
+
+def test_a_split_that_does_not_pay_leaves_the_layer_dense_and_says_so(monkeypatch):
+    dense, inputs = decoders.llama()
+    monkeypatch.setattr(experts, "speedup", lambda *args: 0.5)
+    optimized = tokcompile.optimize(dense, recipe(gate="auto"), calibration=[inputs], lowering="eager", inputs=inputs)
+    step = tokcompile.report(optimized).steps[0]
+    assert step.status == "unprofitable"
+    assert "0.5 times as fast" in step.reason
+    assert "gate: off" in step.reason
+    close(output(optimized, inputs), output(dense, inputs), 1e-6)
+
+
+@pytest.mark.parametrize(("params", "message"), [
+    ({"experts": 7, "shared": 0, "active": 2}, "7 experts do not divide 96 neurons.*divisor"),
+    ({"experts": 97}, "97 experts do not divide 96 neurons"),
+])
+def test_a_split_that_does_not_divide_the_width(params, message):
+    dense, inputs = decoders.llama()
+    before = {k: v.clone() for k, v in dense.state_dict().items()}
+    with pytest.raises(CalibrationError, match=message):
+        tokcompile.optimize(dense, recipe(**params), calibration=[inputs])
+    assert all(torch.equal(v, before[k]) for k, v in dense.state_dict().items())
+
+
+@pytest.mark.parametrize(("params", "message"), [
+    ({"active": 0}, "active"), ({"experts": 1}, "experts"), ({"shared": 8}, "shared .8. must be less than experts"),
+    ({"active": 6}, "active .6. must be at most"), ({"convert": 0}, "convert"), ({"router": "soft"}, "router"),
+])
+def test_bad_parameters(params, message):
+    dense, inputs = decoders.llama()
+    with pytest.raises(RecipeError, match=message):
+        tokcompile.optimize(dense, recipe(**params), calibration=[inputs])
+
+
+def test_bad_calibration_and_models_without_feed_forward_layers():
+    dense, inputs = decoders.llama()
+    with pytest.raises(CalibrationError, match="needs calibration"):
+        tokcompile.optimize(dense, recipe())
+    with pytest.raises(CalibrationError, match="is empty"):
+        tokcompile.optimize(dense, recipe(), calibration=[])
+    with pytest.raises(CalibrationError, match="has the keys"):
+        tokcompile.optimize(dense, recipe(), calibration=[{"pixels": torch.zeros(1)}])
+    with pytest.raises(CalibrationError, match="met no region"):
+        tokcompile.optimize(nn.Linear(4, 4), recipe(), calibration=[{"input": torch.zeros(2, 4)}])
+    state = tokcompile.calibrate(dense, recipe(), [inputs])
+    other, _ = decoders._build("LlamaConfig", "LlamaForCausalLM", **decoders.GROUPED | {"intermediate_size": 128})
+    optimized = tokcompile.optimize(other, recipe(), calibration=state, lowering="eager")
+    with pytest.raises(NoMatchError, match="96 neurons.*128"):
+        output(optimized, inputs)
+
+
+@pytest.mark.parametrize("name", ["silu", "relu2"])
+def test_the_router_reads_the_typical_neuron_of_each_expert(name):
+    torch.manual_seed(0)
+    weights = {"gate": torch.randn(12, 8), "up": torch.randn(12, 8), "down": torch.randn(8, 12)}
+    from tokcompile.moe_split import split
+
+    x = torch.randn(50, 8)
+    inner = activate(x @ weights["gate"].T, name) * (x @ weights["up"].T)
+    found = split(inner.abs().topk(3, -1).indices, 12, 4, 1, weights["gate"])
+    t = experts.parts(weights, found)
+    close(experts.logits(x, t, name), inner[:, found.typical].abs(), 1e-6)
+    index, weight = experts.route(x, t, name, "top_k", 2)
+    assert torch.equal(index.sort(-1).values, inner[:, found.typical].abs().topk(2, -1).indices.sort(-1).values)
+    assert torch.equal(weight, torch.ones(50, 2))
