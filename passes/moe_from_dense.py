@@ -6,11 +6,11 @@
 
 The neurons are split, not changed: with all experts active the layer computes what it did. Calibration notes which
 neurons are the most active ones of each token; neurons that are active again and again are shared, the others are
-clustered into experts of equal size (``tokcompile.moe_split``). An expert is chosen by how active its most typical neuron
-is, so the router is made of the weights of these neurons. Plain (ungated) layers are split in the same way.
+clustered into experts of equal size (``tokcompile.moe_split``). An expert is chosen by how active its most typical
+neuron is, so the router is made of the weights of these neurons. Plain (ungated) layers are split in the same way.
 
 Router ``top_k`` activates the same number of experts for every token. Router ``relu`` activates those whose logit is
-above a threshold (set so that calibration activates as many on average): more for hard tokens, fewer for easy ones. Both
+above a threshold (set so that calibration activates as many on average): more for some tokens, fewer for others. Both
 give a chosen expert the weight ``1 + scale * share``, ``scale`` [E] a parameter that starts at zero; ``share`` is the
 softmax of the logits, or, as in BlockFFN, their ReLU divided by its root mean square.
 
@@ -28,6 +28,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tokcompile import experts, ffn, moe_split
+from tokcompile.attention_form import erase
 from tokcompile.errors import CalibrationError, UnprofitableError
 from tokcompile.plan import Context, Pass, Seen
 from tokcompile.regions.model import Region
@@ -138,20 +139,21 @@ class MoeFromDense(Pass):
         state, facts = ctx.state(self.name, region)
         where = {"node": formula.up.node.name, "path": region.path, "source": region.source}
         if not facts["converted"]:
-            raise UnprofitableError(f"not among the {facts['of']} layers that the conversion changes least (this one by "
-                                    f"{facts['error']:.3g} of its output's square)", **where)
+            raise UnprofitableError(f"not among the {facts['of']} layers that the conversion changes least (this one "
+                                    f"by {facts['error']:.3g} of its output's square)", **where)
         measured = facts.get("speedup", {})
         if measured and max(measured.values()) <= 1:
             times = ", ".join(f"{value} times as fast with {n} tokens" for n, value in measured.items())
-            raise UnprofitableError(f"the dense layer runs: experts were measured {times}; params.gate: off converts the "
-                                    "layer all the same", **where)
+            raise UnprofitableError(f"the dense layer runs: experts were measured {times}; params.gate: off converts "
+                                    "the layer all the same", **where)
         down, x = formula.down, formula.up.input
         rank = down.node.meta["val"].dim()
         size = state["gate_up"].meta["val"].shape[2], state["down"].meta["val"].shape[0] * state[
             "down"].meta["val"].shape[2] + (state["shared_out"].meta["val"].shape[1] if "shared_out" in state else 0)
         if size != (x.meta["val"].shape[-1], formula.width):
             raise ctx.refuse(formula.up.node, f"the experts were made for width {size[0]} and {size[1]} neurons, this "
-                                              f"layer has {x.meta['val'].shape[-1]} and {formula.width}; calibrate again")
+                                              f"layer has {x.meta['val'].shape[-1]} and {formula.width}; calibrate "
+                                              "again")
         names, given = list(state), [x, *([] if down.bias is None else [down.bias])]
 
         def block(x: Tensor, *values: Tensor) -> Tensor:
@@ -163,6 +165,7 @@ class MoeFromDense(Pass):
 
         new = ctx.emit(block, *given, *state.values(), before=down.node)
         down.node.replace_all_uses_with(new)
+        erase(down.node)
         return {name: facts[name] for name in ("split", "neurons_active", "error", "speedup") if name in facts}
 
     def _formula(self, ctx: Context, region: Region) -> ffn.Formula:
@@ -171,8 +174,8 @@ class MoeFromDense(Pass):
         if params.experts > formula.width:
             raise ctx.refuse(node, f"{params.experts} experts do not divide {formula.width} neurons; choose fewer")
         if not params.shared and formula.width % params.experts:
-            raise ctx.refuse(node, f"{params.experts} experts do not divide {formula.width} neurons, and no shared expert "
-                                   f"takes the remainder; set shared, or experts to a divisor of {formula.width}")
+            raise ctx.refuse(node, f"{params.experts} experts do not divide {formula.width} neurons, and no shared "
+                                   "expert takes the remainder; set shared, or experts to a divisor of the width")
         if formula.up.input.meta["val"].dim() < formula.down.node.meta["val"].dim():
             raise ctx.refuse(node, "the layer gives its result another shape than its input has")
         assert 0 < params.active <= routed

@@ -27,6 +27,7 @@ from pydantic import Field
 from torch import Tensor, fx, nn
 
 from tokcompile import ffn, token_table
+from tokcompile.attention_form import erase
 from tokcompile.errors import CalibrationError, UnprofitableError
 from tokcompile.kernels.activation import activate
 from tokcompile.kernels.embedding_gate import embedding_gate, linear_where, rows
@@ -122,6 +123,7 @@ class Stem(Pass):
                                               f"{formula.width}; calibrate again with this model")
         inner = self._emit(ctx, formula, state, ids, visual is not None)
         formula.down.node.replace_input_with(formula.inner, inner)
+        erase(formula.inner)
         return {"fallback": self.params.fallback, **{name: facts[name] for name in (
             "explained", "rows", "tokens", "shrinkage", "prior")}}
 

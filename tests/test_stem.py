@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tokcompile
+from tests import oracle, pruning
 from tests.zoo import decoders, vlm
 from tests.zoo.vision import vit
 from tokcompile.errors import CalibrationError, NoMatchError, RecipeError, TokcompileError
@@ -179,22 +180,21 @@ def test_visual_positions_stay_dense(name):
 def test_ids_follow_the_tokens_that_a_pruning_step_keeps():
     case = vlm.VLMS["llava"]()
     inputs = case.inputs(batch=2, left_padding=3)
-    prune = {"pass": "random", "params": {"keep": 0.25}}
     both = recipe({"path": "*language_model*"})
-    both["steps"].insert(0, prune)
-    pruned = tokcompile.optimize(case.model, {**both, "steps": [prune]}, lowering="eager")
+    both["steps"].insert(0, {"pass": "random", "params": {"keep": 0.25}})
     optimized = tokcompile.optimize(case.model, both, calibration=[inputs], lowering="eager", inputs=inputs)
     assert [s.status for s in tokcompile.report(optimized).steps] == ["matched", "matched"]
-    with tokcompile.record(pruned) as recording:
-        output(pruned, inputs)
-    kept = recording.kept[0].indices
-    ids = torch.where(case.visual_mask(inputs), -1, inputs["input_ids"]).gather(1, kept.clamp(min=0))
-    ids = torch.where(kept < 0, -1, ids)
-    hooked = tokcompile.optimize(case.model, {**both, "steps": [prune]}, lowering="eager")
-    with looked_up(hooked, tables(optimized), ids):
-        expected = output(hooked, inputs)
-    close(output(optimized, inputs), expected)
-    # decode steps read the rows of the tokens they generate
+    with tokcompile.record(optimized) as recording:
+        found = output(optimized, inputs)
+    kept = recording.kept[-1].indices
+    dropped = pruning.hidden(recording, inputs["input_ids"].shape[1], len(case.decoder_layers))
+    with looked_up(case.model, tables(optimized), torch.where(case.visual_mask(inputs), -1, inputs["input_ids"])):
+        expected = oracle.masked_forward(case, inputs, dropped)
+    real = (kept >= 0) & inputs["attention_mask"].bool().gather(1, kept.clamp(min=0))
+    rows = torch.arange(2)[:, None].expand_as(kept)
+    assert found.shape[1] == kept.shape[1] < inputs["input_ids"].shape[1]
+    close(found[real], expected[rows[real], kept[real]])
+    # and decode steps read the rows of the tokens that they generate
     tokens = optimized.generate(**inputs, max_new_tokens=4, do_sample=False)
     assert tokens.shape[1] == inputs["input_ids"].shape[1] + 4
 
@@ -205,7 +205,8 @@ def test_cached_decoding_equals_one_forward_and_a_batch_equals_its_rows():
     optimized = tokcompile.optimize(dense, recipe(), calibration=[inputs], lowering="eager")
     whole = output(optimized, inputs | {"use_cache": False})
     for row in range(2):
-        close(output(optimized, {"input_ids": inputs["input_ids"][row: row + 1], "use_cache": False}), whole[row: row + 1])
+        one = {"input_ids": inputs["input_ids"][row: row + 1], "use_cache": False}
+        close(output(optimized, one), whole[row: row + 1])
     with torch.no_grad():
         out = optimized(inputs["input_ids"][:, :6], use_cache=True)
         for place in range(6, 9):

@@ -69,10 +69,10 @@ class AttentionForm:
 
         result = ctx.emit(attention, *nodes, before=self.output)
         self.output.replace_all_uses_with(result)
-        _erase(self.output)
+        erase(self.output)
 
 
-def _erase(node: fx.Node) -> None:
+def erase(node: fx.Node) -> None:
     """Erase a node, and what only it used: dead code elimination leaves operations that may draw random numbers."""
     todo = [node]
     while todo:

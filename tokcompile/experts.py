@@ -58,7 +58,8 @@ def parts(weights: Mapping[str, Tensor], split: Split) -> dict[str, Tensor]:
     if len(shared):
         made |= {"shared_in": torch.cat([r[shared] for r in rows]), "shared_out": down[:, shared].contiguous()}
     if biased:
-        made |= {"bias": torch.cat([b[experts] for b in biases], 1), "router_bias": torch.cat([b[typical] for b in biases])}
+        made |= {"bias": torch.cat([b[experts] for b in biases], 1),
+                 "router_bias": torch.cat([b[typical] for b in biases])}
         if len(shared):
             made["shared_bias"] = torch.cat([b[shared] for b in biases])
     made["scale"] = torch.zeros(len(experts), device=at)
@@ -76,8 +77,8 @@ def logits(x: Tensor, t: Mapping[str, Tensor], activation: str) -> Tensor:
 def route(x: Tensor, t: Mapping[str, Tensor], activation: str, router: str, active: int) -> tuple[Tensor, Tensor]:
     """Which experts the tokens use.
 
-    A chosen expert has the weight ``1 + scale * share``: with ``scale`` zero, as a conversion leaves it, an expert counts
-    as in the dense layer.
+    A chosen expert has the weight ``1 + scale * share``: with ``scale`` zero, as a conversion leaves it, an expert
+    counts as in the dense layer.
 
     Args:
         x: [N, d].

@@ -97,8 +97,8 @@ def _distance(top: Tensor, member: Tensor, count: Tensor) -> Tensor:
 def assign(cost: np.ndarray, size: int) -> np.ndarray:
     """The cheapest assignment of n things to k groups of ``size`` each, n = k * size: int64 [n].
 
-    Exact: a greedy start, then things move along cycles of groups that lower the cost, until there is none (a minimum-cost
-    flow without negative cycles is the cheapest).
+    Exact: a greedy start, then things move along cycles of groups that lower the cost, until there is none (a
+    minimum-cost flow without negative cycles is the cheapest).
     """
     things, groups = cost.shape
     label = np.full(things, -1, dtype=np.int64)

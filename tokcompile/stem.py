@@ -1,8 +1,8 @@
 """Editing what a STEM model knows of a token, by its rows: ``tokcompile.stem.edit(model, token, like=other)``.
 
-A STEM table (see ``tokcompile.passes.stem``) holds, for each converted layer, one row per token id. Letting a token read
-the rows of another one in every layer makes the feed-forward layers treat it as that other token; its input embedding
-and attention stay its own. Nothing is trained and no row is changed: only the index from ids to rows is.
+A STEM table (see ``tokcompile.passes.stem``) holds, for each converted layer, one row per token id. Letting a token
+read the rows of another one in every layer makes the feed-forward layers treat it as that other token; its input
+embedding and attention stay its own. Nothing is trained and no row is changed: only the index from ids to rows is.
 
 Source: "STEM: Scaling Transformers with Embedding Modules", arXiv 2601.10639 (knowledge editing), which edits at chosen
 positions of a prompt; here an edit holds wherever the token occurs.

@@ -2,9 +2,10 @@
 
 With ``g`` the activated gate and ``u`` the up-projection of a token with id ``t``, replacing ``u`` by a row ``U[t]``
 costs a layer ``W_down (g * (u - U[t]))``. Without the products of different neurons its square is smallest for the mean
-of ``u`` weighted by ``g ** 2``. Ids that are rare are pulled towards a prior: the mean over all tokens, or what an affine
-map (ridge regression) predicts from the embedding of the id. How strongly, and which prior, is chosen on sequences that
-were held out. STEM (arXiv 2601.10639) trains its tables; this conversion of a trained model is this project's own.
+of ``u`` weighted by ``g ** 2``. Ids that are rare are pulled towards a prior: the mean over all tokens, or what an
+affine map (ridge regression) predicts from the embedding of the id. How strongly, and which prior, is chosen on
+sequences that were held out. STEM (arXiv 2601.10639) trains its tables; this conversion of a trained model is this
+project's own.
 
 Everything is computed from running sums, so memory is bounded by the number of ids, not by the data.
 """
