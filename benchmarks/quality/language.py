@@ -72,14 +72,14 @@ def perplexity_task(tokenizer: Any, which: slice = EVALUATED, context: int = CON
 
 
 def _question(country: str) -> str:
-    return f"Question: What is the capital of {country}?\nAnswer:"
+    return f"Q: What is the capital of {country}?\nA:"
 
 
 def quiz_items(tokenizer: Any) -> list[tuple[torch.Tensor, str]]:
-    """(prompt with three examples, answer) for the 168 countries that are no example."""
-    shots = [("France", "Paris"), ("Japan", "Tokyo"), ("Egypt", "Cairo")]
+    """(prompt with the first three pairs as examples, answer) for each of the 162 other countries."""
+    shots = capitals()[:3]
     shown = {country for country, _ in shots}
-    head = "".join(f"{_question(country)} {capital}\n\n" for country, capital in shots)
+    head = "".join(f"{_question(country)} {capital}\n" for country, capital in shots)
     return [(torch.tensor([tokenizer.encode(head + _question(country), add_special_tokens=False)]), capital)
             for country, capital in dict(capitals()).items() if country not in shown]
 
@@ -99,7 +99,7 @@ def quiz_task(tokenizer: Any) -> Task:
         return np.array([[float(_same(text, capital))] for text, (_, capital) in zip(observed, items, strict=True)])
 
     return Task("capitals", items, answer, [Measure("accuracy", right, mean_percent)],
-                calibration=calibration(tokenizer))
+                calibration=calibration(tokenizer), version="2")
 
 
 def _same(text: str, capital: str) -> bool:
@@ -111,3 +111,13 @@ def _same(text: str, capital: str) -> bool:
 def tasks(tokenizer: Any) -> tuple[Task, ...]:
     """Both tasks."""
     return perplexity_task(tokenizer), quiz_task(tokenizer)
+
+
+def recipes() -> dict[str, Any]:
+    """Shipped recipes without a step for images: those that can change a language model."""
+    from tokcompile.recipes import Recipe, shipped
+    from tokcompile.registry import get_pass
+
+    pictures = ("merge_point", "vision_encoder")
+    return {name: name for name in shipped()
+            if not any(get_pass(step.pass_).regions in pictures for step in Recipe.load(name).steps)}

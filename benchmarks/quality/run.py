@@ -1,0 +1,142 @@
+"""Measure recipes on real weights and write ``benchmarks/results/quality.csv``, its plots and ``docs/quality.md``.
+
+    python benchmarks/quality/run.py                 # about ten minutes on an idle core or two
+    python benchmarks/quality/run.py --full          # everything, hours
+    python benchmarks/quality/run.py --only vit,vlm  # some groups
+    python benchmarks/quality/run.py --page          # only the plots and the page, from the CSV
+
+A run that was cut off goes on where it stopped (``quality.local.jsonl`` beside the CSV). A group whose weights or data
+are not installed is skipped, and the page says what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import torch  # noqa: E402
+
+from quality import embedding, language, page, retrieval, speech, vision, vlm  # noqa: E402
+from quality.sources import MissingError  # noqa: E402
+from tokcompile.evaluation import EvalRow, evaluate  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "quality.csv"
+VIT = {name: name for name in ("vit_prune_30", "vit_prune_50")}
+
+
+class Run:
+    """One run: how much of it, and where the results go."""
+
+    def __init__(self, full: bool, results: Path) -> None:
+        self.full, self.results = full, results
+        self.skipped: dict[str, str] = {}
+
+    def measure(self, model: Any, label: str, tasks: Sequence[Any], candidates: Any) -> list[EvalRow]:
+        """Evaluate with progress on standard error."""
+        found = evaluate(model, tasks, candidates, label=label, results=self.results, progress=_progress,
+                         resamples=2000)
+        print(f"\r{' ' * 100}\r{found}", flush=True)
+        return found.rows
+
+
+def vit(run: Run) -> None:
+    """ViT-S/14: stamps, saliency, Fashion-MNIST."""
+    model = vision.load()
+    tasks = [vision.stamps_task(None if run.full else 110), vision.saliency_task(60 if run.full else 24)]
+    if run.full:
+        tasks.append(vision.fashion_task())
+    run.measure(model, "ViT-S/14", tasks, VIT)
+
+
+def small_vlm(run: Run) -> None:
+    """The small VLM: naming and collages."""
+    model, processor = vlm.load()
+    budgets = (0.5, 0.25, 0.1) if run.full else (0.1,)
+    tasks = [vlm.naming_task(processor, "stamps", limit=None if run.full else 42)]
+    if run.full:
+        tasks += [vlm.naming_task(processor, "fashion", limit=100), vlm.collage_task(processor)]
+    run.measure(model, "small VLM", tasks, vlm.budget_recipes(budgets))
+
+
+def text(run: Run) -> None:
+    """SmolLM2-135M: perplexity and capitals; the dense model and the recipes that change a language model."""
+    model, tokenizer = language.load()
+    tasks = language.tasks(tokenizer) if run.full else language.tasks(tokenizer)[:1]
+    run.measure(model, "SmolLM2-135M", tasks, language.recipes())
+
+
+def minilm(run: Run) -> None:
+    """MiniLM: similarity of documents and words."""
+    model, tokenizer = embedding.load()
+    run.measure(model, "MiniLM-L6", embedding.tasks(tokenizer), embedding.recipes())
+
+
+def long_text(run: Run) -> None:
+    """SmolLM2-135M at 2K to 8K tokens: a needle, and several keys."""
+    model, tokenizer = language.load()
+    run.measure(model, "SmolLM2-135M", retrieval.tasks(tokenizer, run.full), retrieval.recipes())
+
+
+def whisper(run: Run) -> None:
+    """Whisper tiny.en: word error rate."""
+    model, tokenizer, features = speech.load()
+    run.measure(model, "Whisper tiny.en", [speech.task(tokenizer, features, run.full)], speech.recipes())
+
+
+GROUPS: dict[str, Callable[[Run], None]] = {
+    "vit": vit, "vlm": small_vlm, "text": text, "minilm": minilm, "long": long_text, "whisper": whisper}
+
+
+def _progress(title: str, done: int, total: int) -> None:
+    if sys.stderr.isatty() or done % 20 == 0 or done == total:
+        print(f"\r{title}: {done}/{total}", end="" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="all items, budgets and tasks")
+    parser.add_argument("--only", default=",".join(GROUPS), help="comma-separated: " + ", ".join(GROUPS))
+    parser.add_argument("--page", action="store_true", help="write the plots and the page only")
+    parser.add_argument("--results", type=Path, default=None,
+                        help="CSV file (default: quality.csv; without --full, quality_short.local.csv)")
+    options = parser.parse_args(argv)
+    results = options.results or (RESULTS if options.full or options.page
+                                  else RESULTS.with_name("quality_short.local.csv"))
+    names = options.only.split(",")
+    if unknown := sorted(set(names) - set(GROUPS)):
+        parser.error(f"unknown group {', '.join(unknown)}; choose from {', '.join(GROUPS)}")
+    run = Run(options.full, results)
+    if not options.page:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+        for name in names:
+            started = time.time()
+            try:
+                GROUPS[name](run)
+            except (MissingError, ImportError) as error:
+                run.skipped[name] = str(error)
+                print(f"{name}: skipped: {error}", flush=True)
+                continue
+            print(f"{name}: {time.time() - started:.0f} s\n", flush=True)
+            torch._dynamo.reset()
+            gc.collect()
+    if results.exists():
+        page.write(results, ROOT / "docs" / "quality.md" if results == RESULTS else None, run.skipped)
+    print(results)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,172 @@
+"""Tasks for the small vision-language model of the examples: naming the kind of thing, and where in a collage it is."""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tokcompile.evaluation import Array, Measure, Task
+
+from .sources import MissingError, debian_path
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+COLLAGE_QUESTION = "What kind of thing is in the upper left?"
+
+
+@functools.cache
+def examples() -> tuple[Any, Any]:
+    """The modules ``small_vlm`` and ``train_projector`` of ``examples/``.
+
+    Raises:
+        MissingError: what they import is not installed.
+    """
+    if str(EXAMPLES) not in sys.path:
+        sys.path.insert(0, str(EXAMPLES))
+    try:
+        import small_vlm
+        import train_projector
+    except ImportError as error:
+        raise MissingError(f"{error}; the extra tokcompile[demo] brings it") from None
+    return small_vlm, train_projector
+
+
+def load() -> tuple[Any, Any]:
+    """The VLM in fp32 and its processor. Raises MissingError."""
+    small_vlm, _ = examples()
+    try:
+        return small_vlm.load_vlm()  # type: ignore[no-any-return]
+    except small_vlm.WeightsNotFoundError as error:
+        raise MissingError(str(error)) from None
+
+
+@functools.cache
+def _items() -> tuple[Any, ...]:
+    """All pictures with the split that the projector was trained with."""
+    _, train = examples()
+    debian_path(str(train.STAMPS), "tuxpaint-stamps-default")
+    debian_path(str(train.FASHION), "dataset-fashion-mnist")
+    items = train.read_stamps() + train.read_fashion(1500)
+    train.assign_split(items, seed=0)
+    return tuple(items)
+
+
+def held(source: str, split: str) -> list[tuple[Any, str]]:
+    """(key, class name) of labelled pictures of one split, in a seeded order."""
+    found = [(item.key, item.label) for item in _items() if (item.source, item.split) == (source, split) and item.label]
+    random.Random(0).shuffle(found)
+    return found
+
+
+def view(source: str, key: str) -> Image.Image:
+    """What the VLM sees of a picture, before it is cut to size."""
+    _, train = examples()
+    if source == "stamps":
+        return train.plain_view(key)  # type: ignore[no-any-return]
+    from .vision import fashion_train_picture
+
+    return fashion_train_picture(int(key))
+
+
+def _chooser(processor: Any, question: str, names: Sequence[str]) -> Any:
+    """(model, picture, names allowed) -> the name that greedy decoding gives when only these names may be said."""
+    text = processor.tokenizer
+    spelled = {name: text.encode(name, add_special_tokens=False) for name in names}
+
+    def choose(model: Any, picture: Image.Image, allowed: Sequence[str] = names) -> str:
+        inputs = processor.prepare([picture], [question])
+        start = inputs["input_ids"].shape[1]
+
+        def matching(said: Sequence[int]) -> list[str]:
+            return [name for name in allowed if spelled[name][:len(said)] == list(said)]
+
+        def following(row: int, ids: Any) -> list[int]:
+            said = ids[start:].tolist()
+            left = matching(said)
+            return [text.eos_token_id] if len(left) == 1 else sorted({spelled[name][len(said)] for name in left})
+
+        longest = max(len(spelled[name]) for name in allowed)
+        out = model.generate(**inputs, max_new_tokens=longest, do_sample=False, prefix_allowed_tokens_fn=following)
+        said = [token for token in out[0, start:].tolist() if token != text.eos_token_id]
+        return matching(said)[0]
+
+    return choose
+
+
+def naming_task(processor: Any, source: str = "stamps", split: str = "test", limit: int | None = None) -> Task:
+    """Kind of a picture that the projector was not trained on, greedy decoding among the names of all kinds.
+
+    Raises:
+        MissingError: pictures are not installed.
+    """
+    _, train = examples()
+    names = list(train.CLASS_FOLDERS.values()) if source == "stamps" else list(train.FASHION_NAMES)
+    choose = _chooser(processor, train.CLASS_QUESTION if source == "stamps" else train.FASHION_QUESTION, names)
+    items = held(source, split)[:limit]
+
+    def judge(observed: Sequence[Any], dense: Sequence[Any]) -> Array:
+        return np.array([[float(name == label)] for name, (_, label) in zip(observed, items, strict=True)])
+
+    def agree(observed: Sequence[Any], dense: Sequence[Any]) -> Array:
+        return np.array([[float(a == b)] for a, b in zip(observed, dense, strict=True)])
+
+    name = f"naming {source}" if split == "test" else f"naming {source} ({split})"
+    return Task(name, items, lambda model, item: choose(model, view(source, item[0])),
+                [Measure("accuracy", judge), Measure("same answer as dense", agree)], version=f"1/{len(items)}",
+                note=f"{len(items)} pictures")
+
+
+def collage(keys: Sequence[str]) -> Image.Image:
+    """Four stamps in the quarters of a white square: upper left, upper right, lower left, lower right."""
+    page = Image.new("RGB", (224, 224), (255, 255, 255))
+    for place, key in enumerate(keys):
+        stamp = view("stamps", key).resize((112, 112), Image.Resampling.BICUBIC)
+        page.paste(stamp, (place % 2 * 112, place // 2 * 112))
+    return page
+
+
+def collage_task(processor: Any, split: str = "test", count: int = 84) -> Task:
+    """Which of the four kinds in a collage is in the upper left: 25 % by chance. Each test stamp is there once."""
+    _, train = examples()
+    names = list(train.CLASS_FOLDERS.values())
+    pictures = held("stamps", split)
+    generator = random.Random(1)
+    items = []
+    for key, label in pictures[:count]:
+        others: list[tuple[str, str]] = []
+        while len(others) < 3:
+            other = generator.choice(pictures)
+            if other[1] not in {label, *(name for _, name in others)}:
+                others.append(other)
+        items.append(((key, label), *others))
+    choose = _chooser(processor, COLLAGE_QUESTION, names)
+
+    def judge(observed: Sequence[Any], dense: Sequence[Any]) -> Array:
+        return np.array([[float(name == item[0][1])] for name, item in zip(observed, items, strict=True)])
+
+    def observe(model: Any, item: Any) -> str:
+        return str(choose(model, collage([key for key, _ in item]), [name for _, name in item]))
+
+    return Task("collage", items, observe, [Measure("accuracy", judge)], version=f"1/{len(items)}",
+                note="four kinds to choose from, 25 % by chance")
+
+
+def budget_recipes(budgets: Sequence[float] = (0.5, 0.25, 0.1)) -> dict[str, Any]:
+    """name -> recipe: diversity with and without the late drop, and class attention, at each budget."""
+
+    def recipe(name: str, **params: Any) -> dict[str, Any]:
+        return {"recipe_version": 1, "steps": [{"pass": name, "params": params}]}
+
+    found: dict[str, Any] = {}
+    for keep in budgets:
+        found[f"todre {keep:.0%}"] = recipe("todre", keep=keep)
+        found[f"todre {keep:.0%}, no late drop"] = recipe("todre", keep=keep, drop_layer=None)
+        found[f"vtc_cls {keep:.0%}"] = recipe("vtc_cls", keep=keep)
+    return found
+

@@ -1,0 +1,29 @@
+"""Average neighbouring image patches inside a vision encoder: the control that keeps a little of every patch.
+
+    before   [class | patches] -> layer 0 .. L-1
+    after    [class | patches] -> layers -> means of consecutive patches -> layers on one token for each group -> ...
+
+Consecutive patches (along the rows of the image) are averaged in the residual stream.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tokcompile.pruning import PatchParams, PatchSelection
+from tokcompile.registry import register
+from tokcompile.selection import pooled
+
+
+@register
+class PatchPool(PatchSelection):
+    """Replace groups of neighbouring patches by their mean."""
+
+    name = "patch_pool"
+
+    class Params(PatchParams):
+        pass
+
+    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int,
+              *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return pooled(tokens, segment, budget)
