@@ -147,6 +147,7 @@ def launches(
          "capacity": capacity, "parts": parts, **factors(softmax_scale(scale, width), softcap)},
         {"WIDTH": width, "VALUE_WIDTH": value_width, "CAUSAL": causal, "CAPPED": softcap > 0, "ROWS": tile,
          "KEYS": keys, "D": d, "DV": dv, "PRECISION": precision(query.dtype)},
+        warps=8 if max(d, dv) * query.element_size() > 512 else 4,  # fp32 heads of width 256 spill with 4
     )
     if parts == 1:
         return [split], output, lse
