@@ -14,7 +14,7 @@ from tokcompile.evaluation import evaluate
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
-from quality import language, text_data  # noqa: E402
+from quality import embedding, language, speech, text_data, vision  # noqa: E402
 from quality.sources import MissingError  # noqa: E402
 
 
@@ -62,3 +62,29 @@ def test_capitals_of_the_dense_language_model(smollm: Any) -> None:
     found = evaluate(model, [task], {}, resamples=10)
     # 43 of 168 = 25.6 %, one standard error 3.4, with some countries asked twice
     assert found.find("capitals", "dense").value == pytest.approx(25.6, abs=3.4)
+
+
+@pytest.mark.slow
+def test_stamps_and_probe_of_the_dense_encoder() -> None:
+    task = need(vision.stamps_task)
+    assert len(task.items) == 337
+    found = evaluate(need(vision.load), [task], {}, resamples=10)
+    # 64.5 % was found on 330 pictures of another choice of 12 folders
+    assert found.find("stamps", "dense", "1-NN").value == pytest.approx(59.9, abs=1)
+    assert found.find("stamps", "dense", "probe frozen").value == pytest.approx(71.8, abs=1)
+
+
+@pytest.mark.slow
+def test_similarities_of_the_dense_text_encoder() -> None:
+    model, tokenizer = need(embedding.load)
+    found = evaluate(model, need(embedding.tasks, tokenizer), {}, resamples=10)
+    assert found.find("Lee", "dense", "Pearson").value == pytest.approx(0.656, abs=0.005)
+    assert found.find("Lee", "dense", "Spearman").value == pytest.approx(0.508, abs=0.005)
+    assert found.find("wordsim353", "dense").value == pytest.approx(0.729, abs=0.005)
+
+
+def test_word_errors_are_counted() -> None:
+    assert speech.errors(["a", "b", "c"], ["a", "b", "c"]) == 0
+    assert speech.errors(["a", "x", "c", "d"], ["a", "b", "c"]) == 2
+    assert speech.errors([], ["a", "b"]) == 2
+    assert speech.words("Try again, don’t -- 12!") == ["try", "again", "don't", "12"]

@@ -91,8 +91,9 @@ def _chooser(processor: Any, question: str, names: Sequence[str]) -> Any:
             left = matching(said)
             return [text.eos_token_id] if len(left) == 1 else sorted({spelled[name][len(said)] for name in left})
 
-        longest = max(len(spelled[name]) for name in allowed)
-        out = model.generate(**inputs, max_new_tokens=longest, do_sample=False, prefix_allowed_tokens_fn=following)
+        # as many tokens as it takes to tell the names apart
+        steps = next(n for n in range(1, 9) if len({tuple(spelled[name][:n]) for name in allowed}) == len(allowed))
+        out = model.generate(**inputs, max_new_tokens=steps, do_sample=False, prefix_allowed_tokens_fn=following)
         said = [token for token in out[0, start:].tolist() if token != text.eos_token_id]
         return matching(said)[0]
 
