@@ -12,6 +12,7 @@ from torch._guards import TracingContext, tracing
 from torch.utils._sympy.printers import PythonPrinter
 
 from tokcompile.capture import Captured
+from tokcompile.cpu_linear import choose_linears
 
 LOWERINGS = ("inductor", "eager")
 
@@ -22,6 +23,7 @@ def lower(captured: Captured, lowering: str) -> Callable[..., Any]:
         return captured.graph_module
     from torch._inductor.compile_fx import compile_fx
 
+    choose_linears(captured)
     values = [node.meta["val"] for node in captured.placeholders]
     with tracing(TracingContext(captured.fake_mode)):
         return compile_fx(captured.graph_module, values)  # type: ignore[return-value]
