@@ -33,6 +33,7 @@ class Row:
         flop_ratio_formula: the same by hand, from the shapes of the model.
         speedup: baseline median / this median.
         share_of_ceiling: speedup / flop_ratio.
+        cpu_seconds: median CPU time, compilers that were started included (compile only).
         load: load average of the machine (1 minute) when the benchmark began, without the benchmark itself.
     """
 
@@ -49,6 +50,7 @@ class Row:
     flop_ratio_formula: float | None = None
     speedup: float | None = None
     share_of_ceiling: float | None = None
+    cpu_seconds: float | None = None
     load: float | None = None
     torch: str = ""
     transformers: str = ""
@@ -62,13 +64,14 @@ COLUMNS = [f.name for f in fields(Row)]
 
 def row(benchmark: str, model: str, recipe: str, times: Sequence[float], *, batch: int, tokens: int,
         baseline: Sequence[float] | None = None, flop_ratio: float | None = None,
-        formula: float | None = None, load: float | None = None) -> Row:
+        formula: float | None = None, load: float | None = None, cpu_seconds: float | None = None) -> Row:
     """A line of the result file from the measured times."""
     median = quantile(times, 0.5)
     speedup = quantile(baseline, 0.5) / median if baseline else None
     return Row(
         benchmark, model, recipe, batch, tokens, median, quantile(times, 0.2), quantile(times, 0.8), len(times),
-        flop_ratio, formula, speedup, speedup / flop_ratio if speedup and flop_ratio else None, load, **versions(),
+        flop_ratio, formula, speedup, speedup / flop_ratio if speedup and flop_ratio else None, cpu_seconds, load,
+        **versions(),
     )
 
 
@@ -103,13 +106,15 @@ def number(text: str) -> float | None:
 
 def markdown(lines: Sequence[Mapping[str, str]]) -> str:
     """A table of the lines of a result file, and what they were measured with."""
-    rows = ["| model | recipe | batch | median ms (p20 to p80) | speed-up | FLOP ratio | share of ceiling |",
-            "|---|---|--:|--:|--:|--:|--:|"]
+    cpu = any(m.get("cpu_seconds") for m in lines)
+    rows = ["| model | recipe | batch | median ms (p20 to p80) | speed-up | FLOP ratio | share of ceiling |"
+            + (" CPU s |" if cpu else ""), "|---|---|--:|--:|--:|--:|--:|" + ("--:|" if cpu else "")]
     for m in lines:
         share = f"{100 * float(m['share_of_ceiling']):.0f} %" if m["share_of_ceiling"] else ""
         times = f"{m['median_ms']} ({m['p20_ms']} to {m['p80_ms']})"
         ratios = [f"{float(m[k]):.2f}" if m[k] else "" for k in ("speedup", "flop_ratio")]
-        rows.append(f"| {m['model']} | {m['recipe']} | {m['batch']} | {times} | {' | '.join(ratios)} | {share} |")
+        rows.append(f"| {m['model']} | {m['recipe']} | {m['batch']} | {times} | {' | '.join(ratios)} | {share} |"
+                    + (f" {m['cpu_seconds']} |" if cpu else ""))
     first = lines[0]
     rounds = ", ".join(sorted({m["repeats"] for m in lines}, key=int))
     note = (f"{rounds} rounds; {first['cpu']}, {first['threads']} threads; torch {first['torch']}, "
