@@ -18,11 +18,13 @@ if TYPE_CHECKING:
         NarrowError,
         NoMatchError,
         RecipeError,
+        RecoveryError,
         TokcompileError,
     )
     from tokcompile.evaluation import evaluate
     from tokcompile.onnx_export import ExportReport, export_onnx
     from tokcompile.recipes import Recipe
+    from tokcompile.recovery import RecoveryReport, recover
     from tokcompile.reporting import Report
     from tokcompile.serving import OnnxModel
 
@@ -34,7 +36,8 @@ _EXPORTS = {
     "ExportReport": "onnx_export", "export_onnx": "onnx_export", "OnnxModel": "serving",
     "CacheError": "errors", "CalibrationError": "errors", "CaptureError": "errors", "ExportError": "errors",
     "NarrowError": "errors",
-    "NoMatchError": "errors", "RecipeError": "errors", "TokcompileError": "errors",
+    "NoMatchError": "errors", "RecipeError": "errors", "RecoveryError": "errors", "TokcompileError": "errors",
+    "RecoveryReport": "recovery", "recover": "recovery",
     "Recipe": "recipes", "Report": "reporting",
 }
 
@@ -42,8 +45,9 @@ _EXPORTS = {
 _MODULES = ("stem",)
 
 __all__ = ["CacheError", "CalibrationError", "CaptureError", "ExportError", "ExportReport", "NarrowError",
-           "NoMatchError", "OnnxModel", "Recipe", "RecipeError", "Report", "TokcompileError", "bench", "calibrate",
-           "evaluate", "explain", "export_onnx", "optimize", "record", "report", "stem"]
+           "NoMatchError", "OnnxModel", "Recipe", "RecipeError", "RecoveryError", "RecoveryReport", "Report",
+           "TokcompileError", "bench", "calibrate", "evaluate", "explain", "export_onnx", "optimize", "record",
+           "recover", "report", "stem"]
 
 
 def __getattr__(name: str) -> Any:

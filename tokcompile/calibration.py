@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from tokcompile.errors import CalibrationError
+from tokcompile.errors import CalibrationError, TokcompileError
 from tokcompile.recipes import Recipe
 from tokcompile.registry import get_pass
 from tokcompile.session import Session
@@ -59,7 +59,7 @@ def calibrate(model: nn.Module, recipe: Any, data: Iterable[Item], *, resume: st
     for count, item in enumerate(_shown(data, progress), start=1):
         if 1 < count <= done:
             continue
-        kwargs = _arguments(model, item, count - 1)
+        kwargs = arguments(model, item, count - 1)
         session.counting = count > done  # a resumed run still needs the graphs, for the weights in them
         with torch.no_grad():
             run(clone, kwargs)
@@ -105,20 +105,25 @@ def check_prepared(recipe: Recipe, calibration: Any) -> None:
                                        "no state of this pass")
 
 
-def _arguments(model: nn.Module, item: Any, number: int) -> dict[str, Any]:
-    """One input as keyword arguments."""
+def arguments(model: nn.Module, item: Any, number: int, *, what: str = "calibration item",
+              error: type[TokcompileError] = CalibrationError) -> dict[str, Any]:
+    """One input as keyword arguments.
+
+    Raises:
+        TokcompileError: of the type ``error``; it is of another form, or has no argument that ``forward`` knows.
+    """
     parameters = inspect.signature(model.forward).parameters
     if isinstance(item, torch.Tensor):
         return {next(iter(parameters)): item}
     if not isinstance(item, Mapping):
-        raise CalibrationError(f"calibration item {number} is a {type(item).__name__}; expected a mapping of keyword "
-                               "arguments, such as {'input_ids': ...}, or a tensor")
+        raise error(f"{what} {number} is a {type(item).__name__}; expected a mapping of keyword arguments, such as "
+                    "{'input_ids': ...}, or a tensor")
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     unknown = [k for k in item if k not in parameters]
     named = {p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     if not item or (unknown and not hasattr(model, "generate") and not takes_any) or not named & set(item):
-        raise CalibrationError(f"calibration item {number} has the keys {sorted(item)}; the forward of this model "
-                               f"takes {', '.join(sorted(named)[:12])}")
+        raise error(f"{what} {number} has the keys {sorted(item)}; the forward of this model takes "
+                    f"{', '.join(sorted(named)[:12])}")
     return dict(item)
 
 

@@ -80,6 +80,10 @@ class CalibrationError(TokcompileError):
     """Calibration data is missing, empty or of the wrong form, or a pass could make nothing of it."""
 
 
+class RecoveryError(TokcompileError):
+    """A recovery cannot be run: its data, models or settings do not fit, or a checkpoint is of another run."""
+
+
 class ExportError(TokcompileError):
     """A model, or a stage of it, cannot be written as ONNX, or the written files do not compute what the model does."""
 
