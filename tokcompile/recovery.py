@@ -108,7 +108,7 @@ def recover(model: nn.Module, teacher: nn.Module, data: Iterable[Item], *, steps
             provided that model, data and settings are the same.
         save_every: steps between checkpoints.
         progress: show a progress bar.
-        accelerator: an ``accelerate.Accelerator`` of your own.
+        accelerator: an ``accelerate.Accelerator`` of your own, without mixed precision.
 
     Returns:
         Loss of each step, number of positions, and which parameters were trained.
@@ -126,6 +126,9 @@ def recover(model: nn.Module, teacher: nn.Module, data: Iterable[Item], *, steps
         raise RecoveryError("teacher and model are one object; pass the original model as teacher (for a model that "
                             "was optimized in place, a copy.deepcopy made before)")
     accelerator = accelerator or Accelerator()
+    if accelerator.mixed_precision != "no":
+        raise RecoveryError(f"mixed_precision={accelerator.mixed_precision!r}: operations of rewritten graphs do not "
+                            "follow autocast; train in the dtype of the model (fp32, or model.to(torch.bfloat16))")
     for module in (model, teacher):
         if not hasattr(module, "hf_device_map"):  # accelerate spread it over devices itself
             module.to(accelerator.device)
@@ -448,15 +451,14 @@ class _Run:
         if self.hidden_weight:
             kwargs["output_hidden_states"] = True
         labels, mass = item.get("labels"), None
-        with self.accelerator.autocast():
-            with torch.no_grad():
-                if probe and self.probe is not None:
-                    theirs, mass = self._probed(item, kwargs)
-                else:
-                    theirs = self.teacher(**kwargs)
-            recorder = record(self.model) if hasattr(self.model, SESSION) else contextlib.nullcontext()
-            with recorder as recording:
-                ours = self.model(**kwargs)
+        with torch.no_grad():
+            if probe and self.probe is not None:
+                theirs, mass = self._probed(item, kwargs)
+            else:
+                theirs = self.teacher(**kwargs)
+        recorder = record(self.model) if hasattr(self.model, SESSION) else contextlib.nullcontext()
+        with recorder as recording:
+            ours = self.model(**kwargs)
         kept = recording.kept if recording is not None else []
         student, teacher = _logits(ours, "model"), _logits(theirs, "teacher")
         if student.shape[-1] != teacher.shape[-1]:
