@@ -7,6 +7,7 @@ for every activation that the kernels have. What agrees is that formula, however
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -164,7 +165,7 @@ def _evaluate(ctx: Context, flow: Flow, region: Region, given: Mapping[fx.Node, 
             values[node] = value.expand(*sizes, value.shape[-1]).clone()
         try:
             for node in between:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n, v=values, o=ones: _value(n, v, o))
+                args, kwargs = fx.map_arg((node.args, node.kwargs), functools.partial(_value, values=values, ones=ones))
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
             return values[target].reshape(-1, values[target].shape[-1])[:1].float(), rounded
         except Exception as caught:  # any operation of the model's own

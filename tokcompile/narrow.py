@@ -640,7 +640,7 @@ class _Narrower:
         alive = self.alive(token, loss) if token is not None else None
         if alive is None:
             return
-        ignored = loss.args[4] if len(loss.args) > 4 else -100
+        ignored: Any = loss.args[4] if len(loss.args) > 4 else -100
         if axes.index(token) < axes.index(self.batch):
             raise NarrowError("a loss over tokens by row cannot leave empty slots out", node=loss.name,
                               path=module_path(loss), source=source_line(loss))

@@ -90,7 +90,7 @@ class OnnxModel:
         wrong = sorted(set(wanted) ^ set(inputs))
         if wrong:
             raise ExportError(f"{role} takes {', '.join(wanted)}; missing or unknown: {', '.join(wrong)}")
-        feed = {name: np.ascontiguousarray(np.asarray(value), _DTYPES[wanted[name].type])
+        feed: dict[str, Array] = {name: np.ascontiguousarray(np.asarray(value), _DTYPES[wanted[name].type])
                 for name, value in inputs.items()}
         return dict(zip(self._outputs[role], self.sessions[role].run(None, feed), strict=True))
 

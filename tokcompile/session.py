@@ -98,7 +98,7 @@ class Variant:
         return getattr(self.prepared.scope(item.pass_name, item.key), item.name)  # type: ignore[no-any-return]
 
 
-def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
+def _form(tensor: Any) -> tuple[Any, ...]:
     return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
 
 

@@ -34,20 +34,21 @@ def embedding_of(ctx: Context, region: Region) -> tuple[fx.Node, fx.Node]:
         raise ctx.refuse(where, "the layer belongs to no stack of layers over tokens, so no token ids go with it")
     start, flow = found[0].layers[0].input, Flow(ctx.captured.graph)
     placeholders = set(ctx.captured.placeholders)
-    lookups = []
+    lookups: list[tuple[fx.Node, fx.Node]] = []
     for node in flow.by_op.get("embedding", []):
-        table, ids = node.args[0], node.args[1]
-        while flow.op[ids] in TRIVIAL | LAYOUT and ids.meta["val"].dim() <= 2 and flow.inputs[ids]:  # type: ignore
-            ids = flow.inputs[ids][0]  # type: ignore[index]
+        table: Any = node.args[0]
+        ids: Any = node.args[1]
+        while flow.op[ids] in TRIVIAL | LAYOUT and ids.meta["val"].dim() <= 2 and flow.inputs[ids]:
+            ids = flow.inputs[ids][0]
         if flow.reaches(node, start) and ids in placeholders and table in placeholders and (
-                ids.meta["val"].dim() == 2 and not ids.meta["val"].is_floating_point()):  # type: ignore[union-attr]
+                ids.meta["val"].dim() == 2 and not ids.meta["val"].is_floating_point()):
             lookups.append((ids, table))
     if not lookups:
         raise ctx.refuse(where, "no input_ids in the graph: the tokens of this layer do not come from a lookup of ids "
                                 "[B, S]; call the model with input_ids, not with inputs_embeds or pixel values")
 
     # token types and learned positions are looked up too, in smaller tables
-    return max(lookups, key=lambda lookup: lookup[1].meta["val"].shape[0])  # type: ignore[no-any-return]
+    return max(lookups, key=lambda lookup: lookup[1].meta["val"].shape[0])
 
 
 def ids_for(ctx: Context, region: Region, like: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,8 +123,8 @@ def greedy_select_host(
 @contextlib.contextmanager
 def _without_mkldnn() -> Iterator[None]:
     """mkldnn may be set to compute fp32 products in bf16, which are not exact."""
-    enabled = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
+    enabled: Any = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     try:
         yield
     finally:
