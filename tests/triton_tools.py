@@ -1,4 +1,4 @@
-"""What the tests of the kernels share: the interpreter, compilation for absent GPUs, dense attention to compare with."""
+"""What tests of kernels share: the interpreter, compilation for absent GPUs, dense attention to compare with."""
 
 from __future__ import annotations
 
