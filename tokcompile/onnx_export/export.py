@@ -301,8 +301,7 @@ class _Job:
                  for role, lowered in self.lowered.items()}
         recipe = None
         if self.recipe is not None:
-            steps = [{"pass": e.pass_name, "matches": e.matches, "regions": e.regions, "details": e.details,
-                      "flop_ratio": e.flop_ratio}
+            steps = [{"pass": e.pass_name, "matches": e.matches, "regions": e.regions, "details": e.details}
                      for e in self.session.report.steps]
             recipe = {"name": Path(self.recipe.name).name, "steps": plain(steps),
                       "source": self.recipe.model_dump(mode="json", by_alias=True, exclude_none=True)}
