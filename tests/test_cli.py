@@ -187,10 +187,24 @@ def test_export_hands_everything_over(call: Any, tmp_path: Path, monkeypatch: py
         return "max error 1e-6"
 
     monkeypatch.setattr(tokcompile, "export_onnx", export_onnx, raising=False)
-    code, out, _ = call("export", VIT, "--recipe", "vit_prune_50", "--out", tmp_path, "--no-check")
+    code, out, _ = call("export", VIT, "--recipe", "vit_prune_50", "--out", tmp_path, "--no-check", "--opset", 18,
+                        "--target", "contrib", "--all-logits", "--overwrite")
     assert code == OK
     assert "max error 1e-6" in out
     assert (given_["recipe"].name, given_["check"], given_["out"]) == ("vit_prune_50", False, tmp_path)
+    assert (given_["opset"], given_["target"], given_["logits"], given_["overwrite"]) == (18, "contrib", "all", True)
+
+
+def test_export_writes_files_that_equal_the_model(call: Any, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed (extra: onnx)")
+    code, out, err = call("export", VIT, "--out", tmp_path / "vit", "--json")
+    assert code == OK, err
+    result = json.loads(out)
+    assert max(row["relative"] for row in result["parity"]) < 1e-5
+    assert {path.name for path in (tmp_path / "vit").iterdir()} >= {"model.onnx", "manifest.json"}
+    code, _, err = call("export", VIT, "--out", tmp_path / "vit")
+    assert code == REFUSED
+    assert "overwrite" in err
 
 
 def test_a_folder_of_transformers(call: Any, tmp_path: Path) -> None:

@@ -310,6 +310,10 @@ def export(
     model: Model, recipe: Annotated[str, typer.Option("--recipe", "-r", metavar="R", help="Left out, dense.")] = "",
     out: Out = Path("onnx"), sets: Sets = None,
     no_check: Annotated[bool, typer.Option("--no-check", help="Do not compare onnxruntime with PyTorch.")] = False,
+    opset: Annotated[int, typer.Option(help="Of the standard operations, 18 to 24.")] = 20,
+    target: Annotated[str, typer.Option(help="standard, or contrib: fused operations of onnxruntime.")] = "standard",
+    all_logits: Annotated[bool, typer.Option("--all-logits", help="Logits of every position, not the last.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     prompt: Prompt = "", images: Images = None, tokens: Tokens = 64, batch: Batch = 1, dtype: Dtype = "",
     device: Device = "", random_weights: RandomWeights = False, as_json: AsJson = False,
 ) -> None:
@@ -320,7 +324,8 @@ def export(
     with _working("loading the model") as say:
         module, inputs = _model(model, prompt, images, tokens, batch, dtype, device, random_weights)
         say("exporting" if no_check else "exporting, comparing with onnxruntime")
-        result = tokcompile.export_onnx(module, inputs, out, recipe=loaded, check=not no_check)
+        result = tokcompile.export_onnx(module, inputs, out, recipe=loaded, check=not no_check, opset=opset,
+                                        target=target, logits="all" if all_logits else "last", overwrite=overwrite)
     if as_json:
         _json(result.to_dict() if hasattr(result, "to_dict") else {"out": str(out), "report": str(result)})
         return

@@ -301,7 +301,8 @@ class _Job:
                  for role, lowered in self.lowered.items()}
         recipe = None
         if self.recipe is not None:
-            steps = [{"pass": e.pass_name, "matches": e.matches, "regions": e.regions, "details": e.details}
+            steps = [{"pass": e.pass_name, "matches": e.matches, "regions": e.regions, "details": e.details,
+                      "flop_ratio": e.flop_ratio}
                      for e in self.session.report.steps]
             recipe = {"name": Path(self.recipe.name).name, "steps": plain(steps),
                       "source": self.recipe.model_dump(mode="json", by_alias=True, exclude_none=True)}
