@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         NoMatchError,
         RecipeError,
         RecoveryError,
+        SavedModelError,
         TokcompileError,
     )
     from tokcompile.evaluation import evaluate
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from tokcompile.recipes import Recipe
     from tokcompile.recovery import RecoveryReport, recover
     from tokcompile.reporting import Report
+    from tokcompile.saving import load, restore_dense, save_pretrained
     from tokcompile.serving import OnnxModel
 
 __version__ = "0.1.0"
@@ -36,8 +38,10 @@ _EXPORTS = {
     "ExportReport": "onnx_export", "export_onnx": "onnx_export", "OnnxModel": "serving",
     "CacheError": "errors", "CalibrationError": "errors", "CaptureError": "errors", "ExportError": "errors",
     "NarrowError": "errors",
-    "NoMatchError": "errors", "RecipeError": "errors", "RecoveryError": "errors", "TokcompileError": "errors",
+    "NoMatchError": "errors", "RecipeError": "errors", "RecoveryError": "errors", "SavedModelError": "errors",
+    "TokcompileError": "errors",
     "RecoveryReport": "recovery", "recover": "recovery",
+    "load": "saving", "restore_dense": "saving", "save_pretrained": "saving",
     "Recipe": "recipes", "Report": "reporting",
 }
 
@@ -46,8 +50,8 @@ _MODULES = ("stem",)
 
 __all__ = ["CacheError", "CalibrationError", "CaptureError", "ExportError", "ExportReport", "NarrowError",
            "NoMatchError", "OnnxModel", "Recipe", "RecipeError", "RecoveryError", "RecoveryReport", "Report",
-           "TokcompileError", "bench", "calibrate", "evaluate", "explain", "export_onnx", "optimize", "record",
-           "recover", "report", "stem"]
+           "SavedModelError", "TokcompileError", "bench", "calibrate", "evaluate", "explain", "export_onnx", "load",
+           "optimize", "record", "recover", "report", "restore_dense", "save_pretrained", "stem"]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,7 @@ from tokcompile.recipes import Recipe
 from tokcompile.reporting import Report
 from tokcompile.session import Recording, Session
 from tokcompile.stages import SESSION, Model, install, run_once, share, uninstall
-from tokcompile.state import PreparedState
+from tokcompile.state import PreparedState, origin
 
 RecipeLike = str | PathLike[str] | Mapping[str, Any] | Recipe
 ON_NO_MATCH = ("error", "warn", "ignore")
@@ -63,6 +63,7 @@ def optimize(model: Model, recipe: RecipeLike, *, inputs: Mapping[str, Any] | No
                       state=calibration)
     target = model if inplace else share(model)
     install(target, session)
+    session.origin = origin(target)
     if inputs is not None:
         try:
             run_once(target, inputs)
@@ -90,13 +91,13 @@ def explain(model: nn.Module, inputs: Mapping[str, Any], recipe: RecipeLike | No
 
 def report(model: nn.Module) -> Report:
     """What was done to an optimized model so far."""
-    return _session(model).report
+    return session_of(model).report
 
 
 @contextlib.contextmanager
 def record(model: nn.Module) -> Iterator[Recording]:
     """Collect what each cut of each prefill keeps: ``with record(model) as rec: ...; rec.kept``."""
-    session, recording = _session(model), Recording()
+    session, recording = session_of(model), Recording()
     session.recordings.append(recording)
     try:
         yield recording
@@ -104,10 +105,13 @@ def record(model: nn.Module) -> Iterator[Recording]:
         session.recordings.remove(recording)
 
 
-def _session(model: nn.Module) -> Session:
+def session_of(model: nn.Module) -> Session:
+    """The session of an optimized model.
+
+    Raises:
+        TokcompileError: it is not one.
+    """
     session = getattr(model, SESSION, None)
     if session is None:
         raise TokcompileError("this model was not made by tokcompile.optimize")
     return session  # type: ignore[no-any-return]
-
-

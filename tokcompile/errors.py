@@ -88,5 +88,9 @@ class ExportError(TokcompileError):
     """A model, or a stage of it, cannot be written as ONNX, or the written files do not compute what the model does."""
 
 
+class SavedModelError(TokcompileError):
+    """A folder holds no saved model, or one that is damaged, too new, or not for the model that was given."""
+
+
 class CacheError(TokcompileError):
     """A key/value cache of a kind, or in a state, in which pruned tokens cannot be tracked."""

@@ -334,6 +334,12 @@ class Recipe(_Model):
         recipe._name = self._name
         return recipe
 
+    def named(self, name: str) -> Recipe:
+        """A copy of that name."""
+        recipe = self.model_copy()
+        recipe._name = name
+        return recipe
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; ``Recipe.load(recipe.to_dict())`` does the same as the recipe."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)

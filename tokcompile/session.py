@@ -132,6 +132,9 @@ class Session:
         self.report.steps = [StepReport(pass_name=step.pass_, status="structure_miss", matches=0, regions=[],
                                         reason="no graph was captured yet") for step, _ in self.passes]
         self._checked: set[int] = set()
+        #: tensors of the dense model when it was optimized (see state.origin); and those that a saved model had lost
+        self.origin: dict[str, tuple[int, torch.dtype]] = {}
+        self.changed: dict[str, str] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a copy starts without compiled graphs: they read the state of this session

@@ -73,5 +73,11 @@ class PreparedState(nn.Module):
         return (key for name, key in self.facts if name == pass_name)
 
 
+def origin(model: nn.Module) -> dict[str, tuple[int, torch.dtype]]:
+    """name -> (how often it was written to, dtype) of every tensor of the model that is not prepared state."""
+    return {name: (tensor._version, tensor.dtype) for name, tensor in model.state_dict(keep_vars=True).items()
+            if isinstance(tensor, torch.Tensor) and not name.startswith(f"{NAMESPACE}.")}
+
+
 def _parts(pass_name: str, key: str) -> list[str]:
     return [pass_name, *(key.split(".") if key else [_ROOT])]
