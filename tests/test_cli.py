@@ -161,12 +161,17 @@ def test_optimize(call: Any, tmp_path: Path) -> None:
     assert code == OK
     assert json.loads(out)["report"]["steps"][0]["status"] == "matched"
     assert call("optimize", VIT, "--recipe", "vit_prune_50")[0] == USAGE
-    if not hasattr(tokcompile, "save_pretrained"):
-        pytest.skip("saving is not part of this version")
-    code, _, _ = call("optimize", VIT, "--recipe", "vit_prune_50", "--out", tmp_path / "saved")
-    assert code == OK
+    for _ in range(2):  # the second replaces the first
+        assert call("optimize", VIT, "--recipe", "vit_prune_50", "--out", tmp_path / "saved")[0] == OK
     assert (tmp_path / "saved" / "report.html").is_file()
-    assert tokcompile.load(tmp_path / "saved") is not None
+    assert tokcompile.report(tokcompile.load(tmp_path / "saved", lowering="eager")).recipe == "vit_prune_50"
+    (tmp_path / "saved" / "notes.txt").write_text("mine")
+    code, _, err = call("optimize", "no:model", "--recipe", "vit_prune_50", "--out", tmp_path / "saved")
+    assert code == REFUSED  # before the model is loaded
+    assert "holds notes.txt, which save_pretrained did not write" in err
+    code, _, err = call("explain", tmp_path / "saved")
+    assert code == MISSING
+    assert "load it with tokcompile.load" in err
 
 
 def test_bench(call: Any, tmp_path: Path) -> None:

@@ -107,9 +107,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         torch._dynamo.reset()
         model, inputs = make()
-        tokcompile.save_pretrained(model, root / name)
         save_file({key: value.contiguous() for key, value in inputs.items()}, root / f"{name}_inputs.safetensors")
         save_file(_results(model, inputs), root / f"{name}_results.safetensors")
+        tokcompile.save_pretrained(model, root / name)
     return root
 
 

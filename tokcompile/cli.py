@@ -251,9 +251,12 @@ def optimize(
     Compilation belongs to the process that runs the model, so nothing is compiled here unless --lowering inductor.
     """
     import tokcompile
+    from tokcompile.saving import PAGE, check_place
 
     if out is None and not dry_run:
         raise typer.BadParameter("give --out DIR, or --dry-run", param_hint="--out")
+    if out is not None and not dry_run:
+        check_place(out)  # now rather than after the work
     loaded = _load(recipe, sets)
     with _working("loading the model") as say:
         module, inputs = _model(model, prompt, images, tokens, batch, dtype, device, random_weights)
@@ -264,11 +267,11 @@ def optimize(
         if out is not None and not dry_run:
             say(f"saving to {out}")
             tokcompile.save_pretrained(optimized, out)
-            report.to_html(out / "report.html")
+            report.to_html(out / PAGE)
     _json({"out": None if dry_run else str(out), "report": report.to_dict()}) if as_json \
         else _out().print(Text(str(report)), soft_wrap=True)
     if out is not None and not dry_run:
-        _err().print(f"wrote {out}; the report is {out / 'report.html'}", markup=False, soft_wrap=True)
+        _err().print(f"wrote {out}; the report is {out / PAGE}", markup=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: tokcompile bench ./my-model -r vlm_prune_90 -r vlm_random_90 --image cat.png --out bench")

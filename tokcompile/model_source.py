@@ -123,7 +123,8 @@ def _from_transformers(request: Request) -> tuple[nn.Module, dict[str, Any]]:
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         if (folder / "tokcompile.json").is_file():
-            raise ModelNotFoundError(f"{name} was written by tokcompile.save_pretrained: it is optimized already")
+            raise ModelNotFoundError(f"{name} was written by tokcompile.save_pretrained: it is optimized already; load "
+                                     "it with tokcompile.load, and start from the original model here")
         raise ModelNotFoundError(f"{name}: a folder without config.json; expected a model saved by save_pretrained")
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or " " in name):
         raise ModelNotFoundError(f"{name}: no such folder")

@@ -70,7 +70,7 @@ def save_pretrained(model: nn.Module, folder: str | PathLike[str], *, weights: b
     """
     session, target = session_of(model), Path(folder)
     assert session.recipe is not None
-    _check_place(target)
+    check_place(target)
     kind = "none" if not weights else "transformers" if _of_transformers(type(model)) else "state_dict"
     made = target.parent / f".{target.name}.{secrets.token_hex(4)}.part"
     made.mkdir(parents=True)
@@ -178,7 +178,8 @@ def changed(model: nn.Module) -> dict[str, str]:
 # .. writing
 
 
-def _check_place(target: Path) -> None:
+def check_place(target: Path) -> None:
+    """Raise :class:`SavedModelError` unless :func:`save_pretrained` may write to ``target``."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise SavedModelError(f"{target}: is no folder; name another place")
     if not target.exists() or not any(target.iterdir()):
