@@ -38,7 +38,8 @@ class Pass:
     #: Whether the pass needs :func:`tokcompile.calibrate`: "none", "optional" or "required".
     calibration: ClassVar[Literal["none", "optional", "required"]] = "none"
     #: "decode": acts in decode steps only, so a prefill without a match is no mistake.
-    stage: ClassVar[Literal["any", "decode"]] = "any"
+    #: "prefill": has nothing to do in decode steps.
+    stage: ClassVar[Literal["any", "decode", "prefill"]] = "any"
 
     class Params(BaseModel):
         model_config = ConfigDict(extra="forbid")

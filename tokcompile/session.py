@@ -233,7 +233,7 @@ class Session:
 
     def _apply(self, ctx: Context, step: Step, method: Pass, entry: StepReport, stage: str) -> bool:
         """Apply one step (or observe for it), note what came of it; whether the graph was changed."""
-        if self.observing and method.calibration == "none":
+        if (self.observing and method.calibration == "none") or (stage == "decode" and method.stage == "prefill"):
             return False
         problems: list[NarrowError] = []
         done: list[Region] = []
