@@ -21,8 +21,7 @@ def make(batch=2, heads=4, kv_heads=2, queries=3, length=20, width=8, places="no
     position = None
     if places != "none":
         first = torch.randint(0, length, (batch, 1 if places == "one" else kv_heads, 1), generator=g)
-        position = torch.arange(length) * 2 - first
-        position = torch.where(torch.arange(length) < first, -1, position.clamp(min=0).cumsum(-1)).int().to(device)
+        position = torch.where(torch.arange(length) < first, -1, torch.arange(length) * 2).int().to(device)
     return query.to(device, dtype), key.to(device, dtype), position
 
 
@@ -111,7 +110,8 @@ def triton_equals_matrix(device):
         ({"heads": 3, "kv_heads": 1, "width": 24, "queries": 7, "length": 50}, (None, True, 0, 0.0, False), None),
         ({"batch": 1, "queries": 1, "length": 1, "width": 5}, (), None),
     )):
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        # the interpreter multiplies blocks of bf16 as if they were integers
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)[:3 if device == "cuda" else 2]:
             args = make(**shape, dtype=dtype, seed=number, device=device)
             assert supports(*args[:2])[0]
             same(attention_rows_triton(*args, *options, parts=parts), expected(*args, *options), torch.float32)

@@ -1,4 +1,4 @@
-"""Token sparse attention in whole models: everything kept is the model, else it is the model under the mask it chose."""
+"""Token sparse attention in whole models: with everything kept it is the model, else the model under its own mask."""
 
 from __future__ import annotations
 
