@@ -137,4 +137,4 @@ def test_triton_compiles_for_gpus(capability, dtype, width):
     key = torch.empty(1, 8, 1 << 17, width, dtype=dtype, device="meta")
     position = torch.empty(1, 1, 1 << 17, dtype=torch.int32, device="meta")
     for launch in launches(query, key, position, softcap=30.0)[0]:
-        compiled(launch, capability)
+        compiled(launch, capability, 224 if dtype == torch.float32 and width > 128 else 0)  # three TF32 products

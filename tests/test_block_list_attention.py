@@ -220,4 +220,6 @@ def test_triton_compiles_for_gpus(capability, dtype, width):
     key = torch.empty(1, 8, 1 << 17, width, dtype=dtype, device="meta")
     index = torch.empty(1, 32, 1 << 10, 128, dtype=torch.int32, device="meta")
     position = torch.empty(1, 1, 1 << 17, dtype=torch.int32, device="meta")
-    compiled(launch(query, key, key, index, index[..., 0], position, softcap=30.0)[0], capability)
+    # wide heads in fp32 (three TF32 products) spill a few registers; 16-bit types none
+    spilled = 72 if dtype == torch.float32 and width > 64 else 0
+    compiled(launch(query, key, key, index, index[..., 0], position, softcap=30.0)[0], capability, spilled)
