@@ -207,6 +207,7 @@ class Context:
         prepared, inputs: the state that calibration made; the placeholders that the rewrite added, and what each takes.
         static: sizes read off the data may be numbers in the graph; another number compiles it anew.
         always_ragged: the graph must serve rows that keep different numbers of tokens, whatever ``args`` keep.
+        shared: what passes emit once for several regions, by a key of their own.
     """
 
     captured: Captured
@@ -216,6 +217,7 @@ class Context:
     whole: bool = True
     static: bool = False
     always_ragged: bool = False
+    shared: dict[Any, Any] = field(default_factory=dict)
     sizes: list[HostSize] = field(default_factory=list)
     ragged: list[bool] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
