@@ -11,8 +11,8 @@ Query heads that share a key head share planes and list, so a list costs no memo
 averaged, their scores are added. The cache stays as the model stores it, so scoring reads whole rows of keys: at best
 half of the bytes of dense attention are saved. The split cache of the paper, which saves more, is not built here.
 
-Source: "FASA: Frequency-aware Sparse Attention", arXiv 2602.03152. Its code takes neighbouring components as a plane also
-for models that rotate halves; here a plane is what the model rotates together.
+Source: "FASA: Frequency-aware Sparse Attention", arXiv 2602.03152. Its code takes neighbouring components as a plane
+also for models that rotate halves; here a plane is what the model rotates together.
 """
 
 from __future__ import annotations

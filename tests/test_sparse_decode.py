@@ -205,9 +205,9 @@ def lists(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, int]]:
     return seen
 
 
-CASES = [("llama", "tokenselect"), ("llama", "fasa"), ("llama", "decode_control"), ("qwen3", "fasa"),
-         ("gemma2", "tokenselect"), ("gemma2", "fasa"), ("gpt2", "tokenselect"), ("mixtral", "fasa"),
-         ("gptj", "fasa")]
+CASES = [("llama", "decode_control"), ("qwen3", "fasa"), ("gemma2", "tokenselect"), ("gpt2", "tokenselect"),
+         *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+             ("llama", "tokenselect"), ("llama", "fasa"), ("gemma2", "fasa"), ("mixtral", "fasa"), ("gptj", "fasa")))]
 
 
 @pytest.mark.parametrize(("family", "name"), CASES)
@@ -223,11 +223,12 @@ def test_equals_dense_attention_under_the_mask_of_the_choice(family: str, name: 
             expected = generate(model, inputs)
         assert_same(result, expected)
     assert len(lists) == 2 * (STEPS - 1)
-    for index, length in lists:
+    for number, (index, length) in enumerate(lists):
         assert index.shape[2] == BUDGET
-        for row, first in ((0, 5), (1, 0)):
-            real = index[row][index[row] >= 0]
-            assert int(real.min()) >= (max(first, length - PROMPT) if False else first)
+        forgotten = PROMPT + 1 + number // 2 - length  # keys that left a sliding cache
+        for row, padding in ((0, 5), (1, 0)):
+            first = max(padding - forgotten, 0)
+            assert int(index[row][index[row] >= 0].min()) >= first
             keys = index[row, 0][index[row, 0] >= 0]
             assert len(keys.unique()) == len(keys) == min(BUDGET, length - first)
     step = tokcompile.report(fast).steps[0]
@@ -236,7 +237,8 @@ def test_equals_dense_attention_under_the_mask_of_the_choice(family: str, name: 
 
 
 @pytest.mark.parametrize(("family", "name"), [
-    ("llama", "fasa"), ("qwen3", "tokenselect"), ("gemma2", "tokenselect"), ("gpt_oss", "fasa"), ("gpt2", "tokenselect")])
+    ("llama", "fasa"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("qwen3", "tokenselect"), ("gemma2", "tokenselect"), ("gpt_oss", "fasa"), ("gpt2", "tokenselect")))])
 def test_a_full_budget_is_the_original(family: str, name: str) -> None:
     model, inputs = MODELS[family](), prompt()
     fast = optimized(model, name, budget=1.0)
@@ -376,7 +378,7 @@ def test_a_handwritten_decoder(name: str) -> None:
     ids = torch.randint(96, (2, PROMPT), generator=torch.Generator().manual_seed(2))
     fast = tokcompile.optimize(model, recipe(name), lowering="eager",
                                calibration=[{"ids": ids}] if name == "fasa" else None)
-    state = {k.replace("layers.", "layers."): v for k, v in fast.state_dict().items()}
+    state = dict(fast.state_dict())
     twin, chooser = Handwritten().eval(), Masked(name, state)
 
     def allowed(number: int, query: Tensor, key: Tensor) -> Tensor | None:
@@ -386,7 +388,7 @@ def test_a_handwritten_decoder(name: str) -> None:
         place.layer_idx = number
         seen = torch.ones(2, 1, 1, key.shape[2], dtype=torch.bool)
         if name == "fasa":
-            keys = sorted(k for k in state if "fasa" in k)
+            keys = sorted((k for k in state if "fasa" in k), key=lambda k: "#" in k)  # the first has no number
             chooser.state = {f"fasa.{number}.": state[keys[number]]}
         scores = chooser.scores(place, query, key, seen, {})
         mask = torch.zeros(2, 4, 1, key.shape[2], dtype=torch.bool)

@@ -80,8 +80,9 @@ class Captured:
 class _Inputs:
     """Rebuild captured example values under another fake mode, keeping the relations between their sizes."""
 
-    def __init__(self, mode: FakeTensorMode) -> None:
+    def __init__(self, mode: FakeTensorMode, hints: dict[Any, int] | None = None) -> None:
         self.mode, self.symbols = mode, {}  # type: ignore[var-annotated]
+        self.hints = hints or {}
 
     def number(self, value: Any) -> Any:
         if not isinstance(value, torch.SymInt):
@@ -93,8 +94,8 @@ class _Inputs:
             if symbol not in self.symbols:
                 # a size is at least 2 (Dynamo specialises 0 and 1); a plain number, say a length so far, can be 0
                 create = env.create_symbol if symbol.is_positive else env.create_unspecified_symbol
-                self.symbols[symbol] = create(_hint(value.node.shape_env, symbol), ConstantSource(f"size_{symbol}"),
-                                              dynamic_dim=DimDynamic.DYNAMIC)
+                hint = self.hints.get(symbol, _hint(value.node.shape_env, symbol))
+                self.symbols[symbol] = create(hint, ConstantSource(f"size_{symbol}"), dynamic_dim=DimDynamic.DYNAMIC)
         new = expr.xreplace(self.symbols)
         hint = int(new.xreplace({self.symbols[s]: _hint(env, self.symbols[s]) for s in expr.free_symbols}))
         return env.create_symintnode(new, hint=hint)
@@ -113,6 +114,17 @@ def _with_history(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` as the result of some operation: gradients flow to it, and it may be changed in place."""
     with torch.enable_grad():
         return torch._C._functions.DelayedError("an example input has no history", 1)(tensor)  # type: ignore
+
+
+def _sizes(examples: Sequence[Any], args: Sequence[Any]) -> dict[Any, int]:
+    """Symbol -> its value in a call."""
+    found: dict[Any, int] = {}
+    for example, arg in zip(examples, args, strict=False):
+        pairs = zip(example.shape, arg.shape, strict=True) if isinstance(example, torch.Tensor) else [(example, arg)]
+        for size, value in pairs:
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                found.setdefault(size.node.expr, int(value))
+    return found
 
 
 def _hint(env: ShapeEnv, symbol: Any) -> int:
@@ -142,11 +154,12 @@ def _remove_assertions(graph_module: fx.GraphModule) -> None:
     graph_module.recompile()
 
 
-def from_dynamo(graph_module: fx.GraphModule) -> Captured:
+def from_dynamo(graph_module: fx.GraphModule, args: Sequence[Any] = ()) -> Captured:
     """Bring the graph that Dynamo hands to a backend into the common form.
 
     Args:
         graph_module: as given to a ``torch.compile`` backend; placeholders carry ``meta["example_value"]``.
+        args: inputs of a call whose sizes decide what a rewrite asks of a symbolic size; default: those of the capture.
 
     Raises:
         CaptureError: the graph cannot be rewritten (it checkpoints activations).
@@ -156,8 +169,9 @@ def from_dynamo(graph_module: fx.GraphModule) -> Captured:
                            "model.gradient_checkpointing_disable() before training an optimized model (Inductor "
                            "recomputes cheap activations anyway), or train with shorter sequences")
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    inputs = _Inputs(mode)
-    fakes = [inputs.value(_example(node)) for node in graph_module.graph.nodes if node.op == "placeholder"]
+    examples = [_example(node) for node in graph_module.graph.nodes if node.op == "placeholder"]
+    inputs = _Inputs(mode, _sizes(examples, args))
+    fakes = [inputs.value(example) for example in examples]
     graph_module = _flatten_vmap(graph_module, fakes, mode)
     traced = trace(lambda *args: fx.Interpreter(graph_module).run(*args), fakes, mode)
     for node in traced.graph.find_nodes(op="get_attr"):

@@ -1,8 +1,8 @@
 """Which components of a head RoPE rotates together, read off the graph by running it.
 
-A rotation mixes two components of a head, a plane: (i, i + D/2) in models that rotate halves, (2i, 2i + 1) in models that
-interleave. Between the last value that is not rotated and the query the graph is linear; its matrix for one token, with
-other numbers in the place of cosines and sines, shows the planes whatever the code looks like.
+A rotation mixes two components of a head, a plane: (i, i + D/2) in models that rotate halves, (2i, 2i + 1) in models
+that interleave. Between the last value that is not rotated and the query the graph is linear; its matrix for one token,
+with other numbers in the place of cosines and sines, shows the planes whatever the code looks like.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _all_through(flow: Flow, projection: fx.Node, node: fx.Node, end: fx.Node) -
 
 
 def _matrix(flow: Flow, start: fx.Node, end: fx.Node, width: int) -> Tensor | None:
-    """The map from ``start`` to the first head of ``end`` [.., D]: -> [D, numbers of start], None if it is not linear."""
+    """The map from ``start`` to the first head of ``end`` [.., D]: -> [D, numbers of start], None if not linear."""
     nodes = _between(flow, start, end)
     inside = {start, *nodes}
     generator = torch.Generator().manual_seed(0)

@@ -249,6 +249,8 @@ class Session:
                 done.append(region)
             except NarrowError as error:
                 problems.append(error)
+                if self.observing:
+                    self._forget(ctx, region)
         reasons = list(dict.fromkeys(str(p) for p in problems))
         if done:
             entry.status, entry.reason = "matched", "; ".join(reasons)
@@ -271,6 +273,13 @@ class Session:
             layer, depth = ctx.layer(region) or (None, None)
             seen = Seen(key, region.path, layer, depth, sums=self.resumed.pop((ctx.step, key), {}))
         return seen
+
+    def _forget(self, ctx: Context, region: Region) -> None:
+        """A region that was refused before anything was noted of it was not seen."""
+        regions, key = self.seen.get(ctx.step, {}), ctx.key(region)
+        seen = regions.get(key)
+        if seen is not None and not (seen.sums or seen.weights or seen.facts):
+            del regions[key]
 
     def _miss(self, regions: Regions, kind: str, stage: str, step: Step) -> str:
         found = ", ".join(f"{len(regions.of(k))} {k}" for k in KINDS if regions.of(k)) or "no region"
@@ -438,7 +447,7 @@ class CompiledGraph:
     def _compile(self, args: Sequence[Any]) -> Variant:
         session = self.session
         started = time.perf_counter()
-        captured = from_dynamo(self.graph_module)
+        captured = from_dynamo(self.graph_module, args)
         # the first compilation of a graph of static sizes is static throughout, as torch.compile does it
         ctx = Context(captured, Regions(), args, whole=self.whole, static=not captured.symbols and not self.variants,
                       prepared=session.prepared, counting=lambda: session.counting)

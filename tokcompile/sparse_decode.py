@@ -8,8 +8,9 @@
 A pass is a way to score keys. The first visible keys of a row (attention sinks) and the last ones (the token of this
 step among them) are always in the list; padding never is. Nothing leaves the cache: the next step chooses anew.
 
-Choosing reads keys too, so a short cache is served by the dense attention. That is decided by the length alone, once for
-each compiled graph: one graph serves shorter caches, one the longer ones, and a guard on the length tells them apart.
+Choosing reads keys too, so a short cache is served by the dense attention. That is decided by the length alone, once
+for each compiled graph: one graph serves shorter caches, one the longer ones, and a guard on the length tells them
+apart.
 """
 
 from __future__ import annotations
@@ -178,8 +179,8 @@ def visible_keys(ctx: Context, form: AttentionForm) -> fx.Node | None:
     """
     mask = read_mask(ctx, form)
     if mask.rest is not None:
-        raise ctx.refuse(mask.rest, "the mask adds a bias to the scores (ALiBi, relative positions), or differs between "
-                                    "heads; the attention over listed keys knows only visible and hidden keys")
+        raise ctx.refuse(form.output, "the mask adds a bias to the scores (ALiBi, relative positions), or differs "
+                                      "between heads; the attention over listed keys knows only visible and hidden")
     window = mask.window
     if window is None:
         return mask.keys
