@@ -6,8 +6,8 @@
 A vote by probability keeps a head with large products from deciding alone. One list serves all heads of a layer.
 
 Source: "TokenSelect: Efficient Long-Context Inference and Length Extrapolation for LLMs via Dynamic Token-Level KV
-Cache Selection", arXiv 2411.02886. The paper votes with keys that are not rotated, to go beyond the trained length; here
-keys are as the model caches them, so this does not extrapolate.
+Cache Selection", arXiv 2411.02886. The paper votes with keys that are not rotated, to go beyond the trained length;
+here keys are as the model caches them, so this does not extrapolate.
 """
 
 from __future__ import annotations
