@@ -164,7 +164,7 @@ def test_generation_is_sparse_in_the_prefill_and_dense_after(monkeypatch):
 
 def test_short_inputs_run_dense_and_the_report_says_so():
     model, inputs = MODELS["llama"]()
-    sparse = tokcompile.optimize(model, steps(min_length=None), lowering="eager", inputs=inputs)
+    sparse = tokcompile.optimize(model, steps(min_length=None, least=1024), lowering="eager", inputs=inputs)
     (step,) = tokcompile.report(sparse).steps
     assert step.status == "unprofitable"
     assert "run dense" in step.reason

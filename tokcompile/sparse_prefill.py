@@ -218,11 +218,21 @@ def token_sparse_attention_backward(
     position, mask = _position(query, keys), _square(mask, query)
     index = select(query, key, position, mask, scale, softcap, sliding, coverage, keep, least, window, pool, seed,
                    causal)
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (query, key, value)]
-        output = compute(*leaves, index, position, mask, scale, softcap, sliding, causal)
-        grads = torch.autograd.grad(output, leaves, grad)
-    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
+    if mask is not None:
+        raise NotImplementedError("token_sparse_attention has no derivative under an arbitrary mask (one that is not "
+                                  "causal, a window and padding)")
+    ops, operands, place = torch.ops.tokcompile, [query, key, value], position
+    if index is not None:
+        operands, grad = [gather_rows(t, index) for t in operands], gather_rows(grad, index)
+        place = index if position is None else torch.where(
+            index < 0, -1, position.expand(-1, index.shape[1], -1).gather(2, index.clamp(min=0)))
+    settings = (None, None, place, 128, 64, scale, True, sliding, softcap)
+    output, lse = block_list_attention(*operands, *settings)
+    grads = ops.block_list_attention_backward(grad, torch.zeros_like(lse), *operands, output, lse, *settings)
+    if index is not None:
+        grads = [ops.gather_rows_backward(g, index, t.shape[1], t.shape[2])
+                 for g, t in zip(grads, (query, key, value), strict=True)]
+    return grads[0], grads[1], grads[2]
 
 
 @token_sparse_attention_backward.register_fake
