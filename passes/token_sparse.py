@@ -31,8 +31,8 @@ from tokcompile.registry import PassParams, about, register
 #: Share of the tokens that the paper's coverage keeps in a sparse layer, for the prediction of the gain: attention-map
 #: sparsity of 54 % at 128K is a share of 0.68 of the tokens.
 EXPECTED = 0.68
-#: Time of choosing, gathering and scattering for each token and head, in multiply-adds of attention: measured on the
-#: host (docs/benchmarks.md), and of the same order by bytes on a GPU.
+#: Cost of gathering and scattering one number, in multiply-adds: an assumption, not a measurement. ``min_length``
+#: overrides what follows from it.
 OVERHEAD = 2.0
 
 
