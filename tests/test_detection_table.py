@@ -75,7 +75,7 @@ TABLE = [
     ),
     Row(d.gpt2, DECODER, MHA | {"projection": "fused_qkv"}, {"form": "mlp", "activation": "gelu_tanh"}, "yes"),
     Row(d.gpt_neox, DECODER, {"heads": "mha", "rope": "yes", "projection": "fused_qkv"}, {"form": "mlp"}, "yes"),
-    Row(d.gptj, DECODER, {"heads": "mha", "rope": "yes", "form": "eager"}, {"form": "mlp"}, "yes"),
+    Row(d.gptj, DECODER, {"heads": "mha", "rope": "yes"}, {"form": "mlp"}, "yes"),
     Row(d.opt, DECODER, MHA, {"form": "mlp", "activation": "relu"}, "yes"),
     Row(
         d.bloom,

@@ -1,9 +1,9 @@
 """Which matrix product a large linear layer runs on the CPU, measured for its shape when a graph is compiled.
 
 Inductor calls BLAS, whatever the number of rows. Where a cut leaves few rows, BLAS is less efficient: 122 rows by a
-weight of 4864 x 896 took 3.8 times less than 640 rows, not 5.2 times less (2 cores, MKL). oneDNN does better at some shapes and worse at others, so both are timed, on the sizes at hand and with
-random numbers, and oneDNN is taken where it is clearly faster. The weight stays the model's own parameter: nothing is
-packed or copied ahead of time.
+weight of 4864 x 896 took 3.8 times less than 640 rows, not 5.2 times less (2 cores, MKL). oneDNN does better at some
+shapes and worse at others, so both are timed, on the sizes at hand and with random numbers, and oneDNN is taken where
+it is clearly faster. The weight stays the model's own parameter: nothing is packed or copied ahead of time.
 """
 
 from __future__ import annotations

@@ -582,7 +582,7 @@ def _rows(label: str, task: Task, all_: Mapping[str, Candidate], measured: Mappi
             one = all_[key]
             row = EvalRow(label, task.name, metric.name, one.name, one.role, one.seed, metric.unit,
                           metric.higher_is_better, len(task.items), status=found.status, reason=found.reason,
-                          ms=found.ms, load=found.load, **found.facts, **origin)
+                          ms=found.ms, load=found.load, **found.facts, **origin)  # type: ignore[arg-type]
             rows.append(row)
             mine = stats(key)
             if mine is None:

@@ -52,14 +52,14 @@ class PromptAttention(Session):
     def _fused(self, ctx: Context, node: fx.Node) -> None:
         """One value column that is 1 at the prompt makes the attention itself add the weights up."""
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
         mask = given.get("attn_mask")
         fixed = {k: given[k] for k in ("is_causal", "scale", "enable_gqa") if k in given}
 
         def note(query: Tensor, key: Tensor, *masks: Tensor) -> None:
             assert self.prompt is not None
             column = self.prompt[:, None, :, None].expand(*key.shape[:-1], 1).to(query.dtype)
-            out = F.scaled_dot_product_attention(query, key, column, *masks, **fixed)
+            out = F.scaled_dot_product_attention(query, key, column, masks[0] if masks else None, **fixed)
             self.mass = out.float().mean((1, 3))
 
         ctx.observe(note, given["query"], given["key"], *([mask] if isinstance(mask, fx.Node) else []))

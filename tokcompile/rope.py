@@ -124,8 +124,7 @@ def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     def value(n: fx.Node) -> Any:
         return values[n] if n in values else _number(n.meta["val"])
 
-    args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-    args, kwargs = (torch.fx.node.map_aggregate(a, _wide) for a in (args, kwargs))
+    args, kwargs = torch.fx.node.map_aggregate(fx.map_arg((node.args, node.kwargs), value), _wide)
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

@@ -296,7 +296,7 @@ def _quiet() -> Iterator[None]:
     """Without the progress bars of transformers."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()  # type: ignore[no-untyped-call]
+    shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
@@ -359,7 +359,7 @@ def _read_manifest(place: Path) -> dict[str, Any]:
                                   "the dense model again")
         manifest, version = UPGRADES[version](manifest), version + 1
     _check_form(manifest, broken)
-    return manifest
+    return manifest  # type: ignore[no-any-return]
 
 
 #: The keys of a manifest, and what they hold.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import time
 from collections.abc import Mapping
@@ -203,7 +204,7 @@ class _Job:
             with torch.no_grad():
                 made = stage.module(stage.inputs)
             features = made["image_features"].reshape(-1, made["image_features"].shape[-1])
-            count = int((ids == token).sum())
+            count = int(ids.eq(token).sum())  # type: ignore[arg-type]
             if count != len(features):
                 raise ExportError(f"{count} placeholder tokens ({token}) in input_ids, {len(features)} image features")
             pictures = made["image_features"].shape[0] if made["image_features"].dim() == 3 else 1
@@ -256,11 +257,12 @@ class _Job:
                 return_dict_in_generate=True, output_logits=True)
         row = parity.compare("given", "logits", found.cpu(), out.logits[0].float().cpu())
         if not row.relative <= 1e-4:
+            base: Any = self.model.base_model
             raise ExportError(
                 f"{type(self.model).__name__}: image encoder, embedding and decoder, put together, do not give the "
                 f"logits of the model (relative error {row.relative:.1e} before any export): the model hands something "
                 "else from the prompt or the images to its decoder, which "
-                f"{type(self.model).__name__}.forward [{_source(type(self.model.base_model).forward)}] shows; no input "
+                f"{type(self.model).__name__}.forward [{_source(base.forward)}] shows; no input "
                 "of an exported decoder carries it. Use tokcompile.optimize for this model")
 
     # .. what is said about it
@@ -331,7 +333,7 @@ class _Job:
         for found, tensors in checks:
             rows += found
             if parity.failed(found, tolerance):
-                parity.raise_failed(rows, tolerance, lambda tensors=tensors: self._culprit(folder, tensors, tolerance))
+                parity.raise_failed(rows, tolerance, functools.partial(self._culprit, folder, tensors, tolerance))
         return rows
 
     def _culprit(self, folder: Path, tensors: Mapping[str, Tensor], tolerance: float) -> str:

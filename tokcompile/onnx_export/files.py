@@ -85,7 +85,7 @@ def _value(value: Any) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what made the files."""
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     for name in ("tokcompile", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
@@ -99,7 +99,7 @@ def save_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 def save_configuration(model: torch.nn.Module, folder: Path) -> None:
     """``config.json`` and ``generation_config.json``, which other runtimes read, where the model has them."""
     for attribute, name in (("config", "config.json"), ("generation_config", "generation_config.json")):
-        config = getattr(model, attribute, None)
+        config: Any = getattr(model, attribute, None)
         if hasattr(config, "to_diff_dict"):
             values = config.to_dict() if attribute == "config" else config.to_diff_dict()
             (folder / name).write_text(json.dumps(_clean(values), indent=1, default=str) + "\n")

@@ -127,10 +127,11 @@ class Decoder(nn.Module):
         result = self.model(**arguments, attention_mask=inputs["attention_mask"], use_cache=self.cached,
                             return_dict=True)
         outputs["logits"] = result.logits[:, -1:] if self.last else result.logits
-        for i, layer in enumerate(cache.layers if cache is not None else ()):
+        held: list[Any] = cache.layers if cache is not None else []
+        for i, layer in enumerate(held):
             outputs[f"present.{i}.key"], outputs[f"present.{i}.value"] = layer.keys, layer.values
         for number, group in enumerate(self.groups if cache is not None else ()):
-            keys = cache.layers[group[0]].keys  # type: ignore[union-attr]
+            keys = held[group[0]].keys
             positions = torch.arange(keys.shape[2], device=keys.device)[None].expand(keys.shape[0], keys.shape[2])
             outputs[f"present_positions.{number}"] = torch.ops.tokcompile.held(keys, positions)
         return outputs
@@ -259,7 +260,7 @@ def decoder_stage(model: nn.Module, ids: Tensor, mask: Tensor, *, groups: Sequen
         inputs["position_ids"], axes["position_ids"] = positions_of(full)[:, past:], rows
     if merges:
         assert features is not None
-        inputs["visual_mask"], axes["visual_mask"] = ids == token, rows
+        inputs["visual_mask"], axes["visual_mask"] = ids.eq(token), rows  # type: ignore[arg-type]
         inputs["image_features"], axes["image_features"] = features, {0: "image_tokens"}
         if scores is not None:
             inputs["image_scores"], axes["image_scores"] = scores, {0: "image_tokens"}
@@ -293,7 +294,8 @@ def kv_shapes(model: nn.Module) -> list[tuple[int, int]]:
         name = cache_argument(inspect.signature(type(model).forward).parameters) or ""
         model(input_ids=torch.ones(1, 2, dtype=torch.int64, device=device), **{name: cache}, use_cache=True)
     shapes = []
-    for i, layer in enumerate(cache.layers):
+    found: list[Any] = cache.layers
+    for i, layer in enumerate(found):
         keys = getattr(layer, "keys", None)
         if keys is None or keys.dim() != 4 or keys.shape != layer.values.shape:
             raise ExportError(f"cache layer {i} is a {type(layer).__name__} that does not hold keys and values "

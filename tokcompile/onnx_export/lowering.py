@@ -34,6 +34,7 @@ from torch.export.graph_signature import (
     SymIntArgument,
     TensorArgument,
 )
+from torch.fx.experimental import _config as fx_config
 
 import tokcompile.kernels
 from tokcompile.capture import ASSERTIONS, Captured, from_export, module_path, propagate, source_line
@@ -134,7 +135,7 @@ class CapturedStage:
 
     @property
     def args(self) -> list[Any]:
-        state = {**self.state_dict, **self.constants}
+        state: dict[Any, Any] = {**self.state_dict, **self.constants}
         inputs = iter(self.stage.inputs.values())
         return [next(inputs) if spec.kind == InputKind.USER_INPUT else state[spec.target] for spec in self.specs]
 
@@ -243,13 +244,14 @@ def lower(found: CapturedStage, ctx: Context | None = None, *, opset: int, targe
     program = _program(found, ctx)
     kernels = decompositions()
     try:
-        with torch.no_grad(), _quiet(), torch.fx.experimental._config.patch(backed_size_oblivious=True):
+        with torch.no_grad(), _quiet(), fx_config.patch(  # type: ignore[attr-defined]
+                backed_size_oblivious=True):
             if any(n.target in kernels for n in captured.graph.nodes):
                 program = program.run_decompositions(kernels)
             converted = torch.onnx.export(program, opset_version=opset, verbose=False, optimize=True)
     except Exception as error:
         raise _not_convertible(captured, stage, error) from error
-    assert converted is not None
+    assert converted is not None and converted.exported_program is not None  # noqa: PT018  one fact for the reader
     model = converted.model
     user = [*stage.inputs, *sizes]
     _rename(captured, found, converted, user, names)
@@ -353,7 +355,7 @@ def _program(found: CapturedStage, ctx: Context | None) -> ExportedProgram:
             specs.append(InputSpec(InputKind.CONSTANT_TENSOR, kind(node.name), name))
         else:
             specs.append(InputSpec(InputKind.USER_INPUT, kind(node.name), None))
-    results = graph.output_node().args[0]
+    results: Any = graph.output_node().args[0]
     users = [s for s in specs if s.kind == InputKind.USER_INPUT]
     _, in_spec = pytree.tree_flatten((tuple(range(len(users))), {}))
     _, out_spec = pytree.tree_flatten(tuple(range(len(results))))
@@ -410,10 +412,10 @@ def _rename(captured: Captured, found: CapturedStage, converted: Any, inputs: Se
     taken = set(graph.inputs)
     for i, value in enumerate(results):  # one value returned twice, or an input handed through
         if value in taken:
-            node = ir.node("Identity", [value])
-            node.outputs[0].shape, node.outputs[0].type = value.shape, value.type
-            graph.append(node)
-            graph.outputs[i] = node.outputs[0]
+            copy = ir.node("Identity", [value])
+            copy.outputs[0].shape, copy.outputs[0].type = value.shape, value.type
+            graph.append(copy)
+            graph.outputs[i] = copy.outputs[0]
         taken.add(graph.outputs[i])
     wanted = {*inputs, *outputs}
     kept = {*graph.inputs, *graph.outputs}

@@ -116,7 +116,8 @@ def check_generation(model: OnnxModel, reference: nn.Module, inputs: Mapping[str
     vocabulary = int(reference.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
     for label, drawn in prompts(inputs, token, per_image):
         logits: list[Any] = []
-        found = model.generate(**{n: v.cpu().numpy() for n, v in drawn.items()}, max_new_tokens=STEPS + 1,
+        arrays: dict[str, Any] = {n: v.cpu().numpy() for n, v in drawn.items()}
+        found = model.generate(**arrays, max_new_tokens=STEPS + 1,
                                eos_token_id=-1, on_logits=logits.append)
         with torch.no_grad():
             out = reference.generate(  # type: ignore[operator]
