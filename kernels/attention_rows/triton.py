@@ -120,8 +120,9 @@ def launches(query: Tensor, key: Tensor, position: Tensor | None = None, scale: 
     batch, heads, queries, width = query.shape
     length, d = key.shape[2], power_of_two(width)
     keys, rows = key_block(d, query.element_size()), min(32, power_of_two(queries))
-    if d > 128 and query.element_size() == 4:  # three TF32 products keep both operands in two parts
-        keys, rows = 16, 16
+    if d >= 128 and query.element_size() == 4:  # three TF32 products keep both operands in two parts
+        keys = 16
+        rows = rows if d == 128 else 16
     tiles = -(-queries // rows)
     if parts is None:
         parts = max(1, min(64, -(-2 * processors(query) // max(1, batch * heads * tiles)), -(-length // (2 * keys))))
