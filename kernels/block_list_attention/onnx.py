@@ -41,3 +41,6 @@ def decompose(
     keys, values = key.to(numbers)[:, head], value.to(numbers)[:, head]
     output, lse = attend_traceable(query.to(numbers), keys, values, softmax_scale(scale, width), softcap, hidden)
     return output.to(query.dtype), lse
+
+
+DECOMPOSITIONS = {"block_list_attention": decompose}

@@ -21,3 +21,6 @@ def decompose(
     value = torch.nn.functional.embedding(place.clamp(min=0), table).to(gate.dtype)
     other = torch.zeros((), dtype=gate.dtype, device=gate.device) if fallback is None else fallback.to(gate.dtype)
     return activate(gate, activation) * torch.where((place < 0).unsqueeze(-1), other, value)
+
+
+DECOMPOSITIONS = {"embedding_gate": decompose}

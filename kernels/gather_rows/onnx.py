@@ -21,3 +21,6 @@ def decompose_scatter(rows: Tensor, index: Tensor, length: int) -> Tensor:
     place = torch.where(index < 0, length, index).to(torch.int64).unsqueeze(-1).expand_as(rows)
     empty = rows.new_zeros(rows.shape[0], rows.shape[1], length + 1, rows.shape[3])
     return empty.scatter(2, place, rows)[:, :, :length]
+
+
+DECOMPOSITIONS = {"gather_rows": decompose_gather, "scatter_rows": decompose_scatter}

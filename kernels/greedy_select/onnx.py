@@ -95,3 +95,6 @@ def decomposition(steps: int | None = None) -> Callable[..., Tensor]:
         return decompose(features, segment, budget, criterion, pivot, steps=steps)
 
     return lower
+
+
+DECOMPOSITIONS = {"greedy_select": decompose}

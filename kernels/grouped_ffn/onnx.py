@@ -55,3 +55,6 @@ def decompose(
     state = (start, torch.zeros_like(x, dtype=wide))
     result = while_loop(lambda expert, _: expert < experts, body, state)[1]  # type: ignore[no-untyped-call]
     return result.to(x.dtype)
+
+
+DECOMPOSITIONS = {"grouped_ffn": decompose}

@@ -38,3 +38,6 @@ def decompose(
     grouped = query.reshape(batch, lists, heads // lists * queries, width).to(numbers)
     output, lse = attend_traceable(grouped, keys, values, softmax_scale(scale, width), softcap, hidden)
     return output.reshape(batch, heads, queries, value.shape[3]).to(query.dtype), lse.reshape(batch, heads, queries)
+
+
+DECOMPOSITIONS = {"token_list_attention": decompose}

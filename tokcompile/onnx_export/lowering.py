@@ -306,7 +306,7 @@ def _replace(captured: Captured, node: fx.Node, new: Any) -> None:
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Operation of a kernel -> ``decompose`` in its ``kernels/<name>/onnx.py``, for every kernel that has one."""
+    """Operation of a kernel -> how its ``kernels/<name>/onnx.py`` decomposes it: ``DECOMPOSITIONS``, by name."""
     table: dict[Any, Callable[..., Any]] = {}
     for module in pkgutil.iter_modules(tokcompile.kernels.__path__):
         if not module.ispkg:
@@ -319,7 +319,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
                 raise
             continue
         importlib.import_module(f"{name}.op")
-        table[getattr(torch.ops.tokcompile, module.name).default] = lowering.decompose
+        for operation, function in lowering.DECOMPOSITIONS.items():
+            table[getattr(torch.ops.tokcompile, operation).default] = function
     return table
 
 
