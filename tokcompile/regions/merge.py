@@ -33,7 +33,8 @@ def find_merge_points(
 ) -> list[Region]:
     """Walk from the start of each stack up to the embeddings; what joins features to them on the way is a merge."""
     embeddings = flow.mask(flow.by_op.get("embedding", []))
-    images = [r.roles["output"] for r in encoders]
+    # features may come from any layer of the encoder (LLaVA takes the last but one), so from where its tokens start
+    images = [r.roles["tokens"] for r in encoders]
     found: list[Region] = []
     seen: set[fx.Node] = set()
     for stream in streams:
