@@ -1,6 +1,7 @@
 # Set-up and run, from nothing but Python 3.11+ and make. A second run skips what is already there.
 #   make demo    the demonstration       make test    the fast tests      make check   lint, types and tests
 #   make bench   the benchmarks          make docs    the documentation, into build/docs
+#   make bench-kernels     each kernel against its dense operation, on the GPU where there is one
 #   make quality quality on real weights, ten minutes     make quality-full    all of it, hours, with resume
 #   make clean   remove what was made
 # PYTHON=python3.12 chooses another interpreter, ARGS="-k recipes" is handed to pytest, the demo or the benchmarks.
@@ -14,7 +15,7 @@ JOBS   ?= 2
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check lint types bench quality quality-full docs clean
+.PHONY: demo test check lint types bench bench-kernels quality quality-full docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -36,6 +37,9 @@ types: $(VENV)/.dev
 
 bench: $(VENV)/.demo
 	$(PY) benchmarks/run.py $(ARGS)
+
+bench-kernels: $(VENV)/.demo
+	OMP_NUM_THREADS=2 $(PY) benchmarks/kernels.py $(ARGS)
 
 quality: $(VENV)/.quality
 	$(PY) benchmarks/quality/run.py $(ARGS)

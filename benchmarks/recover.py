@@ -88,11 +88,12 @@ def main() -> None:
         curve.append((len(losses), perplexity(model, evaluated)))
         print(f"step {len(losses)}: loss {sum(report.losses) / count:.4f}, perplexity {curve[-1][1]:.2f}, "
               f"{report.seconds / count:.1f} s a step", flush=True)
-    entry = {"label": options.label or f"{recipe.name}, {'+'.join(options.trainable)}, {options.tokens}",
-             "dense": reference, "curve": curve, "losses": losses, "lr": options.lr, "length": options.length,
-             "trained": sum(report.trained.values()), "calibration": options.calibration,
-             "evaluated": [len(evaluated), 512]}
-    save(Path(options.out), entry)
+        # after each stretch: a run that is cut off leaves what it has
+        save(Path(options.out), {
+            "label": options.label or f"{recipe.name}, {'+'.join(options.trainable)}, {options.tokens}",
+            "dense": reference, "curve": curve, "losses": losses, "lr": options.lr, "length": options.length,
+            "trained": sum(report.trained.values()), "calibration": options.calibration,
+            "evaluated": [len(evaluated), 512]})
 
 
 def save(out: Path, entry: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
 import harness  # noqa: E402
+import kernels  # noqa: E402
 import models  # noqa: E402
 import run  # noqa: E402
 
@@ -99,3 +100,47 @@ def test_an_unknown_benchmark_is_named(capsys: pytest.CaptureFixture[str]) -> No
 def test_quick_runs_write_their_files(name: str, tmp_path: Path) -> None:
     assert run.main(["--only", name, "--quick", "--repeats", "1", "--out", str(tmp_path)]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{name}.csv", f"{name}.png"]
+
+
+@pytest.mark.parametrize("name", list(kernels.CASES))
+def test_kernel_cases_stand_for_the_same_numbers_as_their_dense_operation(name: str) -> None:
+    for case in kernels.CASES[name](kernels.TINY):
+        tensors = case.make("cpu")
+        found, dense = case.run(**tensors), case.dense(**tensors)
+        found = found[0] if isinstance(found, tuple) else found
+        assert found.isfinite().all()
+        if name == "attention_rows":  # sums of weights: each of the queries gives 1
+            assert found.sum(-1) == pytest.approx(tensors["query"].shape[2], rel=1e-4)
+            continue
+        assert found.shape == dense.shape
+        if case.name in ("all blocks", "half of the rows", "silu(gate) * row"):
+            torch.testing.assert_close(found, dense, rtol=1e-4, atol=1e-5)
+        assert case.flops >= 0
+        assert case.moved > 0
+
+
+def test_kernels_run_and_write_their_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--quick", "--no-compile", "--out", str(tmp_path)]
+    assert kernels.main(["--only", "embedding_gate,token_list_attention", *command]) == 0
+    assert kernels.main(["--only", "gather_rows,embedding_gate", *command]) == 0  # the others stay
+    lines = harness.read_csv(tmp_path / "kernels.csv")
+    assert [p.name for p in tmp_path.iterdir()] == ["kernels.csv"]
+    assert list(lines[0]) == kernels.COLUMNS
+    assert [m["kernel"] for m in lines] == ["token_list_attention"] * 2 + ["gather_rows"] * 2 + ["embedding_gate"] * 4
+    assert all(float(m["median_ms"]) > 0 and float(m["share"]) > 0 for m in lines)
+    text = kernels.markdown(lines)
+    assert "| 256 keys | 320 |" in text
+    with pytest.raises(SystemExit):
+        kernels.main(["--only", "gate"])
+    assert "unknown kernel gate" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_kernels_are_compiled_for_devices_that_are_not_there() -> None:
+    pytest.importorskip("triton")
+    case = next(c for c in kernels.CASES["token_list_attention"](kernels.LARGE))
+    for capability in (80, 90):
+        registers, spilled, shared = map(int, kernels.usage(case, capability).split("/"))
+        assert 0 < registers <= 255
+        assert spilled == 0
+        assert shared > 0

@@ -1,0 +1,268 @@
+"""Quality of SmolLM2-135M over the budget: sparse prefill, sparse decoding, experts, tables, and their controls.
+
+    python benchmarks/language.py [--only prefill,decode,ffn,quiz] [--page]
+
+Writes ``benchmarks/results/language.csv`` and ``language.png``, and the tables of ``docs/language.md``. A run that was
+cut off goes on where it stopped (a journal beside the CSV).
+
+=======  ==============================================================================================================
+prefill  1024 tokens in one call with token_sparse, then the likelihood of the next 128 (which attend densely)
+decode   448 tokens in one dense call, then 64 tokens one after the other, each attending to a budget of cached keys
+ffn      perplexity of 8 stretches of 512 tokens with converted feed-forward layers
+quiz     capitals of countries, three shots, greedy, one recipe of each kind; every fourth country
+=======  ==============================================================================================================
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from quality import language  # noqa: E402
+from quality.text_data import articles  # noqa: E402
+
+from tokcompile.evaluation import EvalRow, Measure, Task, evaluate, mean_percent, perplexity, read_rows  # noqa: E402
+
+RESULTS = HERE / "results" / "language.csv"
+DOCS = HERE.parent / "docs" / "language.md"
+MARKER = "<!-- below: written by benchmarks/language.py from benchmarks/results/language.csv -->"
+MODEL = "SmolLM2-135M"
+Item = tuple[torch.Tensor, int]
+"""Token ids [1, n] and how many of them are given; the others are predicted."""
+
+
+# ------------------------------------------------------------------------------------------------------------ tasks
+
+
+def stretches(tokenizer: Any, number: int, length: int, given: int) -> list[Item]:
+    """The first ``length`` tokens of each of the first ``number`` articles that have as many."""
+    encoded = (tokenizer.encode(text, add_special_tokens=False) for _, text in articles()[:40])
+    found = [(torch.tensor([ids[:length]]), given) for ids in encoded if len(ids) >= length]
+    return found[:number]
+
+
+def continuation(model: Any, item: Item) -> tuple[float, int]:
+    """Negative log-likelihood of the predicted tokens, all in one call behind the given ones; and their number."""
+    ids, given = item
+    first = model(input_ids=ids[:, :given], use_cache=True, logits_to_keep=1)
+    rest = model(input_ids=ids[:, given:-1], past_key_values=first.past_key_values, use_cache=True)
+    logits = torch.cat([first.logits[0, -1:], rest.logits[0]]).float()
+    return _loss(logits, ids[0, given:])
+
+
+def steps(model: Any, item: Item) -> tuple[float, int]:
+    """As :func:`continuation`, in decode steps of one token."""
+    ids, given = item
+    found = model(input_ids=ids[:, :given], use_cache=True, logits_to_keep=1)
+    rows = [found.logits[0, -1]]
+    for place in range(given, ids.shape[1] - 1):
+        found = model(input_ids=ids[:, place: place + 1], past_key_values=found.past_key_values, use_cache=True)
+        rows.append(found.logits[0, -1])
+    return _loss(torch.stack(rows).float(), ids[0, given:])
+
+
+def _loss(logits: torch.Tensor, wanted: torch.Tensor) -> tuple[float, int]:
+    return float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")), len(wanted)
+
+
+def whole(model: Any, item: Item) -> tuple[float, int]:
+    """Likelihood of all tokens but the first."""
+    return language._likelihood(model, item[0])
+
+
+_PERPLEXITY = [Measure("perplexity", score=perplexity, unit="", higher_is_better=False)]
+
+
+def prefill_task(tokenizer: Any) -> Task:
+    return Task("after sparse prefill", stretches(tokenizer, 6, 1152, 1024), continuation, _PERPLEXITY)
+
+
+def decode_task(tokenizer: Any) -> Task:
+    return Task("sparse decoding", stretches(tokenizer, 6, 512, 448), steps, _PERPLEXITY,
+                calibration=language.calibration(tokenizer, 4, 512))
+
+
+def ffn_task(tokenizer: Any) -> Task:
+    return Task("feed-forward", stretches(tokenizer, 8, 512, 0), whole, _PERPLEXITY,
+                calibration=language.calibration(tokenizer, 8, 512))
+
+
+def quiz_task(tokenizer: Any) -> Task:
+    """The quiz of :mod:`quality.language` on every fourth country."""
+    items = language.quiz_items(tokenizer)[::4]
+
+    def answer(model: Any, item: tuple[torch.Tensor, str]) -> str:
+        ids, _ = item
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False,
+                             pad_token_id=tokenizer.eos_token_id, stop_strings=["\n"], tokenizer=tokenizer)
+        return str(tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True))
+
+    def right(observed: Sequence[Any], dense: Sequence[Any]) -> Any:
+        return np.array([[float(language._same(t, c))] for t, (_, c) in zip(observed, items, strict=True)])
+
+    return Task("capitals", items, answer, [Measure("accuracy", right, mean_percent)],
+                calibration=language.calibration(tokenizer, 8, 512))
+
+
+# ---------------------------------------------------------------------------------------------------------- recipes
+
+
+def _recipe(name: str, params: dict[str, Any], target: dict[str, Any] | None = None) -> dict[str, Any]:
+    step = {"pass": name, "params": params, "expect": {"min_matches": 1}, **({"target": target} if target else {})}
+    return {"recipe_version": 1, "description": "a point of a curve", "steps": [step]}
+
+
+def prefill_recipes(shares: Sequence[float] = (0.5, 0.25, 0.1)) -> dict[str, Any]:
+    """Half of the layers at each share of the tokens, chosen and random; and the coverage that ships."""
+    common = {"window": 64, "least": 0, "min_length": 0}
+    found = {f"token_sparse {select} keep={share}": _recipe("token_sparse", {**common, "keep": share, "select": select})
+             for share in shares for select in ("attention", "random")}
+    return found | {f"token_sparse coverage={c}": _recipe("token_sparse", {**common, "coverage": c})
+                    for c in (0.02,)}
+
+
+def decode_recipes(budgets: Sequence[int] = (128, 64, 32)) -> dict[str, Any]:
+    """All layers but the first at each budget: two methods, random keys, the latest keys."""
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {
+        "fasa": ("fasa", {"planes": 8}), "tokenselect": ("tokenselect", {}),
+        "random": ("decode_control", {"choose": "random"}), "window": ("decode_control", {"choose": "window"})}
+    where = {"region": "attention", "layers": ["1--1"]}
+    return {f"{label} budget={budget}": _recipe(name, {**more, "budget": budget, "sinks": 4, "dense_below": 1}, where)
+            for budget in budgets for label, (name, more) in kinds.items()}
+
+
+def ffn_recipes() -> dict[str, Any]:
+    """Experts at several shares with their controls; tables for several shares of the layers."""
+    def experts(active: int, **more: Any) -> dict[str, Any]:
+        # the gate would leave layers dense by their measured speed: here quality is asked for
+        return _recipe("moe_from_dense", {"experts": 8, "shared": 3, "active": active, "gate": "off", **more})
+
+    found = {"stem_ffn": "stem_ffn", "moe_from_dense 0.875": experts(4), "moe_from_dense 0.75": experts(3),
+             "moe_from_dense 0.5": experts(1), "moe_from_dense 0.75 relu": experts(3, router="relu")}
+    found["random router 0.75"] = experts(3, choice="random")
+    found["random split and router 0.75"] = experts(3, choice="random", split="random")
+    return found | {f"stem layers={share}": _recipe("stem", {"convert": share}) for share in (0.25,)}
+
+
+def quiz_recipes() -> dict[str, Any]:
+    prefill, decode, ffn = prefill_recipes((0.5,)), decode_recipes((16,)), ffn_recipes()
+    sparse = {name: _recipe("token_sparse", {**prefill[name]["steps"][0]["params"], "window": 8})
+              for name in ("token_sparse attention keep=0.5", "token_sparse random keep=0.5")}
+    return sparse | decode | {name: ffn[name] for name in ("stem_ffn", "moe_from_dense 0.875", "moe_from_dense 0.75")}
+
+
+GROUPS: dict[str, tuple[Any, Any]] = {
+    "prefill": (prefill_task, prefill_recipes), "decode": (decode_task, decode_recipes), "ffn": (ffn_task, ffn_recipes),
+    "quiz": (quiz_task, quiz_recipes)}
+
+
+# ------------------------------------------------------------------------------------------------------------- page
+
+
+def curves(rows: Sequence[EvalRow], task: str) -> dict[str, list[tuple[float, EvalRow]]]:
+    """Rows of a task by kind, with the budget that the name of a candidate ends in (or holds)."""
+    found: dict[str, list[tuple[float, EvalRow]]] = {}
+    for row in rows:
+        if row.task != task or row.value is None or row.role == "dense":
+            continue
+        words = row.candidate.replace("=", " = ").split()
+        number = next((i for i, w in enumerate(words) if w.replace(".", "", 1).isdigit() and w != "8"), None)
+        if number is None:
+            continue
+        kind = " ".join(w for i, w in enumerate(words) if i != number and w != "=")
+        found.setdefault(kind, []).append((float(words[number]), row))
+    return {kind: sorted(points, key=lambda p: p[0]) for kind, points in found.items()}
+
+
+def plot(path: Path, rows: Sequence[EvalRow]) -> None:
+    """Perplexity over the budget, one panel for each task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    titles = {"after sparse prefill": "share of the tokens that a head keeps", "sparse decoding": "keys of a query",
+              "feed-forward": "share of neurons (layers for stem)"}
+    tasks = [t for t in titles if curves(rows, t)]
+    figure, axes = pyplot.subplots(1, max(1, len(tasks)), figsize=(4.6 * max(1, len(tasks)), 3.8), squeeze=False,
+                                   layout="constrained")
+    for ax, task in zip(axes[0], tasks, strict=False):
+        for kind, points in curves(rows, task).items():
+            xs, ys = [p[0] for p in points], [p[1].value or 0.0 for p in points]
+            ax.plot(xs, ys, marker="o", markersize=4, label=kind, linestyle="--" if "random" in kind else "-")
+        dense = next((r.value for r in rows if r.task == task and r.role == "dense"), None)
+        if dense:
+            ax.axhline(dense, color="0.5", linestyle=":", label="dense")
+        ax.set(xlabel=titles[task], ylabel="perplexity (log)", yscale="log", title=task)
+        if task == "sparse decoding":
+            ax.set_xscale("log", base=2)
+        ax.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def markdown(rows: Sequence[EvalRow]) -> str:
+    """A table for each task: figure, its interval, and the paired difference to dense."""
+    parts = []
+    for task in dict.fromkeys(r.task for r in rows):
+        mine = [r for r in rows if r.task == task]
+        lines = [f"## {task}", "", f"{mine[0].items} items, {mine[0].metric}.", "",
+                 "| candidate | value [95 %] | minus dense [95 %] |", "|---|--:|--:|"]
+        for r in mine:
+            if r.value is None:
+                lines.append(f"| {r.candidate} | {r.status}: {r.reason} | |")
+                continue
+            minus = "" if r.minus_dense is None else (
+                f"{r.minus_dense:+.3g} [{r.minus_dense_low:+.3g}, {r.minus_dense_high:+.3g}]")
+            lines.append(f"| {r.candidate} | {r.value:.4g} [{r.low:.4g}, {r.high:.4g}] | {minus} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def page(results: Path, docs: Path | None) -> None:
+    """Plot and tables from the CSV."""
+    rows = [r for r in read_rows(results) if r.model == MODEL]
+    plot(results.with_suffix(".png"), rows)
+    if docs is not None:
+        head = docs.read_text().split(MARKER)[0]
+        origin = f"torch {rows[0].torch}, transformers {rows[0].transformers}, tokcompile {rows[0].tokcompile}; fp32."
+        docs.write_text(f"{head}{MARKER}\n\n![curves](../benchmarks/results/language.png)\n\n{markdown(rows)}\n\n"
+                        f"{origin}\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(GROUPS), help="comma-separated: " + ", ".join(GROUPS))
+    parser.add_argument("--page", action="store_true", help="write the plot and the tables only")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args(argv)
+    names = options.only.split(",")
+    if unknown := sorted(set(names) - set(GROUPS)):
+        parser.error(f"unknown group {', '.join(unknown)}; choose from {', '.join(GROUPS)}")
+    if not options.page:
+        model, tokenizer = language.load()
+        for name in names:
+            task, recipes = GROUPS[name]
+            evaluate(model, [task(tokenizer)], recipes(), label=MODEL, with_controls=False, results=options.results,
+                     progress=_progress)
+    page(options.results, DOCS if options.results == RESULTS else None)
+    print(options.results)
+    return 0
+
+
+def _progress(title: str, done: int, total: int) -> None:
+    if done == total:
+        print(f"{title}: {total} items", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
