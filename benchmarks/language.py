@@ -7,8 +7,8 @@ cut off goes on where it stopped (a journal beside the CSV).
 
 =======  ==============================================================================================================
 prefill  1024 tokens in one call with token_sparse, then the likelihood of the next 128 (which attend densely)
-decode   448 tokens in one dense call, then 64 tokens one after the other, each attending to a budget of cached keys
-ffn      perplexity of 8 stretches of 512 tokens with converted feed-forward layers
+decode   464 tokens in one dense call, then 47 tokens one after the other, each attending to a budget of cached keys
+ffn      perplexity of 8 stretches of 256 tokens with converted feed-forward layers
 quiz     capitals of countries, three shots, greedy, one recipe of each kind; every fourth country
 =======  ==============================================================================================================
 """
@@ -16,8 +16,9 @@ quiz     capitals of countries, three shots, greedy, one recipe of each kind; ev
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,24 +50,35 @@ def stretches(tokenizer: Any, number: int, length: int, given: int) -> list[Item
     return found[:number]
 
 
-def continuation(model: Any, item: Item) -> tuple[float, int]:
-    """Negative log-likelihood of the predicted tokens, all in one call behind the given ones; and their number."""
-    ids, given = item
-    first = model(input_ids=ids[:, :given], use_cache=True, logits_to_keep=1)
-    rest = model(input_ids=ids[:, given:-1], past_key_values=first.past_key_values, use_cache=True)
-    logits = torch.cat([first.logits[0, -1:], rest.logits[0]]).float()
-    return _loss(logits, ids[0, given:])
+def continuation_after(dense: Any) -> Callable[[Any, Item], tuple[float, int]]:
+    """(model, item) -> negative log-likelihood of the predicted tokens and their number: the model reads the given
+    ones, ``dense`` those behind them, in one call over the model's cache (that part is dense in a sparse prefill)."""
+
+    def observe(model: Any, item: Item) -> tuple[float, int]:
+        ids, given = item
+        first = model(input_ids=ids[:, :given], use_cache=True, logits_to_keep=1)
+        rest = dense(input_ids=ids[:, given:-1], past_key_values=first.past_key_values, use_cache=True)
+        return _loss(torch.cat([first.logits[0, -1:], rest.logits[0]]).float(), ids[0, given:])
+
+    return observe
 
 
-def steps(model: Any, item: Item) -> tuple[float, int]:
-    """As :func:`continuation`, in decode steps of one token."""
-    ids, given = item
-    found = model(input_ids=ids[:, :given], use_cache=True, logits_to_keep=1)
-    rows = [found.logits[0, -1]]
-    for place in range(given, ids.shape[1] - 1):
-        found = model(input_ids=ids[:, place: place + 1], past_key_values=found.past_key_values, use_cache=True)
-        rows.append(found.logits[0, -1])
-    return _loss(torch.stack(rows).float(), ids[0, given:])
+def steps_after(dense: Any) -> Callable[[Any, Item], tuple[float, int]]:
+    """As :func:`continuation_after`: ``dense`` reads the given tokens, the model decodes behind them token by token."""
+    caches: dict[int, Any] = {}
+
+    def observe(model: Any, item: Item) -> tuple[float, int]:
+        ids, given = item
+        if id(ids) not in caches:
+            caches[id(ids)] = dense(input_ids=ids[:, :given], use_cache=True, logits_to_keep=1).past_key_values
+        cache, rows = copy.deepcopy(caches[id(ids)]), []
+        for place in range(given, ids.shape[1] - 1):
+            found = model(input_ids=ids[:, place: place + 1], past_key_values=cache, use_cache=True)
+            cache = found.past_key_values
+            rows.append(found.logits[0, -1])
+        return _loss(torch.stack(rows).float(), ids[0, given + 1:])
+
+    return observe
 
 
 def _loss(logits: torch.Tensor, wanted: torch.Tensor) -> tuple[float, int]:
@@ -81,21 +93,21 @@ def whole(model: Any, item: Item) -> tuple[float, int]:
 _PERPLEXITY = [Measure("perplexity", score=perplexity, unit="", higher_is_better=False)]
 
 
-def prefill_task(tokenizer: Any) -> Task:
-    return Task("after sparse prefill", stretches(tokenizer, 6, 1152, 1024), continuation, _PERPLEXITY)
+def prefill_task(model: Any, tokenizer: Any) -> Task:
+    return Task("after sparse prefill", stretches(tokenizer, 4, 1152, 1024), continuation_after(model), _PERPLEXITY)
 
 
-def decode_task(tokenizer: Any) -> Task:
-    return Task("sparse decoding", stretches(tokenizer, 6, 512, 448), steps, _PERPLEXITY,
-                calibration=language.calibration(tokenizer, 4, 512))
+def decode_task(model: Any, tokenizer: Any) -> Task:
+    return Task("sparse decoding", stretches(tokenizer, 6, 512, 464), steps_after(model), _PERPLEXITY,
+                calibration=language.calibration(tokenizer, 4, 384))
 
 
-def ffn_task(tokenizer: Any) -> Task:
-    return Task("feed-forward", stretches(tokenizer, 8, 512, 0), whole, _PERPLEXITY,
+def ffn_task(model: Any, tokenizer: Any) -> Task:
+    return Task("feed-forward", stretches(tokenizer, 8, 256, 0), whole, _PERPLEXITY,
                 calibration=language.calibration(tokenizer, 8, 512))
 
 
-def quiz_task(tokenizer: Any) -> Task:
+def quiz_task(model: Any, tokenizer: Any) -> Task:
     """The quiz of :mod:`quality.language` on every fourth country."""
     items = language.quiz_items(tokenizer)[::4]
 
@@ -120,7 +132,7 @@ def _recipe(name: str, params: dict[str, Any], target: dict[str, Any] | None = N
     return {"recipe_version": 1, "description": "a point of a curve", "steps": [step]}
 
 
-def prefill_recipes(shares: Sequence[float] = (0.5, 0.25, 0.1)) -> dict[str, Any]:
+def prefill_recipes(shares: Sequence[float] = (0.5, 0.25)) -> dict[str, Any]:
     """Half of the layers at each share of the tokens, chosen and random; and the coverage that ships."""
     common = {"window": 64, "least": 0, "min_length": 0}
     found = {f"token_sparse {select} keep={share}": _recipe("token_sparse", {**common, "keep": share, "select": select})
@@ -129,7 +141,7 @@ def prefill_recipes(shares: Sequence[float] = (0.5, 0.25, 0.1)) -> dict[str, Any
                     for c in (0.02,)}
 
 
-def decode_recipes(budgets: Sequence[int] = (128, 64, 32)) -> dict[str, Any]:
+def decode_recipes(budgets: Sequence[int] = (128, 32)) -> dict[str, Any]:
     """All layers but the first at each budget: two methods, random keys, the latest keys."""
     kinds: dict[str, tuple[str, dict[str, Any]]] = {
         "fasa": ("fasa", {"planes": 8}), "tokenselect": ("tokenselect", {}),
@@ -252,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         model, tokenizer = language.load()
         for name in names:
             task, recipes = GROUPS[name]
-            evaluate(model, [task(tokenizer)], recipes(), label=MODEL, with_controls=False, results=options.results,
+            evaluate(model, [task(model, tokenizer)], recipes(), label=MODEL, with_controls=False, results=options.results,
                      progress=_progress)
     page(options.results, DOCS if options.results == RESULTS else None)
     print(options.results)

@@ -60,17 +60,18 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--articles", type=int, default=12, help="evaluated ones")
+    parser.add_argument("--context", type=int, default=512, help="tokens of each that are evaluated")
     parser.add_argument("--calibration", type=int, default=64, help="stretches of --length tokens")
     parser.add_argument("--out", default="benchmarks/results/recover")
     parser.add_argument("--label")
     options = parser.parse_args()
     dense, tokenizer = language.load()
-    evaluated = stretches(tokenizer, slice(0, options.articles), 512, 1)
+    evaluated = stretches(tokenizer, slice(0, options.articles), options.context, 1)
     train = stretches(tokenizer, slice(12, None), options.length, 8)
     recipe = Recipe.load(options.recipe or STEM)
     reference = perplexity(dense, evaluated)
-    print(f"dense: perplexity {reference:.2f} on {len(evaluated)} x 512 tokens; {len(train)} stretches to train on",
-          flush=True)
+    print(f"dense: perplexity {reference:.2f} on {len(evaluated)} x {options.context} tokens; {len(train)} stretches to "
+          "train on", flush=True)
     started = time.perf_counter()
     step = max(1, len(train) // options.calibration)
     model = tokcompile.optimize(dense, recipe, calibration=train[::step][:options.calibration], lowering="eager")
@@ -93,7 +94,7 @@ def main() -> None:
             "label": options.label or f"{recipe.name}, {'+'.join(options.trainable)}, {options.tokens}",
             "dense": reference, "curve": curve, "losses": losses, "lr": options.lr, "length": options.length,
             "trained": sum(report.trained.values()), "calibration": options.calibration,
-            "evaluated": [len(evaluated), 512]})
+            "evaluated": [len(evaluated), options.context]})
 
 
 def save(out: Path, entry: dict[str, Any]) -> None:

@@ -14,9 +14,10 @@ FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
 import harness  # noqa: E402
-import kernels  # noqa: E402
 import models  # noqa: E402
 import run  # noqa: E402
+
+import kernels  # noqa: E402
 
 
 def test_quantiles_interpolate() -> None:
