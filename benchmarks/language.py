@@ -264,8 +264,8 @@ def main(argv: list[str] | None = None) -> int:
         model, tokenizer = language.load()
         for name in names:
             task, recipes = GROUPS[name]
-            evaluate(model, [task(model, tokenizer)], recipes(), label=MODEL, with_controls=False, results=options.results,
-                     progress=_progress)
+            evaluate(model, [task(model, tokenizer)], recipes(), label=MODEL, with_controls=False,
+                     results=options.results, progress=_progress)
     page(options.results, DOCS if options.results == RESULTS else None)
     print(options.results)
     return 0

@@ -70,8 +70,8 @@ def main() -> None:
     train = stretches(tokenizer, slice(12, None), options.length, 8)
     recipe = Recipe.load(options.recipe or STEM)
     reference = perplexity(dense, evaluated)
-    print(f"dense: perplexity {reference:.2f} on {len(evaluated)} x {options.context} tokens; {len(train)} stretches to "
-          "train on", flush=True)
+    print(f"dense: perplexity {reference:.2f} on {len(evaluated)} x {options.context} tokens; {len(train)} stretches "
+          "to train on", flush=True)
     started = time.perf_counter()
     step = max(1, len(train) // options.calibration)
     model = tokcompile.optimize(dense, recipe, calibration=train[::step][:options.calibration], lowering="eager")
