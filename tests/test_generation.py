@@ -221,16 +221,17 @@ def test_direct_forward(shared: tuple[Case, Any]) -> None:
 
 
 def test_a_loss_inside_the_graph_is_that_of_the_kept_tokens() -> None:
-    # sizes of earlier calls make Dynamo's symbolic, and labels of a literal size beside them are still refused
-    torch.compiler.reset()
     case = VLMS["llava"]()
-    inputs = case.inputs(batch=2, left_padding=3)
-    labels = inputs["input_ids"].masked_fill(case.visual_mask(inputs) | (inputs["attention_mask"] == 0), -100)
+    torch.compiler.reset()  # sizes of earlier calls would make Dynamo's symbolic from the start
     model = optimized(case.model, RANDOM)
-    with torch.no_grad(), tokcompile.record(model) as recording:
-        output = model(**inputs, labels=labels)
-    following = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].gather(1, recording.kept[-1].indices)
-    assert torch.equal(output.loss, torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), following.flatten()))
+    for batch in (2, 3):  # static sizes, then symbolic ones, where labels have symbols of their own
+        inputs = case.inputs(batch=batch, left_padding=batch)
+        labels = inputs["input_ids"].masked_fill(case.visual_mask(inputs) | (inputs["attention_mask"] == 0), -100)
+        with torch.no_grad(), tokcompile.record(model) as recording:
+            output = model(**inputs, labels=labels)
+        target = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].gather(1, recording.kept[-1].indices)
+        assert torch.equal(output.loss, torch.nn.functional.cross_entropy(
+            output.logits.flatten(0, 1), target.flatten()))
 
 
 # --------------------------------------------------------------------------------------------------------- caches

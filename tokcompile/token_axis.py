@@ -101,6 +101,14 @@ def equal(a: Any, b: Any) -> bool:
     return bool(sympy.expand(expr(a) - expr(b)) == 0)
 
 
+def guarded_equal(a: Any, b: Any) -> bool:
+    """As :func:`equal`, or equal at the sizes at hand, which then becomes a condition of the compiled graph.
+
+    For operands of one operation that must agree: labels come with symbols of their own, beside those of the logits.
+    """
+    return equal(a, b) or bool(a == b)
+
+
 def same_dim(a: Dim, b: Dim) -> bool:
     """Whether two dimensions are made of the same axes; ordinary factors count by their product."""
 
@@ -289,7 +297,7 @@ class Follower:
                     raise self.refuse(node, f"a dimension of size {shape[i]} that is not the token axis meets the "
                                             f"token axis {label}")
                 size = size_of(label)
-                if dims is None and not equal(shape[i], size):
+                if dims is None and not guarded_equal(shape[i], size):
                     raise self.refuse(node, f"a value from outside has size {shape[i]} where the token axis has {size}")
                 wanted.append(label)
             if dims is None and any(is_token(d) for d in wanted):
