@@ -99,7 +99,7 @@ def test_a_path_that_fits_no_region() -> None:
     steps = [CLASS_ATTENTION[0] | {"target": {"region": "vision_encoder", "path": "nowhere.*"}}]
     with untouched(case.model, case.inputs()), pytest.raises(NoMatchError) as caught:
         optimized(case.model, steps, inputs=case.inputs())
-    assert "1 vision_encoder found, none fits the step's target filters" in str(caught.value)
+    assert "1 vision_encoder found ((model)), none fits the step's target filters" in str(caught.value)
 
 
 def test_warn_and_ignore() -> None:

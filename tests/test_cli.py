@@ -101,7 +101,7 @@ steps:
 
 
 def test_lint_says_what_no_pass_acts_on(call: Any) -> None:
-    code, out, _ = call("lint", "vlm_prune_90", "--set", "steps[0].target.modality=video")
+    code, out, _ = call("lint", "vit_prune_50", "--set", "steps[0].target.modality=video")
     assert code == RECIPE
     assert "modality" in out
     code, out, _ = call("lint", "none.yaml")
@@ -245,7 +245,7 @@ def test_demo(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "code", "message"),
     [
         (["explain", "tokcompile.demo:tiny_vti"], MISSING, "did you mean 'tiny_vit'?"),
-        (["explain", "no_such_module:make"], MISSING, "No module named 'no_such_module'"),
+        (["explain", "no_such_module:make"], MISSING, "there is no module 'no_such_module' to import"),
         (["explain", "nothing.py:make"], MISSING, "nothing.py: no such file"),
         (["explain", "json:dumps"], MISSING, "json:dumps failed: TypeError"),
         (["explain", "os:getcwd"], MISSING, "should return (model, inputs)"),

@@ -687,7 +687,8 @@ def _lost(given: Any, kept: Any, here: str = "recipe") -> list[str]:
         pairs = list(zip(range(len(given)), given, kept, strict=True))
     else:
         same = given == kept or (isinstance(given, float) and isinstance(kept, float) and abs(given - kept) < 1e-6)
-        return [] if same and type(given) is type(kept) else [here]
+        kinds = type(given), type(kept)  # a whole number where only a ratio can stand is that ratio
+        return [] if same and (kinds[0] is kinds[1] or kinds == (int, float)) else [here]
     return [place for key, value, other in pairs for place in _lost(value, other, f"{here}.{key}")]
 
 

@@ -86,6 +86,7 @@ def explain(model: nn.Module, inputs: Mapping[str, Any], recipe: RecipeLike | No
     clone = share(model)
     install(clone, session)
     run_once(clone, inputs)
+    session.check_matches(None)  # into report.problems
     return session.report
 
 

@@ -177,6 +177,7 @@ def from_dynamo(graph_module: fx.GraphModule, args: Sequence[Any] = ()) -> Captu
     for node in traced.graph.find_nodes(op="get_attr"):
         if isinstance(getattr(traced, node.target), FakeTensor):
             raise CaptureError(f"a value computed at {source_line(node)} ({module_path(node)}) cannot be traced")
+    _name_arguments(traced, graph_module)
     return Captured(traced, mode, "dynamo", inputs.symbols)
 
 
@@ -187,7 +188,15 @@ def from_export(program: torch.export.ExportedProgram) -> Captured:
     inputs = _Inputs(mode)
     fakes = [inputs.value(node.meta["val"]) for node in graph_module.graph.nodes if node.op == "placeholder"]
     traced = trace(lambda *args: fx.Interpreter(graph_module).run(*args), fakes, mode)
+    _name_arguments(traced, graph_module)
     return Captured(traced, mode, "export", inputs.symbols)
+
+
+def _name_arguments(traced: fx.GraphModule, original: fx.GraphModule) -> None:
+    """``meta["argument"]`` of each placeholder: its name in the captured graph, which tells where it comes from."""
+    given = original.graph.find_nodes(op="placeholder")
+    for node, source in zip(traced.graph.find_nodes(op="placeholder"), given, strict=True):
+        node.meta["argument"] = str(source.target)
 
 
 def _flatten_vmap(graph_module: fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorMode) -> fx.GraphModule:

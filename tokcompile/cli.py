@@ -10,6 +10,8 @@ tokcompile refuses; 130 interrupted.
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import json
 import logging
 import os
@@ -208,29 +210,58 @@ def lint(files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Rec
 # ---------------------------------------------------------------------------------------------------------- models
 
 
+def _request(model: Model, prompt: Prompt = "", images: Images = None, tokens: Tokens = 64, batch: Batch = 1,
+             dtype: Dtype = "", device: Device = "", random_weights: RandomWeights = False) -> Any:
+    """The options that every command with a MODEL has, as a :class:`tokcompile.model_source.Request`."""
+    from tokcompile.model_source import Request
+
+    missing = [path for path in images or [] if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(2, "no such picture", str(missing[0]))
+    return Request(model, prompt, list(images or []), tokens, batch, dtype, device, random_weights)
+
+
+def _takes_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of :func:`_request`; what they say is its argument ``request``."""
+    own, shared = (inspect.signature(function, eval_str=True).parameters for function in (command, _request))
+
+    @functools.wraps(command)
+    def run_command(**given: Any) -> None:
+        command(request=_request(**{name: given.pop(name) for name in shared}), **given)
+
+    merged = [*shared.values(), *(parameter for name, parameter in own.items() if name != "request")]
+    merged = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in merged]
+    run_command.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]
+    run_command.__annotations__ = {parameter.name: parameter.annotation for parameter in merged}
+    return run_command
+
+
 @app.command(epilog="Examples: tokcompile explain tokcompile.demo:tiny_vlm · "
                     "tokcompile explain ./my-model --recipe vlm_prune_90 --image cat.png --html report.html")
+@_takes_model
 def explain(
-    model: Model, recipe: Annotated[str, typer.Option("--recipe", "-r", metavar="R")] = "", sets: Sets = None,
+    request: Any,
+    recipe: Annotated[str, typer.Option("--recipe", "-r", metavar="R", help="Left out, only what is found.")] = "",
+    sets: Sets = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as a page, too.")] = None,
-    prompt: Prompt = "", images: Images = None, tokens: Tokens = 64, batch: Batch = 1, dtype: Dtype = "",
-    device: Device = "", random_weights: RandomWeights = False, as_json: AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """What is found in MODEL, and what a recipe would change and why not. Changes nothing."""
     import tokcompile
 
     loaded = _load(recipe, sets) if recipe else None
     with _working("loading the model") as say:
-        module, inputs = _model(model, prompt, images, tokens, batch, dtype, device, random_weights)
+        module, inputs = _model(request)
         say("capturing, finding regions")
         report = tokcompile.explain(module, inputs, loaded)
     if html is not None:
         report.to_html(html)
         _err().print(f"wrote {html}", markup=False)
     _json(report.to_dict()) if as_json else _out().print(Text(str(report)), soft_wrap=True)
-    if loaded is not None and any(step.matches < wanted.expect.min_matches
-                                  for step, wanted in zip(report.steps, loaded.steps, strict=True)):
-        _err().print("the recipe would change less than it expects", style="yellow")
+    if report.problems:
+        _err().print(Text("the recipe and the model do not fit:", style="yellow"))
+        for problem in report.problems:
+            _err().print(Text(problem), soft_wrap=True)
         raise typer.Exit(NO_MATCH)
     uncaptured = [stage for stage in report.stages if not stage.captured]
     if not report.regions and uncaptured:
@@ -239,12 +270,13 @@ def explain(
 
 @app.command(epilog="Example: tokcompile optimize ./my-model --recipe vlm_prune_90 --set steps[0].params.keep=0.2 "
                     "--out my-model-pruned")
+@_takes_model
 def optimize(
-    model: Model, recipe: RecipeName, out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR")] = None,
+    request: Any, recipe: RecipeName,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder to write to.")] = None,
     sets: Sets = None, lowering: Lowering = "eager", calibration: Calibration = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Match and rewrite, write nothing.")] = False,
-    prompt: Prompt = "", images: Images = None, tokens: Tokens = 64, batch: Batch = 1, dtype: Dtype = "",
-    device: Device = "", random_weights: RandomWeights = False, as_json: AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Apply a recipe to MODEL and save it: weights, recipe, prepared state, report. Load it with tokcompile.load(DIR).
 
@@ -259,7 +291,7 @@ def optimize(
         check_place(out)  # now rather than after the work
     loaded = _load(recipe, sets)
     with _working("loading the model") as say:
-        module, inputs = _model(model, prompt, images, tokens, batch, dtype, device, random_weights)
+        module, inputs = _model(request)
         say("calibrating, rewriting" if calibration else "capturing, rewriting")
         optimized = tokcompile.optimize(module, loaded, inputs=inputs, lowering=lowering,
                                         calibration=_calibration(calibration))
@@ -275,8 +307,9 @@ def optimize(
 
 
 @app.command(epilog="Example: tokcompile bench ./my-model -r vlm_prune_90 -r vlm_random_90 --image cat.png --out bench")
+@_takes_model
 def bench(
-    model: Model,
+    request: Any,
     recipe: Annotated[list[str] | None, typer.Option("--recipe", "-r", metavar="R", help="Repeatable.")] = None,
     sets: Sets = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR",
@@ -285,15 +318,14 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated in each round.")] = 16,
     lowering: Lowering = "inductor",
     no_compile: Annotated[bool, typer.Option("--no-compile", help="Leave plain torch.compile out.")] = False,
-    calibration: Calibration = "", prompt: Prompt = "", images: Images = None, tokens: Tokens = 64, batch: Batch = 1,
-    dtype: Dtype = "", device: Device = "", random_weights: RandomWeights = False, as_json: AsJson = False,
+    calibration: Calibration = "", as_json: AsJson = False,
 ) -> None:
     """Time to first token, prefill, decode and memory: dense, dense with torch.compile, and with each recipe."""
     from tokcompile.benching import bench as measure
 
     loaded = [_load(name, sets) for name in recipe or []]
     with _working("loading the model") as say:
-        module, inputs = _model(model, prompt, images, tokens, batch, dtype, device, random_weights)
+        module, inputs = _model(request)
         result = measure(module, inputs, loaded, rounds=rounds, new_tokens=new_tokens, lowering=lowering,
                          compiled_baseline=not no_compile, progress=say, calibration=_calibration(calibration))
     if out is not None:
@@ -309,23 +341,23 @@ def bench(
 
 
 @app.command(epilog="Example: tokcompile export ./my-model --recipe vlm_prune_90 --out my-model-onnx")
+@_takes_model
 def export(
-    model: Model, recipe: Annotated[str, typer.Option("--recipe", "-r", metavar="R", help="Left out, dense.")] = "",
+    request: Any, recipe: Annotated[str, typer.Option("--recipe", "-r", metavar="R", help="Left out, dense.")] = "",
     out: Out = Path("onnx"), sets: Sets = None,
     no_check: Annotated[bool, typer.Option("--no-check", help="Do not compare onnxruntime with PyTorch.")] = False,
     opset: Annotated[int, typer.Option(help="Of the standard operations, 18 to 24.")] = 20,
     target: Annotated[str, typer.Option(help="standard, or contrib: fused operations of onnxruntime.")] = "standard",
     all_logits: Annotated[bool, typer.Option("--all-logits", help="Logits of every position, not the last.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
-    prompt: Prompt = "", images: Images = None, tokens: Tokens = 64, batch: Batch = 1, dtype: Dtype = "",
-    device: Device = "", random_weights: RandomWeights = False, as_json: AsJson = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write ONNX files that onnxruntime runs, and compare both."""
     import tokcompile
 
     loaded = _load(recipe, sets) if recipe else None
     with _working("loading the model") as say:
-        module, inputs = _model(model, prompt, images, tokens, batch, dtype, device, random_weights)
+        module, inputs = _model(request)
         say("exporting" if no_check else "exporting, comparing with onnxruntime")
         result = tokcompile.export_onnx(module, inputs, out, recipe=loaded, check=not no_check, opset=opset,
                                         target=target, logits="all" if all_logits else "last", overwrite=overwrite)
@@ -368,14 +400,10 @@ def _load(name: str, sets: Sequence[str] | None) -> Any:
     return Recipe.load(name, recipe_overrides.parse(sets or []))
 
 
-def _model(name: str, prompt: str, images: Sequence[Path] | None, tokens: int, batch: int, dtype: str, device: str,
-           random_weights: bool) -> Any:
-    from tokcompile.model_source import Request, load
+def _model(request: Any) -> Any:
+    from tokcompile.model_source import load
 
-    missing = [path for path in images or [] if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(2, "no such picture", str(missing[0]))
-    return load(Request(name, prompt, list(images or []), tokens, batch, dtype, device, random_weights))
+    return load(request)
 
 
 def _calibration(name: str) -> Any:

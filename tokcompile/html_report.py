@@ -29,7 +29,8 @@ h2{font-size:18px;margin:34px 0 10px}h3{font-size:15px;margin:18px 0 6px}.dim{co
 overflow-x:auto}.mono,code{font:13px/1.45 ui-monospace,Menlo,Consolas,monospace;overflow-wrap:anywhere}
 .badge{display:inline-block;border-radius:10px;padding:0 9px;font-size:13px;border:1px solid currentColor}
 .matched{color:var(--good)}.structure_miss,.condition_failed,.rewrite_failed,.not_captured{color:var(--bad)}
-.unprofitable{color:var(--warn)}table{border-collapse:collapse;width:100%}
+.unprofitable{color:var(--warn)}.unmet{border-color:var(--bad);overflow-wrap:anywhere}.unmet strong{color:var(--bad)}
+table{border-collapse:collapse;width:100%}
 th{font-weight:600;text-align:left;vertical-align:bottom;color:var(--dim);font-size:13px}
 td,th{padding:4px 10px 4px 0;vertical-align:top;
 border-bottom:1px solid var(--line)}tr:last-child td{border-bottom:0}th.num,.num{text-align:right;white-space:nowrap}
@@ -112,7 +113,9 @@ def _steps(report: Report) -> Raw | None:
     if not report.steps:
         return None
     cards = [tag("div", *_step(number, step), class_="card") for number, step in enumerate(report.steps, 1)]
-    return tag("section", tag("h2", "What each step did"), *cards)
+    unmet = tag("div", tag("strong", "Less than the recipe expects"), tag("ul", *(
+        tag("li", problem) for problem in report.problems)), class_="card unmet") if report.problems else None
+    return tag("section", tag("h2", "What each step did"), unmet, *cards)
 
 
 def _step(number: int, step: StepReport) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -102,7 +103,8 @@ def call_function(module: str, name: str) -> Any:
             found = importlib.import_module(module)
         function = getattr(found, name, None)
         if not callable(function):
-            near = [n for n in vars(found) if callable(vars(found)[n]) and not n.startswith("_")]
+            near = [n for n, value in vars(found).items() if not n.startswith("_")
+                    and inspect.isfunction(value) and value.__module__ == found.__name__]
             from tokcompile.registry import did_you_mean
 
             raise ModelNotFoundError(f"{module} has no function {name!r}{did_you_mean(name, near)}")
@@ -110,6 +112,9 @@ def call_function(module: str, name: str) -> Any:
     except TokcompileError:
         raise
     except Exception as error:  # the user's own code
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+            raise ModelNotFoundError(f"there is no module {error.name!r} to import, and no folder {module}:{name}; "
+                                     "MODEL is a folder, a hub name, module:function or file.py:function") from None
         raise ModelNotFoundError(f"{module}:{name} failed: {type(error).__name__}: {_line(error)}") from error
 
 

@@ -40,6 +40,8 @@ class Pass:
     #: "decode": acts in decode steps only, so a prefill without a match is no mistake.
     #: "prefill": has nothing to do in decode steps.
     stage: ClassVar[Literal["any", "decode", "prefill"]] = "any"
+    #: Whether it keeps the ``ctx.leading_tokens`` of a vision encoder.
+    protects_leading: ClassVar[bool] = False
 
     class Params(BaseModel):
         model_config = ConfigDict(extra="forbid")
@@ -207,6 +209,7 @@ class Context:
         prepared, inputs: the state that calibration made; the placeholders that the rewrite added, and what each takes.
         static: sizes read off the data may be numbers in the graph; another number compiles it anew.
         always_ragged: the graph must serve rows that keep different numbers of tokens, whatever ``args`` keep.
+        leading_tokens: how many tokens at the head of a vision encoder the recipe protects; None: those that are found.
         shared: what passes emit once for several regions, by a key of their own.
     """
 
@@ -217,6 +220,7 @@ class Context:
     whole: bool = True
     static: bool = False
     always_ragged: bool = False
+    leading_tokens: int | None = None
     shared: dict[Any, Any] = field(default_factory=dict)
     sizes: list[HostSize] = field(default_factory=list)
     ragged: list[bool] = field(default_factory=list)

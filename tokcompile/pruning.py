@@ -97,6 +97,7 @@ class PatchSelection(Pass):
     """
 
     regions = "vision_encoder"
+    protects_leading = True
 
     def inputs(self, ctx: Context, layer: Layer, prefix: int) -> list[fx.Node]:
         """What :meth:`score` reads besides the tokens, from the layer above the cut."""
@@ -121,25 +122,39 @@ class PatchSelection(Pass):
         if len(set(stages)) != len(stages):
             raise ctx.refuse(region.roles["tokens"], f"{len(stages)} stages do not fit into {depth} layers; give "
                                                      "fewer, or depths further apart")
+        front = self._front(ctx, region.layers[stages[0] - 1].output, prefix)
         for stage in stages:
             self.check_layer(ctx, region.layers[stage - 1])
-            ctx.check(region.layers[stage - 1].output, prefix=prefix)
+            ctx.check(region.layers[stage - 1].output, prefix=front)
         counts = [_hint(region.layers[stages[0] - 1].output.meta["val"].shape[1])]
         for stage, keep in zip(stages, self.params.keep, strict=True):
-            counts.append(self._cut(ctx, region, stage, keep, prefix))
+            counts.append(self._cut(ctx, region, stage, keep, prefix, front))
         return {"tokens_before": counts[0], "tokens_after": counts[-1], "tokens_by_layer": dict(
             zip(stages, counts[1:], strict=True))}
 
     def check_layer(self, ctx: Context, layer: Layer) -> None:
         """Refuse a layer that cannot be scored, before anything is cut."""
 
-    def _cut(self, ctx: Context, region: Region, stage: int, keep: Budget, prefix: int) -> int:
+    def _front(self, ctx: Context, node: fx.Node, prefix: int) -> int:
+        """How many tokens in front are kept: those that are class and register tokens, or as many as protected."""
+        front, tokens = ctx.leading_tokens, node.meta["val"].shape[1]
+        if front is None:
+            return prefix
+        if front < prefix:
+            raise ctx.refuse(node, f"protect.leading_tokens is {front}, and the {prefix} class and register tokens in "
+                                   "front are always kept; leave it out")
+        if bool(tokens <= front):
+            raise ctx.refuse(node, f"protect.leading_tokens is {front}, of {_hint(tokens)} tokens in all; no patch is "
+                                   "left to choose from")
+        return front
+
+    def _cut(self, ctx: Context, region: Region, stage: int, keep: Budget, prefix: int, front: int) -> int:
         layer = region.layers[stage - 1]
         node, inputs = layer.output, self.inputs(ctx, layer, prefix)
 
         def choose(x: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
             position = torch.arange(x.shape[1], device=x.device)
-            segment = segments((position >= prefix)[None].expand(x.shape[0], x.shape[1]))
+            segment = segments((position >= front)[None].expand(x.shape[0], x.shape[1]))
             budget = budgets_count(segment, keep.num) if keep.is_count else budgets(segment, keep.num, keep.den)
             result = self.score(x, segment, budget, prefix, stage, *inputs)
             x, scores = result if isinstance(result, tuple) else (x, result)
@@ -147,10 +162,10 @@ class PatchSelection(Pass):
 
         tokens, kept = ctx.emit(choose, node, *inputs, before=ctx.after(node, *inputs))
         count = node.meta["val"].shape[1]
-        size: Any = keep.count(count - prefix) + prefix if isinstance(count, int) else ctx.emit(
-            lambda x: keep.count(x.shape[1] - prefix) + prefix, node, before=ctx.after(node))
+        size: Any = keep.count(count - front) + front if isinstance(count, int) else ctx.emit(
+            lambda x: keep.count(x.shape[1] - front) + front, node, before=ctx.after(node))
         ctx.cut(node, kept, size, stack=region.path or "encoder", layer=region.layers[stage], index=stage,
-                prefix=prefix, value=None if tokens is node else tokens)
+                prefix=front, value=None if tokens is node else tokens)
         return _hint(size)
 
 

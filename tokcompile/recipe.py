@@ -208,14 +208,21 @@ class Expect(_Model):
 class Protect(_Model):
     """What no step may touch, beyond class, register and text tokens, which are always kept."""
 
-    paths: list[str] = Field(default_factory=list, description="Globs on module paths; what matches is left alone.")
+    paths: list[str] = Field(default_factory=list, description="Globs on module paths; what matches is left alone, "
+                                                               "with all that is inside it.")
     leading_tokens: int | None = Field(
         None, ge=0, description="Tokens kept at the head of a vision encoder's axis; left out, as found in the graph."
     )
 
     def covers(self, path: str) -> bool:
         """Whether the region at that module path has to be left alone."""
-        return any(fnmatchcase(path, glob) for glob in self.paths)
+        return bool(self.covering(path))
+
+    def covering(self, path: str) -> list[str]:
+        """The globs that cover a module path: they fit it, or a module that it is inside of."""
+        parts = path.split(".")
+        around = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+        return [glob for glob in self.paths if any(fnmatchcase(module, glob) for module in around)]
 
 
 class Step(_Model):

@@ -90,6 +90,7 @@ class Report:
         layers: one dict for each layer of each stack: stage, stack (kind), stack_path, index, path, attention and
             feed_forward (module paths, or None), feed_forward_kind, tokens_before, tokens_after.
         recipe: name of the recipe, where it has one.
+        problems: what the recipe expects and the model does not give, a line each.
     """
 
     model: str = ""
@@ -99,6 +100,7 @@ class Report:
     near_misses: list[dict[str, Any]] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
     recipe: str = ""
+    problems: list[str] = field(default_factory=list)
 
     @classmethod
     def from_regions(cls, regions: Regions, model: str = "") -> Report:
@@ -167,13 +169,13 @@ class Report:
             lines.add("No region found.")
         if self.steps:
             console.print(_steps_table(self.steps))
-        for number, step in enumerate(self.steps, 1):
+        for number, step in enumerate(self.steps):
             if step.reason:
-                lines.add(f"step {number} ({step.pass_name}): {step.reason}")
+                lines.add(f"steps[{number}] ({step.pass_name}): {step.reason}")
             rest = {key: value for key, value in step.details.items() if key not in ("tokens_before", "tokens_after")}
             if rest:
                 lines.add(
-                    f"step {number} ({step.pass_name}): " + ", ".join(f"{k} {_short(v)}" for k, v in rest.items())
+                    f"steps[{number}] ({step.pass_name}): " + ", ".join(f"{k} {_short(v)}" for k, v in rest.items())
                 )
         if self.stages:
             console.print(_stages_table(self.stages))
@@ -197,6 +199,7 @@ def _fields(report: Report) -> dict[str, Any]:
         "near_misses": report.near_misses,
         "layers": report.layers,
         "recipe": report.recipe,
+        "problems": report.problems,
     }
 
 

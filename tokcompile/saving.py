@@ -73,7 +73,10 @@ def save_pretrained(model: nn.Module, folder: str | PathLike[str], *, weights: b
     check_place(target)
     kind = "none" if not weights else "transformers" if _of_transformers(type(model)) else "state_dict"
     made = target.parent / f".{target.name}.{secrets.token_hex(4)}.part"
-    made.mkdir(parents=True)
+    try:
+        made.mkdir(parents=True)
+    except OSError as error:
+        raise SavedModelError(f"{target}: cannot be written: {error.strerror}") from None
     try:
         _write_json(made / REPORT, session.report.to_dict())
         manifest: dict[str, Any] = {
@@ -182,6 +185,9 @@ def check_place(target: Path) -> None:
     """Raise :class:`SavedModelError` unless :func:`save_pretrained` may write to ``target``."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise SavedModelError(f"{target}: is no folder; name another place")
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise SavedModelError(f"{target}: cannot be written: {above} is not a folder that you may write to")
     if not target.exists() or not any(target.iterdir()):
         return
     if not (target / MANIFEST).is_file():

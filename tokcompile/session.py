@@ -22,7 +22,7 @@ from tokcompile.recipes import Recipe, Step
 from tokcompile.regions import find_regions
 from tokcompile.regions.model import KINDS, Region, Regions
 from tokcompile.registry import get_pass
-from tokcompile.reporting import LayerTokens, Report, StageReport, StepReport
+from tokcompile.reporting import LayerTokens, Report, StageReport, StepReport, path_globs
 from tokcompile.state import PreparedState
 
 aten = torch.ops.aten
@@ -132,6 +132,7 @@ class Session:
         self.report.steps = [StepReport(pass_name=step.pass_, status="structure_miss", matches=0, regions=[],
                                         reason="no graph was captured yet") for step, _ in self.passes]
         self._checked: set[int] = set()
+        self._covering: set[str] = set()  # globs of protect.paths that cover a region
         #: tensors of the dense model when it was optimized (see state.origin); and those that a saved model had lost
         self.origin: dict[str, tuple[int, torch.dtype]] = {}
         self.changed: dict[str, str] = {}
@@ -172,6 +173,10 @@ class Session:
         canonicalise(ctx.captured)
         _narrow_pruned_cache(ctx.captured)
         ctx.regions = find_regions(ctx.captured.graph)
+        protect = self.recipe.protect if self.recipe is not None else None
+        if protect is not None:
+            ctx.leading_tokens = protect.leading_tokens
+            self._covering.update(*(protect.covering(region.path) for region in ctx.regions.regions))
         before = graph_flops(ctx.captured.graph)
         self._note_regions(ctx.regions, stage)
         layers = LayerTokens(ctx.regions, stage)
@@ -217,6 +222,8 @@ class Session:
         found, outside = [], None
         for region in ctx.regions.of(step.region):
             if not step.target.matches_path(region.path) or (protect and protect.covers(region.path)):
+                continue
+            if step.target.modality not in (None, region.variant.get("modality")):
                 continue
             if step.target.layers is not None:
                 place = ctx.layer(region)
@@ -286,7 +293,10 @@ class Session:
         near = regions.nearest_miss(kind)
         text = f"no {kind} in the {stage} graph (found {found})"
         if regions.of(kind):
-            text = f"{len(regions.of(kind))} {kind} found, none fits the step's target filters"
+            where = ", ".join(path_globs(region.path or "(model)" for region in regions.of(kind)))
+            text = f"{len(regions.of(kind))} {kind} found ({where}), none fits the step's target filters"
+            if self.recipe is not None and self.recipe.protect is not None and self.recipe.protect.paths:
+                text += " and is outside of protect.paths"
         if near is not None:
             place = ", ".join(p for p in (near.path, near.source) if p)
             text += f"; nearest miss: {near.reason} [node {near.node.name}{', ' + place if place else ''}]"
@@ -311,7 +321,7 @@ class Session:
         """
         if self.recipe is None or self.observing:
             return
-        problems, judged = [], []
+        problems, judged = self._unprotected(stage), []
         decoded = any(s.name == "decode" for s in self.report.stages)
         for index, ((step, method), entry) in enumerate(zip(self.passes, self.report.steps, strict=True)):
             due = (stage == "decode" or decoded) if method.stage == "decode" else stage != "encoder"
@@ -324,6 +334,7 @@ class Session:
                                 f"{least}: {entry.reason}")
             elif most is not None and entry.matches > most:
                 problems.append(f"step '{step.pass_}' changed {entry.matches} regions, expected at most {most}")
+        self.report.problems += [problem for problem in problems if problem not in self.report.problems]
         if problems and self.on_no_match == "error":
             stages = "; ".join(f"stage '{s.name}' was not captured: {s.reason}" for s in self.report.stages
                                if not s.captured)
@@ -334,6 +345,16 @@ class Session:
             import warnings
 
             warnings.warn("\n".join(problems), stacklevel=3)
+
+
+    def _unprotected(self, stage: str | None) -> list[str]:
+        """What is wrong with ``protect.paths``, once what there is to protect has been seen."""
+        protect = self.recipe.protect if self.recipe else None
+        if protect is None or stage == "encoder" or not all(s.captured for s in self.report.stages):
+            return []
+        known = path_globs(dict.fromkeys(region["path"] for region in self.report.regions if region["path"]))
+        return [f"protect.paths: {glob!r} covers no region (there are {', '.join(known) or 'none'})"
+                for glob in protect.paths if glob not in self._covering]
 
 
 def _session(recipe: Recipe | None, lowering: str, on_no_match: str, model: str,
@@ -361,10 +382,11 @@ def _check_supported(recipe: Recipe) -> None:
             problems.append(f"{where}: works on {method.regions}, not on {step.region}; leave target.region out")
         if step.target.layers is not None and method.regions not in LOCAL:
             problems.append(f"{where}: takes no target.layers; its own parameters say at which depth it acts")
-        if step.target.modality is not None:
-            problems.append(f"{where}: cannot tell images from video; leave target.modality out")
-    if recipe.protect is not None and recipe.protect.leading_tokens is not None:
-        problems.append("protect.leading_tokens: no pass of this recipe removes text tokens, which are always kept; "
+        if step.target.modality is not None and method.regions != "merge_point":
+            problems.append(f"{where}: images and video are told apart at merge points only; leave target.modality out")
+    if recipe.protect is not None and recipe.protect.leading_tokens is not None and not any(
+            get_pass(step.pass_).protects_leading for step in recipe.steps):
+        problems.append("protect.leading_tokens: no pass of this recipe removes tokens inside a vision encoder; "
                         "leave it out")
     if problems:
         raise RecipeError("\n".join(problems))

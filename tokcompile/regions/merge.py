@@ -96,7 +96,9 @@ def _merge(flow: Flow, node: fx.Node, embeddings: int, images: list[fx.Node]) ->
         if not _token_axis(flow, node):
             return None
     sides = [n for n in sides if isinstance(n, fx.Node)]
-    text = [n for n in sides if flow.reached_by(n, embeddings) and not _from_images(flow, n, images)]
+    text = [n for n in sides if flow.reached_by(n, embeddings)]
+    if len(text) != 1:  # one alone may hold other images already: those of a merge above
+        text = [n for n in text if not _from_images(flow, n, images)]
     features = [n for n in sides if n not in text and _is_features(flow, n, images)]
     if not text:
         text = [n for n in sides if flow.reached_by(n, embeddings) and n not in features]
@@ -110,7 +112,22 @@ def _merge(flow: Flow, node: fx.Node, embeddings: int, images: list[fx.Node]) ->
         roles["write"] = node
     shapes = {"B": sizes[0], "S": sizes[1], "D": sizes[2]} if len(sizes) == 3 else {"D": sizes[-1]}
     source = "encoder" if _from_images(flow, features[0], images) else "input"
-    return Region("merge_point", module_path(node), roles, shapes, {"form": op, "features": source}, source_line(node))
+    variant = {"form": op, "features": source, **_modality(flow, features[0])}
+    return Region("merge_point", module_path(node), roles, shapes, variant, source_line(node))
+
+
+def _modality(flow: Flow, features: fx.Node) -> dict[str, str]:
+    """``image`` or ``video``, by the names of the arguments that the features come from; {} where these do not say.
+
+    The arguments of forward are all that tells them apart: pixel_values_videos, say, or the entry "video" of what the
+    encoder made. Parameters say nothing: an image may go through a module named after videos.
+    """
+    names = [str(node.meta.get("argument", "")).lower() for node in flow.nodes
+             if node.op == "placeholder" and flow.reaches(node, features)]
+    names = [name for name in names if not any(word in name for word in ("modules_", "parameters_", "buffers_"))]
+    if any("video" in name for name in names):
+        return {} if any("image" in name for name in names) else {"modality": "video"}
+    return {"modality": "image"} if any(word in name for name in names for word in ("image", "pixel")) else {}
 
 
 def _base(flow: Flow, node: Any) -> Any:
