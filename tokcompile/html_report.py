@@ -113,7 +113,7 @@ def _steps(report: Report) -> Raw | None:
     if not report.steps:
         return None
     cards = [tag("div", *_step(number, step), class_="card") for number, step in enumerate(report.steps, 1)]
-    unmet = tag("div", tag("strong", "Less than the recipe expects"), tag("ul", *(
+    unmet = tag("div", tag("strong", "The recipe and the model do not fit"), tag("ul", *(
         tag("li", problem) for problem in report.problems)), class_="card unmet") if report.problems else None
     return tag("section", tag("h2", "What each step did"), unmet, *cards)
 
