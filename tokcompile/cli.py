@@ -229,7 +229,7 @@ def _takes_model(command: Callable[..., None]) -> Callable[..., None]:
     def run_command(**given: Any) -> None:
         command(request=_request(**{name: given.pop(name) for name in shared}), **given)
 
-    merged = [*shared.values(), *(parameter for name, parameter in own.items() if name != "request")]
+    merged = [*(parameter for name, parameter in own.items() if name != "request"), *shared.values()]
     merged = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in merged]
     run_command.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]
     run_command.__annotations__ = {parameter.name: parameter.annotation for parameter in merged}
@@ -250,6 +250,8 @@ def explain(
     import tokcompile
 
     loaded = _load(recipe, sets) if recipe else None
+    if html is not None and not html.absolute().parent.is_dir():  # now rather than after the work
+        raise FileNotFoundError(2, "no such folder", str(html.parent))
     with _working("loading the model") as say:
         module, inputs = _model(request)
         say("capturing, finding regions")
@@ -324,12 +326,13 @@ def bench(
     from tokcompile.benching import bench as measure
 
     loaded = [_load(name, sets) for name in recipe or []]
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
     with _working("loading the model") as say:
         module, inputs = _model(request)
         result = measure(module, inputs, loaded, rounds=rounds, new_tokens=new_tokens, lowering=lowering,
                          compiled_baseline=not no_compile, progress=say, calibration=_calibration(calibration))
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         result.to_csv(out / "bench.csv")
         (out / "bench.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
         for name, report in result.reports.items():
