@@ -1,4 +1,4 @@
-"""What ``target`` and ``protect`` choose, on models: nothing else is touched, and a filter that fits nothing is said."""
+"""What ``target`` and ``protect`` choose: nothing else is touched, and a filter that fits nothing is said."""
 
 from __future__ import annotations
 
