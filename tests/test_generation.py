@@ -220,6 +220,18 @@ def test_direct_forward(shared: tuple[Case, Any]) -> None:
     close(logits[real], wanted.gather(1, kept[..., None].expand(-1, -1, wanted.shape[-1]))[real])
 
 
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "qwen2_5_vl" else pytest.mark.slow) for n in VLMS])
+def test_a_direct_forward_that_keeps_everything_is_the_dense_one(name: str) -> None:
+    """Images are encoded in front of the captured forward, which must not lose what positions are made of."""
+    case = VLMS[name]()
+    model = optimized(case.model, [{"pass": "random", "params": {"keep": 1.0, "seed": 0}}])
+    inputs = case.inputs(batch=2, left_padding=3)
+    with torch.no_grad():
+        wanted, found = (getattr(out, "logits", out) for out in (case.model(**inputs), model(**inputs)))
+    real = inputs["attention_mask"].bool()
+    close(found[real], wanted[real])
+
+
 def test_a_loss_inside_the_graph_is_that_of_the_kept_tokens() -> None:
     case = VLMS["llava"]()
     torch.compiler.reset()  # sizes of earlier calls would make Dynamo's symbolic from the start

@@ -302,9 +302,7 @@ class _Stages:
             kwargs = {**kwargs, "cache": kwargs["past_key_values"]}
             del kwargs["past_key_values"]
         if self.takes_features and kwargs.get("mm_encoder_outputs") is None:
-            kwargs = model._prepare_multimodal_encoder_kwargs_for_generation(dict(kwargs))  # type: ignore[operator]
-            if not kwargs.get("mm_encoder_outputs"):
-                kwargs.pop("mm_encoder_outputs", None)
+            kwargs = _encode_first(model, kwargs, self.cache_name)
         if self.session.tracks_cache:
             return self._with_cache(model, kwargs)
         name, function = "forward", self.plain
@@ -358,6 +356,26 @@ class _Stages:
                 self.session.check_matches(name)
         result = self.original(model, **kwargs)
         return _Prefill(result, None) if prefill else result
+
+
+def _encode_first(model: Any, kwargs: dict[str, Any], cache_name: str) -> dict[str, Any]:
+    """The arguments of ``forward`` with images encoded, as ``generate()`` hands them to its first forward.
+
+    Arguments of the encoders leave the call. Some models read their positions off these (the grids of patches of
+    three-dimensional RoPE), so such positions are made here, as ``generate()`` does, or they would be lost.
+    """
+    from transformers import GenerationMixin
+
+    encoded = model._prepare_multimodal_encoder_kwargs_for_generation(dict(kwargs))
+    if not encoded.get("mm_encoder_outputs"):
+        return kwargs
+    positions = type(model)._prepare_position_ids_for_generation
+    own = positions is not GenerationMixin._prepare_position_ids_for_generation
+    cache = kwargs.get(cache_name)
+    fresh = cache is None or cache.get_seq_length() == 0  # later ones follow from the positions of the first call
+    if own and fresh and kwargs.get("position_ids") is None:
+        encoded["position_ids"] = positions(model, _tokens(kwargs), kwargs)
+    return encoded
 
 
 def _tokens(kwargs: Mapping[str, Any]) -> torch.Tensor:
