@@ -49,6 +49,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
+from tokcompile.benching import in_turn  # noqa: E402
 from tokcompile.kernels.attention_rows import attention_rows  # noqa: E402
 from tokcompile.kernels.block_list_attention import block_list_attention  # noqa: E402
 from tokcompile.kernels.embedding_gate import embedding_gate  # noqa: E402
@@ -60,6 +61,9 @@ from tokcompile.kernels.token_list_attention import token_list_attention  # noqa
 DOCS = HERE.parent / "docs" / "kernels.md"
 MARKER = "<!-- below: written by benchmarks/kernels.py from benchmarks/results/kernels.csv -->"
 BLOCK_Q, BLOCK_K, WINDOW = 128, 64, 128
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+#: Seconds that a sample takes at least: clocks of CPU time can advance in steps of 10 ms.
+RESOLUTION = {"wall": 0.0, "cpu": 0.1}
 K = 1024
 
 
@@ -117,7 +121,7 @@ class Row:
         contestant: "tokcompile", or the dense operation. share: see the module. speedup: over the dense operation.
         sm_80, sm_90: registers of a thread / bytes of spilled registers / bytes of shared memory, the most of the
             launches of the kernel in bf16 at the sizes of an 8 B model and this length; empty without Triton.
-        peak_gflops, peak_gbs: measured in this run.
+        peak_gflops, peak_gbs: measured in this run. clock: "wall", or "cpu" for CPU time, see ``--clock``.
     """
 
     kernel: str
@@ -136,6 +140,7 @@ class Row:
     sm_90: str = ""
     peak_gflops: float | None = None
     peak_gbs: float | None = None
+    clock: str = ""
     dtype: str = ""
     device: str = ""
     threads: int = 0
@@ -392,7 +397,7 @@ CASES: dict[str, Callable[[Sizes], Iterator[Case]]] = {
 # ---------------------------------------------------------------------------------------------------------- measure
 
 
-def peaks(device: str, dtype: torch.dtype, quick: bool = False) -> tuple[float, float]:
+def peaks(device: str, dtype: torch.dtype, clock: str, quick: bool = False) -> tuple[float, float]:
     """FLOP/s of a large product and bytes/s of a large copy (read and written), the best of ten."""
     large = device == "cuda"
     size = 256 if quick else 8192 if large else 2048
@@ -400,15 +405,25 @@ def peaks(device: str, dtype: torch.dtype, quick: bool = False) -> tuple[float, 
     one = torch.randn(size, size, device=device).to(dtype)
     source = torch.zeros(numbers, dtype=torch.uint8 if quick else torch.float32, device=device)
     target = torch.empty_like(source)
-    product = times({"": lambda: one @ one}, 10, device)[""]
-    copy = times({"": lambda: target.copy_(source)}, 10, device)[""]
+    product = times({"": lambda: one @ one}, 10, device, clock)[""]
+    copy = times({"": lambda: target.copy_(source)}, 10, device, clock)[""]
     return 2 * size**3 / min(product) * 1e3, 2 * source.numel() * source.element_size() / min(copy) * 1e3
 
 
-def times(calls: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, list[float]]:
+def times(calls: dict[str, Callable[[], Any]], repeats: int, device: str, clock: str) -> dict[str, list[float]]:
     """Times in ms; on the CPU the calls take turns, on CUDA each runs with an emptied L2 cache."""
     if device != "cuda":
-        return harness.interleaved(calls, repeats, warmup=1)
+        now = CLOCKS[clock]
+
+        def timed(call: Callable[[], Any]) -> dict[str, float]:
+            count, started = 0, now()
+            while count == 0 or now() - started < RESOLUTION[clock]:
+                call()
+                count += 1
+            return {"ms": (now() - started) / count * 1e3}
+
+        found = in_turn({name: functools.partial(timed, call) for name, call in calls.items()}, repeats, warmup=1)
+        return {name: [entry["ms"] for entry in entries] for name, entries in found.items()}
     from triton.testing import do_bench
 
     with torch.inference_mode():
@@ -426,22 +441,23 @@ def usage(case: Case, capability: int) -> str:
 
 
 def measure(case: Case, device: str, seconds: float, repeats: int | None, limits: tuple[float, float],
-            longest: float) -> list[Row] | None:
+            longest: float, clock: str) -> list[Row] | None:
     """Two lines, the kernel and the dense operation; None: one call takes longer than ``longest`` seconds."""
+    now = CLOCKS[clock]
     with torch.inference_mode():
         tensors = case.make(device)
         calls = {"tokcompile": lambda: case.run(**tensors), "dense": lambda: case.dense(**tensors)}
         slowest = 0.0
         for call in calls.values():
-            started = time.perf_counter()
+            started = now()
             call()
             if device == "cuda":
                 torch.cuda.synchronize()
-            slowest = max(slowest, time.perf_counter() - started)
+            slowest = max(slowest, now() - started)
     if slowest > longest:
         return None
-    rounds = repeats or max(3, min(200, int(seconds / max(slowest, 1e-4) / 2)))
-    found = times(calls, rounds, device)
+    rounds = repeats or max(3, min(200, int(seconds / max(slowest, RESOLUTION[clock], 1e-4) / 2)))
+    found = times(calls, rounds, device, clock)
     median = {name: harness.quantile(t, 0.5) for name, t in found.items()}
     lines = []
     for name, flops, moved in (("tokcompile", case.flops, case.moved), ("dense", case.dense_flops, case.dense_moved)):
@@ -455,13 +471,15 @@ def measure(case: Case, device: str, seconds: float, repeats: int | None, limits
 
 
 def run(names: Sequence[str], device: str, quick: bool, seconds: float, repeats: int | None,
-        longest: float, compiles: bool = True, tell: Callable[[Row], None] = lambda row: None) -> list[Row]:
+        longest: float, clock: str = "wall", compiles: bool = True,
+        tell: Callable[[Row], None] = lambda row: None) -> list[Row]:
     """All cases of the named kernels. A length at which one call takes longer than ``longest`` ends its case."""
     sizes = TINY if quick else LARGE if device == "cuda" else SMALL
-    load, limits = harness.load(), peaks(device, sizes.dtype, quick)
+    load, limits = harness.load(), peaks(device, sizes.dtype, clock, quick)
     seen = harness.versions()
     origin: dict[str, Any] = {"peak_gflops": limits[0] / 1e9, "peak_gbs": limits[1] / 1e9, "load": load,
-                              "dtype": str(sizes.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
+                              "clock": clock, "dtype": str(sizes.dtype).removeprefix("torch."),
+                              "threads": torch.get_num_threads(),
                               "device": torch.cuda.get_device_name() if device == "cuda" else seen["cpu"],
                               "torch": seen["torch"], "tokcompile": seen["tokcompile"]}
     found: list[Row] = []
@@ -469,7 +487,8 @@ def run(names: Sequence[str], device: str, quick: bool, seconds: float, repeats:
         ended: set[str] = set()
         compiled = {(c.name, c.length): c for c in CASES[name](TINY if quick else LARGE)}
         for case in CASES[name](sizes):
-            lines = None if case.name in ended else measure(case, device, seconds, repeats, limits, longest)
+            lines = None if case.name in ended else measure(case, device, seconds, repeats, limits, longest,
+                                                                         clock)
             if lines is None:
                 ended.add(case.name)
                 lines = [Row(case.kernel, case.name, case.length, "tokcompile")]
@@ -487,15 +506,9 @@ def run(names: Sequence[str], device: str, quick: bool, seconds: float, repeats:
 # ------------------------------------------------------------------------------------------------------------- page
 
 
-def write_csv(path: Path, lines: Sequence[Row]) -> None:
-    """Numbers with four significant digits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for line in lines:
-            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else "" if v is None else v
-                             for k, v in asdict(line).items()})
+def _text(line: Row) -> dict[str, str]:
+    """Cells of the file: numbers with four significant digits."""
+    return {k: f"{v:.4g}" if isinstance(v, float) else "" if v is None else str(v) for k, v in asdict(line).items()}
 
 
 def markdown(lines: Sequence[dict[str, str]]) -> str:
@@ -513,11 +526,11 @@ def markdown(lines: Sequence[dict[str, str]]) -> str:
                      _percent(m), _percent(other), m["sm_80"], m["sm_90"]]
             table_.append("| " + " | ".join(cells) + " |")
         parts.append("\n".join(table_))
-    first = lines[0]
-    load = first["load"] or "unknown"
-    parts.append(f"{first['device']}, {first['threads']} threads, {first['dtype']}; measured peaks: "
-                 f"{first['peak_gflops']} GFLOP/s, {first['peak_gbs']} GB/s; torch {first['torch']}, tokcompile "
-                 f"{first['tokcompile']}; load before the run {load}.")
+        first = mine[0]
+        clock = "CPU time" if first["clock"] == "cpu" else "wall time"
+        parts.append(f"{clock}; {first['device']}, threads: {first['threads']}, {first['dtype']}; measured peaks: "
+                     f"{first['peak_gflops']} GFLOP/s, {first['peak_gbs']} GB/s; torch {first['torch']}; load before "
+                     f"the run {first['load'] or 'unknown'}.")
     return "\n\n".join(parts)
 
 
@@ -542,6 +555,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--longest", type=float, default=None,
                         help="seconds of one call; longer lengths are left out (8 on the CPU, no limit on CUDA)")
     parser.add_argument("--no-compile", action="store_true", help="leave the columns sm_80 and sm_90 empty")
+    parser.add_argument("--clock", default="wall", choices=sorted(CLOCKS),
+                        help="cpu: CPU time, for one thread on a machine that computes other things too; not for CUDA")
     parser.add_argument("--repeats", type=int, help="rounds, instead of as many as fit")
     parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
     options = parser.parse_args(argv)
@@ -553,23 +568,25 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", harness.THREADS)))
     longest = options.longest or (math.inf if device == "cuda" else 8.0)
     out = options.out or (Path(tempfile.gettempdir()) / "tokcompile-quick" if options.quick else harness.RESULTS)
-    lines = run(names, device, options.quick, options.seconds, options.repeats or (2 if options.quick else None),
-                longest, not options.no_compile, _show)
-    file = out / "kernels.csv"
-    fresh = {line.kernel for line in lines}
-    write_csv(out / "kernels.fresh.csv", lines)
+    for name in names:  # file and page after each kernel: a run that is cut off leaves what it has
+        save(out, run([name], device, options.quick, options.seconds, options.repeats or (2 if options.quick else None),
+                      longest, options.clock, not options.no_compile, _show))
+    print(out / "kernels.csv")
+    return 0
+
+
+def save(out: Path, lines: Sequence[Row]) -> None:
+    """Put the lines of their kernels into ``kernels.csv`` (others stay), and the tables into the docs."""
+    file, fresh = out / "kernels.csv", {line.kernel for line in lines}
     kept = [m for m in harness.read_csv(file) if m["kernel"] not in fresh] if file.exists() else []
-    merged = [*kept, *harness.read_csv(out / "kernels.fresh.csv")]
-    merged.sort(key=lambda m: list(CASES).index(m["kernel"]))
+    merged = sorted([*kept, *map(_text, lines)], key=lambda m: list(CASES).index(m["kernel"]))
+    out.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="") as target:
         writer = csv.DictWriter(target, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(merged)
-    (out / "kernels.fresh.csv").unlink()
     if out == harness.RESULTS:
         DOCS.write_text(f"{DOCS.read_text().split(MARKER)[0]}{MARKER}\n\n{markdown(merged)}\n")
-    print(file)
-    return 0
 
 
 def _show(line: Row) -> None:

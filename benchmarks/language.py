@@ -2,8 +2,9 @@
 
     python benchmarks/language.py [--only prefill,decode,ffn,quiz] [--page]
 
-Writes ``benchmarks/results/language.csv`` and ``language.png``, and the tables of ``docs/language.md``. A run that was
-cut off goes on where it stopped (a journal beside the CSV).
+The passes' own functions run in place of the model's (``quality/in_place.py``), uncompiled. Calibration text comes from
+other articles. Writes ``benchmarks/results/language.csv`` and ``language.png``, and the tables of
+``docs/language.md``. A run that was cut off goes on where it stopped (a journal beside the CSV).
 
 =======  ==============================================================================================================
 prefill  1024 tokens in one call with token_sparse, then the likelihood of the next 128 (which attend densely)
@@ -18,24 +19,31 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from quality import language  # noqa: E402
+from quality import in_place, language  # noqa: E402
 from quality.text_data import articles  # noqa: E402
 
 from tokcompile.evaluation import EvalRow, Measure, Task, evaluate, mean_percent, perplexity, read_rows  # noqa: E402
+from tokcompile.passes.decode_control import DecodeControl  # noqa: E402
+from tokcompile.passes.fasa import Fasa  # noqa: E402
+from tokcompile.passes.moe_from_dense import MoeFromDense  # noqa: E402
+from tokcompile.passes.stem import Stem  # noqa: E402
+from tokcompile.passes.token_sparse import TokenSparse  # noqa: E402
+from tokcompile.passes.tokenselect import TokenSelect  # noqa: E402
 
 RESULTS = HERE / "results" / "language.csv"
 DOCS = HERE.parent / "docs" / "language.md"
 MARKER = "<!-- below: written by benchmarks/language.py from benchmarks/results/language.csv -->"
 MODEL = "SmolLM2-135M"
+Calibration = list[dict[str, torch.Tensor]]
+Candidates = Iterator[tuple[str, torch.nn.Module]]
 Item = tuple[torch.Tensor, int]
 """Token ids [1, n] and how many of them are given; the others are predicted."""
 
@@ -98,82 +106,83 @@ def prefill_task(model: Any, tokenizer: Any) -> Task:
 
 
 def decode_task(model: Any, tokenizer: Any) -> Task:
-    return Task("sparse decoding", stretches(tokenizer, 6, 512, 464), steps_after(model), _PERPLEXITY,
-                calibration=language.calibration(tokenizer, 4, 384))
+    return Task("sparse decoding", stretches(tokenizer, 6, 512, 464), steps_after(model), _PERPLEXITY)
 
 
 def ffn_task(model: Any, tokenizer: Any) -> Task:
-    return Task("feed-forward", stretches(tokenizer, 8, 256, 0), whole, _PERPLEXITY,
-                calibration=language.calibration(tokenizer, 8, 512))
+    return Task("feed-forward", stretches(tokenizer, 8, 256, 0), whole, _PERPLEXITY)
 
 
 def quiz_task(model: Any, tokenizer: Any) -> Task:
     """The quiz of :mod:`quality.language` on every fourth country."""
     items = language.quiz_items(tokenizer)[::4]
 
-    def answer(model: Any, item: tuple[torch.Tensor, str]) -> str:
-        ids, _ = item
+    def right(model: Any, item: tuple[torch.Tensor, str]) -> float:
+        ids, capital = item
         out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False,
                              pad_token_id=tokenizer.eos_token_id, stop_strings=["\n"], tokenizer=tokenizer)
-        return str(tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True))
+        return float(language._same(tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True), capital))
 
-    def right(observed: Sequence[Any], dense: Sequence[Any]) -> Any:
-        return np.array([[float(language._same(t, c))] for t, (_, c) in zip(observed, items, strict=True)])
-
-    return Task("capitals", items, answer, [Measure("accuracy", right, mean_percent)],
-                calibration=language.calibration(tokenizer, 8, 512))
+    return Task("capitals", items, right, [Measure("accuracy", score=mean_percent)])
 
 
-# ---------------------------------------------------------------------------------------------------------- recipes
+# ------------------------------------------------------------------------------------------------------- candidates
 
 
-def _recipe(name: str, params: dict[str, Any], target: dict[str, Any] | None = None) -> dict[str, Any]:
-    step = {"pass": name, "params": params, "expect": {"min_matches": 1}, **({"target": target} if target else {})}
-    return {"recipe_version": 1, "description": "a point of a curve", "steps": [step]}
+def prefill_candidates(model: Any, data: Calibration, shares: Sequence[float] = (0.5, 0.1, 0.25)) -> Candidates:
+    """The upper half of the layers at each share of the tokens, chosen and random; and by coverage."""
+    common = {"window": 64, "least": 0}
+    for share in shares:
+        for select in ("attention", "random"):
+            params = TokenSparse.Params(keep=share, select=select, **common)
+            yield f"token_sparse {select} keep={share}", in_place.sparse_prefill_of(model, params)
+    for coverage in (0.02,):
+        yield f"token_sparse coverage={coverage}", in_place.sparse_prefill_of(
+            model, TokenSparse.Params(coverage=coverage, **common))
 
 
-def prefill_recipes(shares: Sequence[float] = (0.5, 0.25)) -> dict[str, Any]:
-    """Half of the layers at each share of the tokens, chosen and random; and the coverage that ships."""
-    common = {"window": 64, "least": 0, "min_length": 0}
-    found = {f"token_sparse {select} keep={share}": _recipe("token_sparse", {**common, "keep": share, "select": select})
-             for share in shares for select in ("attention", "random")}
-    return found | {f"token_sparse coverage={c}": _recipe("token_sparse", {**common, "coverage": c})
-                    for c in (0.02,)}
-
-
-def decode_recipes(budgets: Sequence[int] = (128, 32)) -> dict[str, Any]:
+def decode_candidates(model: Any, data: Calibration, budgets: Sequence[int] = (64, 128, 32)) -> Candidates:
     """All layers but the first at each budget: two methods, random keys, the latest keys."""
-    kinds: dict[str, tuple[str, dict[str, Any]]] = {
-        "fasa": ("fasa", {"planes": 8}), "tokenselect": ("tokenselect", {}),
-        "random": ("decode_control", {"choose": "random"}), "window": ("decode_control", {"choose": "window"})}
-    where = {"region": "attention", "layers": ["1--1"]}
-    return {f"{label} budget={budget}": _recipe(name, {**more, "budget": budget, "sinks": 4, "dense_below": 1}, where)
-            for budget in budgets for label, (name, more) in kinds.items()}
+    for budget in budgets:
+        fasa = Fasa(Fasa.Params(budget=budget, planes=8))
+        planes = in_place.fasa_planes(model, fasa, data)
+        yield f"fasa budget={budget}", in_place.sparse_decode_of(model, fasa, 1, planes)
+        yield f"tokenselect budget={budget}", in_place.sparse_decode_of(
+            model, TokenSelect(TokenSelect.Params(budget=budget)))
+        for choose in ("random", "window"):
+            yield f"{choose} budget={budget}", in_place.sparse_decode_of(
+                model, DecodeControl(DecodeControl.Params(budget=budget, choose=choose)))
 
 
-def ffn_recipes() -> dict[str, Any]:
-    """Experts at several shares with their controls; tables for several shares of the layers."""
-    def experts(active: int, **more: Any) -> dict[str, Any]:
-        # the gate would leave layers dense by their measured speed: here quality is asked for
-        return _recipe("moe_from_dense", {"experts": 8, "shared": 3, "active": active, "gate": "off", **more})
-
-    found = {"stem_ffn": "stem_ffn", "moe_from_dense 0.875": experts(4), "moe_from_dense 0.75": experts(3),
-             "moe_from_dense 0.5": experts(1), "moe_from_dense 0.75 relu": experts(3, router="relu")}
-    found["random router 0.75"] = experts(3, choice="random")
-    found["random split and router 0.75"] = experts(3, choice="random", split="random")
-    return found | {f"stem layers={share}": _recipe("stem", {"convert": share}) for share in (0.25,)}
-
-
-def quiz_recipes() -> dict[str, Any]:
-    prefill, decode, ffn = prefill_recipes((0.5,)), decode_recipes((16,)), ffn_recipes()
-    sparse = {name: _recipe("token_sparse", {**prefill[name]["steps"][0]["params"], "window": 8})
-              for name in ("token_sparse attention keep=0.5", "token_sparse random keep=0.5")}
-    return sparse | decode | {name: ffn[name] for name in ("stem_ffn", "moe_from_dense 0.875", "moe_from_dense 0.75")}
+def ffn_candidates(model: Any, data: Calibration) -> Candidates:
+    """Tables for several shares of the layers; experts at several shares of the neurons with their controls."""
+    seen = in_place.observed(model, data, MoeFromDense.Params(), Stem.Params())
+    for share in (0.1, 0.25):
+        yield f"stem layers={share}", in_place.tables_of(model, Stem.Params(convert=share), seen)
+    for share, active in ((0.875, 4), (0.75, 3), (0.5, 1)):
+        for name, more in (("moe_from_dense", {}), ("random router", {"choice": "random"})):
+            params = MoeFromDense.Params(experts=8, shared=3, active=active, gate="off", **more)
+            yield f"{name} {share}", in_place.experts_of(model, params, seen)
+    params = MoeFromDense.Params(experts=8, shared=3, active=3, router="relu")
+    yield "relu router 0.75", in_place.experts_of(model, params, seen)
+    params = MoeFromDense.Params(experts=8, shared=3, active=3, choice="random", split="random")
+    yield "random split and router 0.75", in_place.experts_of(model, params, seen)
 
 
-GROUPS: dict[str, tuple[Any, Any]] = {
-    "prefill": (prefill_task, prefill_recipes), "decode": (decode_task, decode_recipes), "ffn": (ffn_task, ffn_recipes),
-    "quiz": (quiz_task, quiz_recipes)}
+def quiz_candidates(model: Any, data: Calibration) -> Candidates:
+    """One or two of each kind."""
+    for select in ("attention", "random"):
+        params = TokenSparse.Params(keep=0.5, select=select, window=8, least=0)
+        yield f"token_sparse {select} keep=0.5", in_place.sparse_prefill_of(model, params)
+    yield from decode_candidates(model, data, (16,))
+    wanted = ("stem layers=0.1", "moe_from_dense 0.875", "moe_from_dense 0.75")
+    yield from (one for one in ffn_candidates(model, data) if one[0] in wanted)
+
+
+GROUPS: dict[str, tuple[Callable[[Any, Any], Task], Callable[[Any, Calibration], Candidates], tuple[int, int]]] = {
+    "prefill": (prefill_task, prefill_candidates, (0, 0)), "decode": (decode_task, decode_candidates, (4, 384)),
+    "ffn": (ffn_task, ffn_candidates, (16, 256)), "quiz": (quiz_task, quiz_candidates, (16, 256))}
+"""Name -> task, candidates, and how many sequences of which length calibrate."""
 
 
 # ------------------------------------------------------------------------------------------------------------- page
@@ -263,9 +272,12 @@ def main(argv: list[str] | None = None) -> int:
     if not options.page:
         model, tokenizer = language.load()
         for name in names:
-            task, recipes = GROUPS[name]
-            evaluate(model, [task(model, tokenizer)], recipes(), label=MODEL, with_controls=False,
-                     results=options.results, progress=_progress)
+            make, candidates, (sequences, length) = GROUPS[name]
+            task = make(model, tokenizer)
+            data = language.calibration(tokenizer, sequences, length) if sequences else []
+            for one in candidates(model, data):  # one after the other: tables and experts of many would fill the memory
+                evaluate(model, [task], dict([one]), label=MODEL, with_controls=False,
+                         results=options.results, progress=_progress)
     page(options.results, DOCS if options.results == RESULTS else None)
     print(options.results)
     return 0

@@ -1,0 +1,222 @@
+"""What the passes compute, put into a Llama-like model that runs as it is: nothing is captured or compiled.
+
+To sweep budgets in minutes: capturing a model of 30 layers takes longer than asking it a few hundred tokens. The choice
+of keys, the experts and the tables are the passes' own functions; ``tests/test_language_benchmark.py`` holds that a
+model changed here gives what :func:`tokcompile.optimize` gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from tokcompile import experts, sparse_prefill, token_table  # noqa: F401  sparse_prefill registers its operation
+from tokcompile.kernels.embedding_gate import embedding_gate, linear_where, rows
+from tokcompile.kernels.token_list_attention import token_list_attention
+from tokcompile.passes.fasa import Fasa
+from tokcompile.passes.moe_from_dense import MoeFromDense
+from tokcompile.passes.stem import Stem
+from tokcompile.passes.token_sparse import TokenSparse
+from tokcompile.plan import Seen
+from tokcompile.sparse_decode import SparseDecode, ends, listed
+
+NAME = "tokcompile_in_place"
+Attention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor | None]
+"""(layer, query [B, H, Q, D], key, value [B, Hkv, L, D], scale) -> output [B, H, Q, D]; None: dense."""
+FeedForward = Callable[[Tensor, Tensor], Tensor]
+"""(hidden states [B, L, d], token ids [B, L]) -> the same shape."""
+
+
+@contextmanager
+def attention_of(model: nn.Module, function: Attention) -> Iterator[None]:
+    """While open, self-attention without padding is computed by ``function``."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **more: Any) -> Any:
+        found = function(module.layer_idx, query, key, value, scaling)
+        if found is None:
+            return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **more)
+        return found.transpose(1, 2), None
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    config: Any = model.config
+    before, config._attn_implementation = config._attn_implementation, NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+class InPlace(nn.Module):
+    """A model with another attention, or with other feed-forward layers (layer -> function); its weights are shared."""
+
+    def __init__(self, model: Any, attention: Attention | None = None,
+                 feed_forward: Mapping[int, FeedForward] | None = None) -> None:
+        super().__init__()
+        self.model, self.attention, self.feed_forward = model, attention, feed_forward or {}
+
+    def forward(self, **kwargs: Any) -> Any:
+        """As the model's."""
+        with self._changed():
+            return self.model(**kwargs)
+
+    def generate(self, **kwargs: Any) -> Any:
+        """As the model's."""
+        with self._changed():
+            return self.model.generate(**kwargs)
+
+    @contextmanager
+    def _changed(self) -> Iterator[None]:
+        ids: list[Tensor] = []
+
+        def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            ids[:] = [kwargs["input_ids"]]
+
+        with ExitStack() as stack:
+            stack.callback(self.model.register_forward_pre_hook(note, with_kwargs=True).remove)
+            if self.attention is not None:
+                stack.enter_context(attention_of(self.model, self.attention))
+            for number, function in self.feed_forward.items():
+                mlp = self.model.model.layers[number].mlp
+                mlp.forward = lambda x, f=function: f(x, ids[0])
+                stack.callback(delattr, mlp, "forward")
+            yield
+
+
+# -------------------------------------------------------------------------------------------------------- attention
+
+
+def sparse_prefill_of(model: Any, params: TokenSparse.Params) -> InPlace:
+    """The upper part of the layers, as :class:`TokenSparse` without calibration."""
+    depth = len(model.model.layers)
+    first = depth - max(1, int(params.calm * depth + 0.5))
+
+    def attention(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:
+        if layer < first or query.shape[2] != key.shape[2]:
+            return None
+        seed = layer if params.select == "random" else -1
+        found: Tensor = torch.ops.tokcompile.token_sparse_attention(
+            query, key, value, None, None, scale, 0.0, 0, params.coverage, params.keep or 0.0, params.least,
+            params.window, params.pool, seed)
+        return found
+
+    return InPlace(model, attention)
+
+
+def sparse_decode_of(model: Any, method: SparseDecode, first: int = 1,
+                     state: Mapping[int, Tensor] | None = None) -> InPlace:
+    """Decode steps of the layers ``first`` and up. ``state``: layer -> what :meth:`SparseDecode.score` takes more."""
+    p: Any = method.params
+
+    def attention(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:
+        if layer < first or query.shape[2] != 1:
+            return None
+        candidate, oldest, newest = ends(None, key.shape[2], p.sinks, p.recent, key.device)
+        more = () if state is None else (state[layer],)
+        scores = method.score(query, key, candidate, scale, 0.0, layer, *more)
+        index = listed(scores, candidate, oldest, newest, p.budget.count(key.shape[2]))
+        index = index.expand(query.shape[0], key.shape[1], index.shape[2])
+        return token_list_attention(query, key, value, index, None, scale, False, 0.0)[0]
+
+    return InPlace(model, attention)
+
+
+@torch.no_grad()
+def fasa_planes(model: Any, method: Fasa, data: Iterable[Mapping[str, Tensor]]) -> dict[int, Tensor]:
+    """Layer -> dominant components [Hkv, D]; the model rotates halves."""
+    config = model.config
+    width = config.hidden_size // config.num_attention_heads
+    chunks = [(i, i + width // 2) for i in range(width // 2)]
+    member = torch.zeros(width, len(chunks))
+    for number, chunk in enumerate(chunks):
+        member[list(chunk), number] = 1
+    seen: dict[str, Seen] = {}
+
+    def watch(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+        found = seen.setdefault(str(layer), Seen(str(layer), str(layer)))
+        found.facts.update(pairing="halves", chunks=chunks, kv_heads=key.shape[1], width=width)
+        length = query.shape[2]
+        places = torch.linspace(length // 2, length - 1, min(method.params.queries, length)).round().long().unique()
+        for row in places.tolist():
+            method._compare(query[0, :, row], key[0, :, : row + 1], member, found)
+
+    watched = InPlace(model, watch)
+    for item in data:
+        watched(**item, use_cache=False)
+    return {int(key): tensors["components"] for key, (tensors, _) in method.prepare(seen).items()}
+
+
+# ------------------------------------------------------------------------------------------------------ feed-forward
+
+
+@torch.no_grad()
+def observed(model: Any, data: Iterable[Mapping[str, Tensor]], experts_params: MoeFromDense.Params | None,
+             stem_params: Stem.Params | None) -> dict[str, Seen]:
+    """What calibration of the two passes sees of each layer."""
+    layers = model.model.layers
+    embedding = model.get_input_embeddings().weight
+    seen = {}
+    for number, layer in enumerate(layers):
+        weights = {"gate": layer.mlp.gate_proj.weight, "up": layer.mlp.up_proj.weight,
+                   "down": layer.mlp.down_proj.weight, "embedding": embedding}
+        seen[str(number)] = Seen(str(number), str(number), number, len(layers), weights=weights)
+        seen[str(number)].facts["activation"] = "silu"
+    for place, item in enumerate(data):
+        def watch(x: Tensor, ids: Tensor, number: int, place: int = place) -> Tensor:
+            mlp, sums = layers[number].mlp, seen[str(number)].sums
+            flat = x.reshape(-1, x.shape[-1])
+            gate, up = silu(mlp.gate_proj(flat)), mlp.up_proj(flat)
+            inner = gate * up
+            if experts_params is not None:
+                top = inner.abs().topk(experts_params.top, dim=-1).indices.to(torch.int32)
+                experts.sample(sums, "top", top, experts_params.tokens)
+                experts.sample(sums, "x", flat, experts_params.samples)
+            if stem_params is not None:
+                every = stem_params.held_out
+                held = torch.full((len(flat),), bool(every) and place % every == every - 1)
+                token_table.accumulate(sums, ids.reshape(-1), gate, up, held, len(embedding), stem_params.max_rows)
+            found: Tensor = mlp.down_proj(inner).view(x.shape)
+            return found
+
+        watched = InPlace(model, None, {n: lambda x, ids, n=n: watch(x, ids, n) for n in range(len(layers))})
+        watched(**item, use_cache=False)
+    return seen
+
+
+@torch.no_grad()
+def experts_of(model: Any, params: MoeFromDense.Params, seen: dict[str, Seen]) -> InPlace:
+    """Every layer as shared and routed experts, whatever their speed."""
+    method = MoeFromDense(params.model_copy(update={"gate": "off"}))
+    found: dict[int, FeedForward] = {}
+    for key, (tensors, _) in method.prepare(seen).items():
+        if tensors:
+            def run(x: Tensor, ids: Tensor, t: Any = tensors) -> Tensor:
+                return experts.run(x.reshape(-1, x.shape[-1]), t, "silu", params.router, params.active).view(x.shape)
+
+            found[int(key)] = run
+    return InPlace(model, None, found)
+
+
+@torch.no_grad()
+def tables_of(model: Any, params: Stem.Params, seen: dict[str, Seen]) -> InPlace:
+    """Tables in the place of up-projections; ids without a row keep theirs."""
+    found: dict[int, FeedForward] = {}
+    for key, (tensors, _) in Stem(params).prepare(seen).items():
+        if not tensors:
+            continue
+        def run(x: Tensor, ids: Tensor, t: Any = tensors, mlp: Any = model.model.layers[int(key)].mlp) -> Tensor:
+            missing = rows(ids, t["table"].shape[0], t["remap"]) < 0
+            other = linear_where(x, mlp.up_proj.weight, None, missing)
+            result: Tensor = mlp.down_proj(embedding_gate(mlp.gate_proj(x), t["table"], ids, "silu", t["remap"], other))
+            return result
+
+        found[int(key)] = run
+    return InPlace(model, None, found)
