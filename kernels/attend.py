@@ -185,3 +185,28 @@ def attend_traceable(query: Tensor, key: Tensor, value: Tensor, scale: float, so
     total = weight.sum(dim=-1, keepdim=True)
     output = torch.matmul(weight, value) / total.clamp(min=1)
     return output, (top + torch.log(total)).squeeze(-1)
+
+
+def register_derivative(operation: Any, backward: Any, extra: int) -> None:
+    """The derivative of an attention operation by another operation, and the fake of that one.
+
+    Args:
+        operation: (query, key, value, ``extra`` tensors or None, numbers ...) -> output, log-sum-exp.
+        backward: (gradients of both, query, key, value, output, log-sum-exp, the extra tensors, numbers ...)
+            -> gradients of query, key and value.
+    """
+    rest = len(operation._opoverload._schema.arguments) - 3
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.settings = inputs[3 + extra:]
+        ctx.save_for_backward(*inputs[:3], *output, *inputs[3:3 + extra])
+
+    def derive(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        return (*backward(grad_output, grad_lse, *ctx.saved_tensors, *ctx.settings), *[None] * rest)
+
+    def fake(grad_output: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
+             *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+    backward.register_fake(fake)
+    operation.register_autograd(derive, setup_context=save)

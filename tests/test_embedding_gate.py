@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import itertools
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.triton_tools import compiled, needs_compiler, needs_cuda, needs_triton, run_interpreted
 from tokcompile.kernels.activation import ACTIVATIONS, activate
 from tokcompile.kernels.embedding_gate import (
     decompose,
@@ -20,9 +19,7 @@ from tokcompile.kernels.embedding_gate import (
     supports,
 )
 from tokcompile.kernels.embedding_gate import triton as kernel
-from tokcompile.kernels.launch import AVAILABLE, interpreted
 
-needs_triton = pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
 OPERATION = torch.ops.tokcompile.embedding_gate.default
 
 
@@ -189,47 +186,38 @@ def test_errors_say_what_was_found():
     assert reason
 
 
-INTERPRETED = """
-import itertools, torch
-from tests.test_embedding_gate import ACTIVATIONS, example, kernel, naive, supports, wide
-grid = itertools.product([((1,), 5), ((2, 7), 33), ((3, 2, 2), 1100)], [0, 9], ["none", "row", "tokens"])
-for number, ((sizes, width), remap, fallback) in enumerate(grid):
-    for dtype, tolerance in ((torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)):
-        arguments = example(sizes, width, 6, remap=remap, fallback=fallback, least=-2, dtype=dtype, seed=number,
-                            activation=ACTIVATIONS[number % len(ACTIVATIONS)])
-        assert supports(*arguments)[0]
-        found = kernel.embedding_gate_triton(*arguments)
-        assert found.dtype == dtype
-        torch.testing.assert_close(found.double(), naive(*wide(arguments)), rtol=tolerance, atol=tolerance)
-print("equal")
-"""
+def triton_equals_the_naive_formula(device):
+    grid = itertools.product([((1,), 5), ((2, 7), 33), ((3, 2, 2), 1100)], [0, 9], ["none", "row", "tokens"])
+    for number, ((sizes, width), remap, fallback) in enumerate(grid):
+        for dtype, tolerance in ((torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)):
+            arguments = example(sizes, width, 6, remap=remap, fallback=fallback, least=-2, dtype=dtype, seed=number,
+                                activation=ACTIVATIONS[number % len(ACTIVATIONS)], device=device)
+            assert supports(*arguments)[0]
+            found = kernel.embedding_gate_triton(*arguments)
+            assert found.dtype == dtype
+            torch.testing.assert_close(found.double(), naive(*wide(arguments)), rtol=tolerance, atol=tolerance)
 
 
 @needs_triton
 def test_triton_interpreted_equals_the_naive_formula():
-    result = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, timeout=300,
-                            env={**os.environ, "TRITON_INTERPRET": "1"})
-    assert result.stdout.strip() == "equal", result.stderr
+    run_interpreted(__name__, "triton_equals_the_naive_formula")
 
 
-@needs_triton
+@needs_compiler
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_triton_compiles_for_gpus(capability, dtype):
-    if interpreted():
-        pytest.skip("TRITON_INTERPRET=1 replaces the compiler")
     for activation, remap, fallback in (("silu", 7, "tokens"), ("gelu_tanh", 0, "none"), ("gelu", 7, "row")):
         gate, table, index, _, places, other = (
             a.to("meta") if isinstance(a, torch.Tensor) else a
             for a in example((2, 3), 14336, 8, remap=remap, fallback=fallback, dtype=dtype)
         )
         launch = kernel.launch(gate, table, index, activation, places, other, torch.empty_like(gate))
-        used = launch.compile(capability)
-        assert used.spilled == 0
-        assert used.shared <= 1024
+        assert compiled(launch, capability).shared <= 1024
 
 
 @pytest.mark.gpu
+@needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("fallback", ["none", "row", "tokens"])
 def test_on_a_gpu(dtype, fallback):

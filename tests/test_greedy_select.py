@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.triton_tools import needs_compiler, needs_triton, run_interpreted
 from tokcompile import selection
 from tokcompile.kernels.greedy_select import (
     CRITERIA,
@@ -24,8 +23,6 @@ from tokcompile.kernels.greedy_select import triton as kernel
 from tokcompile.kernels.greedy_select.onnx import decomposition
 from tokcompile.kernels.greedy_select.op import _choose, greedy_select_host, supports
 from tokcompile.kernels.greedy_select.reference import NORM
-
-needs_triton = pytest.mark.skipif(not kernel.AVAILABLE, reason="Triton is not installed")
 
 
 def brute_force(features, segment, budget, criterion, pivot=None):
@@ -272,44 +269,36 @@ def test_onnxruntime_selects_the_same():
             assert torch.equal(torch.from_numpy(value), expected)
 
 
-INTERPRETED = """
-import torch
-from tokcompile import selection
-from tokcompile.kernels.greedy_select import CRITERIA, greedy_select_reference, supports
-from tokcompile.kernels.greedy_select.triton import greedy_select_triton
-for seed in range(12):
-    g = torch.Generator().manual_seed(seed)
-    batch, length, width = 1 + seed % 3, 2 + 5 * seed, 3
-    features = torch.randint(-2, 3, (batch, length, width), generator=g).float()
-    if seed % 2:
-        features = torch.randn(batch, length, width, generator=g)
-    segment = selection.segments(torch.rand(batch, length, generator=g) < (0.0 if seed == 3 else 0.85))
-    if seed == 4:
-        segment = (torch.arange(length) // 7).expand(batch, length)  # neighbours without a gap
-    budget = selection.budgets(segment, seed % 4, 3)
-    pivot = torch.randint(0, 3, (batch, length), generator=g).float() if seed % 3 else None
-    for criterion in CRITERIA:
-        assert supports(features, segment, budget, criterion, pivot)[0]
-        found = greedy_select_triton(features, segment, budget, criterion, pivot)
-        assert torch.equal(found, greedy_select_reference(features, segment, budget, criterion, pivot)), seed
-print("equal")
-"""
+def triton_equals_reference(device):
+    for seed in range(12):
+        g = torch.Generator().manual_seed(seed)
+        batch, length, width = 1 + seed % 3, 2 + 5 * seed, 3
+        features = torch.randint(-2, 3, (batch, length, width), generator=g).float()
+        if seed % 2:
+            features = torch.randn(batch, length, width, generator=g)
+        segment = selection.segments(torch.rand(batch, length, generator=g) < (0.0 if seed == 3 else 0.85))
+        if seed == 4:
+            segment = (torch.arange(length) // 7).expand(batch, length)  # neighbours without a gap
+        budget = selection.budgets(segment, seed % 4, 3)
+        pivot = torch.randint(0, 3, (batch, length), generator=g).float() if seed % 3 else None
+        features, segment, budget = (t.to(device) for t in (features, segment, budget))
+        pivot = None if pivot is None else pivot.to(device)
+        for criterion in CRITERIA:
+            assert supports(features, segment, budget, criterion, pivot)[0]
+            found = kernel.greedy_select_triton(features, segment, budget, criterion, pivot)
+            assert torch.equal(found, greedy_select_reference(features, segment, budget, criterion, pivot)), seed
 
 
 @needs_triton
 def test_triton_interpreted_equals_reference():
-    result = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, timeout=300,
-                            env={**os.environ, "TRITON_INTERPRET": "1"})
-    assert result.stdout.strip() == "equal", result.stderr
+    run_interpreted(__name__, "triton_equals_reference")
 
 
-@needs_triton
+@needs_compiler
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("add", [True, False])
 @pytest.mark.parametrize("block", [1024, 8192])
 def test_triton_compiles_for_gpus(capability, add, block):
-    if kernel.interpreted():
-        pytest.skip("TRITON_INTERPRET=1 replaces the compiler")
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

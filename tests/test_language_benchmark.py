@@ -14,13 +14,13 @@ from tokcompile.demo import tiny_llm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from quality import in_place  # noqa: E402
+from quality import in_place
 
-from tokcompile.passes.fasa import Fasa  # noqa: E402
-from tokcompile.passes.moe_from_dense import MoeFromDense  # noqa: E402
-from tokcompile.passes.stem import Stem  # noqa: E402
-from tokcompile.passes.token_sparse import TokenSparse  # noqa: E402
-from tokcompile.passes.tokenselect import TokenSelect  # noqa: E402
+from tokcompile.passes.fasa import Fasa
+from tokcompile.passes.moe_from_dense import MoeFromDense
+from tokcompile.passes.stem import Stem
+from tokcompile.passes.token_sparse import TokenSparse
+from tokcompile.passes.tokenselect import TokenSelect
 
 
 def optimized(model: Any, name: str, params: dict[str, Any], calibration: Any = None, layers: Any = None) -> Any:

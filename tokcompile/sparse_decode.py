@@ -31,6 +31,12 @@ from tokcompile.recipe import Budget
 from tokcompile.regions.model import Region
 from tokcompile.registry import PassParams, about
 
+#: Bytes that dense attention moves in the time that a choice takes whatever its length (a dozen small operations), by
+#: device. CPU, measured (docs/kernels.md: 9 query heads, 3 key heads of width 64, fp32, 256 keys, one thread): fasa is
+#: even with dense attention at about 4,800 tokens and tokenselect at 5,800; with this constant 5,700 and 6,400 are
+#: predicted, without it 1,600 and 1,800. CUDA, not measured: twelve launches of 3 us at 3 TB/s.
+FIXED = {"cpu": 3_000_000, "cuda": 108_000_000}
+
 
 class SparseDecodeParams(PassParams):
     """What every choice of keys has to be told."""
@@ -129,7 +135,7 @@ class SparseDecode(Pass):
     def _even(self, form: AttentionForm) -> int | None:
         """The length at which both move as many bytes; None: the dense attention never moves more.
 
-        Keys are read once for the scores (the cache stores whole rows), scores are written and read twice (softmax or
+        To the bytes of the choice :data:`FIXED` is added. Keys are read once for the scores (the cache stores whole rows), scores are written and read twice (softmax or
         comparison, choice); the kernel reads listed rows in place, the host copies them first.
         """
         key, value = form.key.meta["val"], form.value.meta["val"]
@@ -139,10 +145,11 @@ class SparseDecode(Pass):
             self.written[0] * kv_heads + self.written[1] * heads)
         row = (1 if key.device.type == "cuda" else 3) * kv_heads * (width + value_width) * size
         saved = kv_heads * (width + value_width) * size - scoring
-        budget = self.params.budget
+        budget, fixed = self.params.budget, FIXED["cuda" if key.device.type == "cuda" else "cpu"]
         if budget.is_count:
-            return None if saved <= 0 else -(-budget.num * row // saved)
-        return 1 if saved * budget.den > row * budget.num else None
+            return None if saved <= 0 else -(-(budget.num * row + fixed) // saved)
+        left = saved * budget.den - row * budget.num
+        return None if left <= 0 else -(-fixed * budget.den // left)
 
 
 def least_length(budget: Budget, sinks: int, recent: int) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..attend import check_heads, check_numbers, check_range, differ, kernel_limits, shape_of, wide
+from ..attend import check_heads, check_numbers, check_range, differ, kernel_limits, register_derivative, shape_of, wide
 from ..attention_rows.op import check_position
 from ..launch import runs_on
 from . import triton as kernel
@@ -70,27 +70,7 @@ def block_list_attention_backward(
                               Settings(block_q, block_k, scale, causal, window, softcap))
 
 
-@block_list_attention_backward.register_fake
-def _(
-    grad_output: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor,
-    index: Tensor | None, count: Tensor | None, position: Tensor | None, block_q: int, block_k: int,
-    scale: float | None, causal: bool, window: int, softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, index, count, position, *ctx.settings = inputs
-    ctx.save_for_backward(query, key, value, *output, index, count, position)
-
-
-def _backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.tokcompile.block_list_attention_backward(
-        grad_output, grad_lse, *ctx.saved_tensors, *ctx.settings)
-    return (*grads, *[None] * 9)
-
-
-block_list_attention.register_autograd(_backward, setup_context=_save)
+register_derivative(block_list_attention, block_list_attention_backward, 3)
 
 
 @register_flop_formula(torch.ops.tokcompile.block_list_attention)

@@ -6,13 +6,11 @@ derivative is computed in plain torch on every device.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..attend import check_heads, check_numbers, check_range, differ, kernel_limits, shape_of, wide
+from ..attend import check_heads, check_numbers, check_range, differ, kernel_limits, register_derivative, shape_of, wide
 from ..launch import runs_on
 from . import triton as kernel
 from .reference import backward_reference, token_list_attention_reference
@@ -68,26 +66,7 @@ def token_list_attention_backward(
                               softcap)
 
 
-@token_list_attention_backward.register_fake
-def _(
-    grad_output: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor,
-    index: Tensor, count: Tensor | None, scale: float | None, causal: bool, softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, index, count, *ctx.settings = inputs
-    ctx.save_for_backward(query, key, value, *output, index, count)
-
-
-def _backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.tokcompile.token_list_attention_backward(
-        grad_output, grad_lse, *ctx.saved_tensors, *ctx.settings)
-    return *grads, None, None, None, None, None
-
-
-token_list_attention.register_autograd(_backward, setup_context=_save)
+register_derivative(token_list_attention, token_list_attention_backward, 2)
 
 
 def check(query: Tensor, key: Tensor, value: Tensor, index: Tensor, count: Tensor | None, scale: float | None,
