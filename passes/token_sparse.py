@@ -29,7 +29,7 @@ from tokcompile.regions.model import Layer, Region
 from tokcompile.registry import PassParams, about, register
 
 #: Share of the tokens that the paper's coverage keeps in a sparse layer, for the prediction of the gain. Its attention
-#: maps lose 17 % at 4K and 54 % at 128K, a share of 0.91 and 0.68 of the tokens; the gate takes the one for short inputs.
+#: maps lose 17 % at 4K and 54 % at 128K, a share of 0.91 and 0.68 of the tokens; the gate takes that of short inputs.
 EXPECTED = 0.91
 #: Cost of gathering and scattering one number, in multiply-adds, with all else that is not a product: measured on a CPU
 #: (docs/kernels.md: 4,096 tokens, 68 % kept, 9 heads of width 64, fp32, one thread: 294 ms against 485 ms dense, where

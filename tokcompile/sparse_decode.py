@@ -135,8 +135,8 @@ class SparseDecode(Pass):
     def _even(self, form: AttentionForm) -> int | None:
         """The length at which both move as many bytes; None: the dense attention never moves more.
 
-        To the bytes of the choice :data:`FIXED` is added. Keys are read once for the scores (the cache stores whole rows), scores are written and read twice (softmax or
-        comparison, choice); the kernel reads listed rows in place, the host copies them first.
+        Keys are read once for the scores (the cache stores whole rows), scores are written and read twice (softmax or
+        comparison, choice); the kernel reads listed rows in place, the host copies them first; and :data:`FIXED`.
         """
         key, value = form.key.meta["val"], form.value.meta["val"]
         heads, kv_heads = form.heads
