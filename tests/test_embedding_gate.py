@@ -232,3 +232,21 @@ def test_on_a_gpu(dtype, fallback):
     other = exact[1].requires_grad_()
     embedding_gate_host(exact[0], other, *exact[2:]).square().sum().backward()
     assert float((table.grad.double() - other.grad).norm() / other.grad.norm()) < 5 * tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_where_under_autocast_keeps_the_type_of_its_input(dtype):
+    from tokcompile.kernels.embedding_gate import linear_where
+
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 8, generator=g).to(dtype).requires_grad_()
+    weight = torch.randn(4, 8, generator=g).requires_grad_()
+    mask = torch.rand(2, 5, generator=g) < 0.5
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_where(x, weight, None, mask)
+    assert found.dtype == dtype
+    wanted = (x.float() @ weight.T) * mask.unsqueeze(-1)
+    torch.testing.assert_close(found.float(), wanted, rtol=2e-2, atol=2e-2)
+    found.float().sum().backward()
+    assert (x.grad.dtype, weight.grad.dtype) == (dtype, torch.float32)
+    torch.testing.assert_close(weight.grad, x.detach().float()[mask].sum(0).expand(4, 8), rtol=1e-2, atol=2e-2)

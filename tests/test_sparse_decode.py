@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import tokcompile
 from tests.oracle import _eager
 from tests.zoo import decoders
-from tokcompile.errors import CalibrationError, NoMatchError, RecipeError
+from tokcompile import sparse_decode
+from tokcompile.errors import CalibrationError, NarrowError, NoMatchError, RecipeError
 from tokcompile.kernels.token_list_attention import op as kernel
 from tokcompile.recipe import Budget
 from tokcompile.sparse_decode import ends, least_length, listed
@@ -462,3 +464,30 @@ def test_calibration_of_another_model() -> None:
     other = tr.LlamaForCausalLM(tr.LlamaConfig(**decoders.SMALL | {"num_key_value_heads": 4})).eval()
     with pytest.raises(NoMatchError, match="made for 2 key heads of 16 components, this attention has 4 of 16"):
         generate(tokcompile.optimize(other, recipe("fasa"), calibration=state, lowering="eager"), prompt(), 3)
+
+
+def test_heads_that_do_not_divide_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    region: Any = SimpleNamespace(roles={"output": None}, shapes={"S": 1}, variant={"cache": "yes", "cross": "self"})
+    context: Any = SimpleNamespace(refuse=lambda node, reason: NarrowError(reason))
+    monkeypatch.setattr(sparse_decode, "read_attention", lambda ctx, region: SimpleNamespace(heads=(3, 2)))
+    with pytest.raises(NarrowError, match="3 query heads cannot share 2 key heads"):
+        sparse_decode.decode_form(context, region)
+
+
+def test_bf16_within_its_rounding() -> None:
+    """Against dense attention under the same mask, both in bf16. Keys by place, so that both choose the same ones.
+
+    2 % of the norm of the logits: two layers round weights of the softmax and outputs to 8 bits at different points.
+    """
+    model, inputs = MODELS["llama"]().bfloat16(), prompt()
+    fast = optimized(model, "decode_control")
+    found = generate(fast, inputs)
+    with masked(model, Masked("decode_control", {})):
+        wanted = generate(model, inputs)
+    compared = 0
+    for step, (one, other) in enumerate(zip(found.logits, wanted.logits, strict=True)):
+        if not torch.equal(found.sequences[:, :PROMPT + step], wanted.sequences[:, :PROMPT + step]):
+            break  # rounding chose another token: from here on the texts differ
+        assert float((one - other).norm() / other.norm()) < 2e-2
+        compared += 1
+    assert compared >= 4

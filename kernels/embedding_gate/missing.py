@@ -21,7 +21,7 @@ def linear_where(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -
 
     Args:
         x: float [..., d].
-        weight: [f, d], type of ``x``.
+        weight: [f, d], type of ``x``; under autocast any.
         bias: [f] or None.
         mask: bool [...].
 
@@ -30,7 +30,7 @@ def linear_where(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -
     """
     result = x.new_zeros(*x.shape[:-1], weight.shape[0])
     if bool(mask.any()):
-        result[mask] = functional.linear(x[mask], weight, bias)
+        result[mask] = functional.linear(x[mask], weight, bias).to(x.dtype)  # autocast may choose another type
     return result
 
 
@@ -42,9 +42,9 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
 @torch.library.custom_op("tokcompile::linear_where_backward", mutates_args=())
 def linear_where_backward(grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
-    result, above = torch.zeros_like(x), grad[mask]
-    result[mask] = above @ weight
-    return result, above.T @ x[mask], above.sum(0)
+    result, above = torch.zeros_like(x), grad[mask].to(weight.dtype)  # under autocast x can be narrower than weight
+    result[mask] = (above @ weight).to(x.dtype)
+    return result, (above.T @ x[mask].to(weight.dtype)).to(weight.dtype), above.sum(0)
 
 
 @linear_where_backward.register_fake
