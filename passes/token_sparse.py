@@ -14,10 +14,10 @@ Source: "Token Sparse Attention", arXiv 2602.03216. The dense gate and batches o
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, fx
 
 from tokcompile import sparse_prefill as _ops  # noqa: F401  registers the operation
@@ -73,17 +73,25 @@ class TokenSparse(Pass):
                             json_schema_extra=about(unit="tokens", source="the paper's code"))
         least: int = Field(1024, ge=0, description="Fewest tokens that a head keeps besides the window.",
                            json_schema_extra=about(unit="tokens", source="the paper's code"))
-        pool: int = Field(7, ge=1, description="Width of the average over neighbouring scores; odd.", multiple_of=1,
-                          json_schema_extra=about(unit="tokens", source="the paper's code"))
+        pool: int = Field(
+            7, ge=1, description="Width of the average over neighbouring scores; odd.",
+            json_schema_extra={**about(unit="tokens", source="the paper's code"), "not": {"multipleOf": 2}})
         calm: float = Field(
             0.5, gt=0, le=1, description="Share of the layers that become sparse: those that change the residual "
                                          "stream least; without calibration the upper ones.",
             json_schema_extra=about(unit="share of the layers", source="the paper's quantile of 0.5"))
-        select: str = Field("attention", pattern="^(attention|random)$",
-                            description="What chooses the tokens: the attention of the window, or chance (a baseline).")
+        select: Literal["attention", "random"] = Field(
+            "attention", description="What chooses the tokens: the attention of the window, or chance (a baseline).")
         min_length: int | None = Field(
             None, ge=0, description="Shortest input that runs sparse; left out: from which it costs less than dense.",
             json_schema_extra=about(unit="tokens"))
+
+        @field_validator("pool")
+        @classmethod
+        def _odd(cls, value: int) -> int:
+            if value % 2 == 0:
+                raise ValueError(f"should be odd, so that the average has a middle, found {value}")
+            return value
 
     def observe(self, ctx: Context, region: Region, seen: Seen) -> None:
         layer = _layer(ctx, region)

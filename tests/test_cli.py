@@ -230,9 +230,10 @@ def test_a_folder_of_transformers(call: Any, tmp_path: Path) -> None:
 
 
 def test_demo(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, out, _ = call("demo", "--tiny")
+    code, out, _ = call("demo", "--tiny", "--json")
     assert code == OK
-    assert "todre" in out
+    assert json.loads(out)["steps"][0]["pass_name"] == "todre"
+    assert call("demo", "--json")[0] == USAGE
     monkeypatch.setattr("tokcompile.demo.full_demo", lambda: None)
     code, _, err = call("demo")
     assert (code, "demo --tiny" in err) == (REFUSED, True)
@@ -251,6 +252,8 @@ def test_demo(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         (["explain", "os:getcwd"], MISSING, "should return (model, inputs)"),
         (["explain", "./no/such/folder"], MISSING, "no such folder"),
         (["explain", VIT, "--image", "none.png"], MISSING, "none.png: no such picture"),
+        (["explain", VIT, "--html", "no/such/folder/page.html"], MISSING, "no/such/folder: no such folder"),
+        (["optimize", VIT, "-r", "vit_prune_50", "--out", "/dev/null/x"], REFUSED, "/dev/null is not a folder"),
         (["explain", VIT, "--dtype", "int9"], REFUSED, "write float32"),
         (["explain", VIT, "--device", "nonsense"], REFUSED, "--device nonsense"),
         (["explain", VIT, "--recipe", "vit_prune_05"], RECIPE, "did you mean 'vit_prune_50'?"),

@@ -23,6 +23,7 @@ from tokcompile.errors import RecipeError, SavedModelError, TokcompileError
 
 HALF = [{"pass": "class_attention", "params": {"keep": [0.5], "at": [0.25]}}]
 STEM = [{"pass": "stem", "params": {"convert": 2}}]
+MOE = [{"pass": "moe_from_dense", "params": {"experts": 8, "shared": 2, "active": 2, "gate": "off"}}]
 
 
 class Plain(nn.Module):
@@ -62,10 +63,14 @@ def _vit() -> tuple[nn.Module, dict[str, Tensor]]:
     return tokcompile.optimize(model, recipe(HALF), inputs=inputs, lowering="eager"), inputs
 
 
-def _stem() -> tuple[nn.Module, dict[str, Tensor]]:
+def _stem(steps: list[dict[str, Any]] = STEM) -> tuple[nn.Module, dict[str, Tensor]]:
     model, inputs = demo.tiny_llm()
     data = [{"input_ids": torch.randint(10, 128, (2, 24))} for _ in range(4)]
-    return tokcompile.optimize(model, recipe(STEM), calibration=data, inputs=inputs, lowering="eager"), inputs
+    return tokcompile.optimize(model, recipe(steps), calibration=data, inputs=inputs, lowering="eager"), inputs
+
+
+def _moe() -> tuple[nn.Module, dict[str, Tensor]]:
+    return _stem(MOE)
 
 
 def _plain() -> tuple[nn.Module, dict[str, Tensor]]:
@@ -79,7 +84,7 @@ def _plain() -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
-    "vlm": _vlm, "vit": _vit, "stem": _stem, "plain": _plain}
+    "vlm": _vlm, "vit": _vit, "stem": _stem, "moe": _moe, "plain": _plain}
 
 
 def _first(output: Any) -> Tensor:
@@ -225,7 +230,8 @@ def test_weights_can_stay_away(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- restore_dense
 
 
-@pytest.mark.parametrize(("name", "make"), [("vlm", demo.tiny_vlm), ("stem", demo.tiny_llm)])
+@pytest.mark.parametrize(("name", "make"), [("vlm", demo.tiny_vlm), ("stem", demo.tiny_llm),
+                                            ("moe", demo.tiny_llm)])
 def test_restore_dense(name: str, make: Callable[[], Any], saved: Path) -> None:
     dense = make()[0].state_dict()
     found = tokcompile.restore_dense(tokcompile.load(saved / name, lowering="eager"))

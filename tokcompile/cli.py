@@ -376,6 +376,7 @@ def demo(
     tiny: Annotated[bool, typer.Option("--tiny", help="A random model, seconds; no weights needed.")] = False,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of pictures.")] = Path("out"),
     fast: Annotated[bool, typer.Option("--fast", help="Compile nothing: quick, times mean nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --tiny: one JSON value to standard output.")] = False,
 ) -> None:
     """A small vision-language model, dense and pruned, with pictures of what was kept."""
     import tokcompile
@@ -384,11 +385,16 @@ def demo(
     if not tiny and tried.full_demo() is None:
         raise TokcompileError("the full demonstration is part of the repository, not of the installed package: clone "
                               "it and run `make demo`; or run `tokcompile demo --tiny`")
+    if as_json and not tiny:
+        raise typer.BadParameter("give --tiny, too; the full demonstration writes pictures", param_hint="--json")
     if not tiny:
         raise typer.Exit(tried.run_full(["--out", str(out), *(["--fast"] if fast else [])]))
     model, inputs = tried.tiny_vlm()
     with _working("rewriting a tiny random LLaVA"):
         pruned = tokcompile.optimize(model, "vlm_prune_90", inputs=inputs, lowering="eager")
+    if as_json:
+        _json(tokcompile.report(pruned).to_dict())
+        return
     _out().print(Text(str(tokcompile.report(pruned))), soft_wrap=True)
     _out().print("\nNext: tokcompile explain MODEL --recipe vlm_prune_90, with a model of your own.", highlight=False)
 
