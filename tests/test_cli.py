@@ -112,7 +112,7 @@ def test_lint_says_what_no_pass_acts_on(call: Any) -> None:
 TEXT = "recipe_version: 1\ndescription: x\nsteps:\n  - pass: todre\n    params: {keep: 0.5, criterion: max_sum}\n"
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, len(TEXT)), st.integers(0, 9),
        st.text(max_size=8) | st.sampled_from(["!!python/name:os.system ''", "&a ", "*a", "{", "[[", "\0", "- - -"]))
 def test_any_file_is_ok_or_has_mistakes(tmp_path: Path, capsys: Any, at: int, removed: int, added: str) -> None:
