@@ -164,5 +164,7 @@ def test_the_site_is_built(tmp_path: Path) -> None:
     config.plugins.on_startup(command="build", dirty=False)
     build.build(config)
     for page in PAGES:
-        assert (tmp_path / f"{page.stem}.html").is_file()
+        html = (tmp_path / f"{page.stem}.html").read_text(encoding="utf-8")
+        for picture in re.findall(r'<img [^>]*src="([^":]+)"', html):
+            assert (tmp_path / picture).is_file(), f"{page.name} shows {picture}"
     assert "Five minutes" in (tmp_path / "index.html").read_text(encoding="utf-8")
