@@ -62,6 +62,22 @@ def test_a_modality_of_two_in_one_prompt() -> None:
     assert [int((kept == token).sum()) for token in (IMAGE, VIDEO)] == [16, 5]
 
 
+@pytest.mark.parametrize(("layers", "chosen"), [([0], [0]), (["-2--1"], [2, 3])])
+def test_layers_are_those_of_the_model_behind_a_cut(layers: list[Any], chosen: list[int]) -> None:
+    """The late drop of the first step divides the decoder in two; its layers keep their numbers."""
+    model = randomize(PlainVLM("index_put", layers=4))
+    ids = torch.cat([torch.tensor([[5, 6]]), torch.full((1, 16), IMAGE), torch.tensor([[7, 8, 9]])], 1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 32, 32)}
+    sparse = {"keep": 0.5, "window": 2, "least": 1, "pool": 1, "calm": 1.0, "min_length": 0}
+    steps = [{"pass": "todre", "params": {"keep": 0.5, "drop_layer": 1}},
+             {"pass": "token_sparse", "target": {"layers": layers}, "params": sparse}]
+    report = tokcompile.report(optimized(model, steps, inputs=inputs))
+    assert report.steps[1].regions == [f"layers.{number}" for number in chosen]
+    steps[1]["target"] = {"layers": [4]}
+    with pytest.raises(RecipeError, match=r"steps\[1\] \(token_sparse\): .*4 is outside a stack of 4 layers"):
+        optimized(model, steps, inputs=inputs)
+
+
 def test_a_modality_where_nothing_tells() -> None:
     with pytest.raises(RecipeError, match=r"images and video are told apart at merge points only"):
         optimized(ENCODERS["vit"]().model, [PATCHES | {"target": {"modality": "image"}}])

@@ -209,6 +209,7 @@ class Context:
         prepared, inputs: the state that calibration made; the placeholders that the rewrite added, and what each takes.
         static: sizes read off the data may be numbers in the graph; another number compiles it anew.
         always_ragged: the graph must serve rows that keep different numbers of tokens, whatever ``args`` keep.
+        places: region key -> its layer, in the graph as it was found.
         leading_tokens: how many tokens at the head of a vision encoder the recipe protects; None: those that are found.
         shared: what passes emit once for several regions, by a key of their own.
     """
@@ -221,6 +222,7 @@ class Context:
     static: bool = False
     always_ragged: bool = False
     leading_tokens: int | None = None
+    places: dict[str, tuple[int, int] | None] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)
     sizes: list[HostSize] = field(default_factory=list)
     ragged: list[bool] = field(default_factory=list)
@@ -263,8 +265,9 @@ class Context:
         return region_keys(self.regions)[region]
 
     def layer(self, region: Region) -> tuple[int, int] | None:
-        """See :func:`layer_of`."""
-        return layer_of(self.regions, region)
+        """See :func:`layer_of`; as it was before any rewrite, since a cut between layers divides a stack."""
+        key = self.key(region)
+        return self.places[key] if key in self.places else layer_of(self.regions, region)
 
     def real(self, node: fx.Node) -> torch.Tensor:
         """The tensor behind an input of the graph, such as a weight.

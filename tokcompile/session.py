@@ -17,7 +17,7 @@ from tokcompile.errors import NarrowError, NoMatchError, RecipeError, Unprofitab
 from tokcompile.flops import graph_flops, node_flops
 from tokcompile.lower import Guard, lower
 from tokcompile.narrow import Cut, narrow
-from tokcompile.plan import Context, HostSize, Kept, Pass, Seen, StateInput
+from tokcompile.plan import Context, HostSize, Kept, Pass, Seen, StateInput, layer_of, region_keys
 from tokcompile.recipes import Recipe, Step
 from tokcompile.regions import find_regions
 from tokcompile.regions.model import KINDS, Region, Regions
@@ -173,6 +173,7 @@ class Session:
         canonicalise(ctx.captured)
         _narrow_pruned_cache(ctx.captured)
         ctx.regions = find_regions(ctx.captured.graph)
+        ctx.places = {key: layer_of(ctx.regions, region) for region, key in region_keys(ctx.regions).items()}
         protect = self.recipe.protect if self.recipe is not None else None
         if protect is not None:
             ctx.leading_tokens = protect.leading_tokens
@@ -235,7 +236,7 @@ class Session:
                     continue
             found.append(region)
         if outside is not None and not found:
-            raise outside
+            raise RecipeError(f"steps[{ctx.step}] ({step.pass_}): {outside}")
         return found
 
     def _apply(self, ctx: Context, step: Step, method: Pass, entry: StepReport, stage: str) -> bool:
