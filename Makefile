@@ -49,7 +49,7 @@ quality-full: $(VENV)/.quality
 
 docs: $(VENV)/.docs
 	$(PY) docs/generate.py
-	$(PY) -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
 	@echo build/docs/index.html
 
 clean:
