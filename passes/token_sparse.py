@@ -32,8 +32,8 @@ from tokcompile.registry import PassParams, about, register
 #: maps lose 17 % at 4K and 54 % at 128K, a share of 0.91 and 0.68 of the tokens; the gate takes that of short inputs.
 EXPECTED = 0.91
 #: Cost of gathering and scattering one number, in multiply-adds, with all else that is not a product: measured on a CPU
-#: (docs/kernels.md: 4,096 tokens, 68 % kept, 9 heads of width 64, fp32, one thread: 294 ms against 485 ms dense, where
-#: the products alone would take 276 ms). Not measured on CUDA. ``min_length`` overrides what follows from it.
+#: (docs/kernels.md: 4,096 tokens, 68 % kept, 9 heads of width 64, fp32, one thread: 257 ms against 425 ms dense, where
+#: the products alone would take 242 ms). Not measured on CUDA. ``min_length`` overrides what follows from it.
 OVERHEAD = 32.0
 
 
