@@ -12,34 +12,51 @@ file, so an interrupted run goes on where it stopped.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import inspect
-import io
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from tokcompile.benching import load, quantile, versions
 from tokcompile.errors import TokcompileError
+from tokcompile.paired import (
+    Array,
+    Difference,
+    Score,
+    bootstrap,
+    compare,
+    interval,
+    mean_percent,
+    perplexity,
+    ratio_percent,
+)
+from tokcompile.quality_results import (
+    COLUMNS,
+    EvalRow,
+    Evaluation,
+    Journal,
+    Measured,
+    journal_path,
+    merge_rows,
+    read_rows,
+    write_rows,
+)
 from tokcompile.recipes import Recipe
 from tokcompile.registry import get_pass
 
-Array = npt.NDArray[np.float64]
-#: Statistics of items ``[n, k]`` -> the figure, see :class:`Measure`.
-Score = Callable[[Array], float]
+__all__ = ["Array", "Candidate", "Difference", "EvalRow", "Evaluation", "Measure", "Score", "Task", "bootstrap",
+           "compare", "controls", "evaluate", "interval", "journal_path", "mean_percent", "perplexity",
+           "ratio_percent", "read_rows", "write_rows"]
+
 #: Called with what is being measured, items done, and items in all.
 Progress = Callable[[str, int, int], None]
 Role = Literal["dense", "method", "random", "pool"]
@@ -51,21 +68,6 @@ CONTROLS = {"merge_point": {"random": "random", "pool": "pool"},
 
 
 # ------------------------------------------------------------------------------------------------------------ tasks
-
-
-def mean_percent(stats: Array) -> float:
-    """100 x the mean of the first column."""
-    return 100 * float(stats[:, 0].mean())
-
-
-def ratio_percent(stats: Array) -> float:
-    """100 x sum of column 0 / sum of column 1 (errors / words)."""
-    return 100 * float(stats[:, 0].sum() / stats[:, 1].sum())
-
-
-def perplexity(stats: Array) -> float:
-    """exp(sum of column 0 / sum of column 1): negative log-likelihoods in nats, and tokens."""
-    return math.exp(float(stats[:, 0].sum() / stats[:, 1].sum()))
 
 
 def as_is(observed: Sequence[Any], dense: Sequence[Any]) -> Array:
@@ -176,260 +178,8 @@ def _document(recipe: Recipe) -> dict[str, Any]:
     return document
 
 
-# -------------------------------------------------------------------------------------------------------- bootstrap
-
-
-def bootstrap(difference: Callable[[npt.NDArray[np.int64]], float], items: int, *, resamples: int = 2000,
-              level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Percentile interval of ``difference(rows)`` over samples of ``items`` rows drawn with replacement.
-
-    Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13.
-    """
-    generator = np.random.default_rng(seed)
-    found = sorted(difference(generator.integers(0, items, items)) for _ in range(resamples))
-    finite = [value for value in found if math.isfinite(value)]
-    if not finite:
-        return math.nan, math.nan
-    return quantile(finite, (1 - level) / 2), quantile(finite, (1 + level) / 2)
-
-
-def interval(score: Score, stats: Array, *, resamples: int = 2000, level: float = 0.95,
-             seed: int = 0) -> tuple[float, float]:
-    """Bootstrap interval of one figure over its items."""
-    return bootstrap(lambda rows: score(stats[rows]), len(stats), resamples=resamples, level=level, seed=seed)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A paired difference of figures, first minus second, with its interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def verdict(self, higher_is_better: bool = True) -> str:
-        """"better" or "worse" where the interval leaves out 0, else "same"."""
-        if not (math.isfinite(self.low) and math.isfinite(self.high)) or self.low <= 0 <= self.high:
-            return "same"
-        return "better" if (self.low > 0) == higher_is_better else "worse"
-
-
-def compare(score: Score, first: Array, others: Sequence[Array], *, resamples: int = 2000, level: float = 0.95,
-            seed: int = 0) -> Difference:
-    """``score(first)`` minus the mean of ``score`` over ``others`` (the seeds of a control) on the same items.
-
-    Args:
-        first: ``[n, k]``. others: arrays of the same ``n``, item by item.
-        resamples, level, seed: of the bootstrap over items.
-
-    Raises:
-        TokcompileError: not the same number of items.
-    """
-    if not others or any(len(other) != len(first) for other in others):
-        raise TokcompileError(f"a paired comparison needs the same items: {len(first)} and "
-                              f"{[len(other) for other in others]}")
-
-    def difference(rows: npt.NDArray[np.int64]) -> float:
-        return score(first[rows]) - sum(score(other[rows]) for other in others) / len(others)
-
-    low, high = bootstrap(difference, len(first), resamples=resamples, level=level, seed=seed)
-    return Difference(difference(np.arange(len(first))), low, high)
-
-
-# ---------------------------------------------------------------------------------------------------------- results
-
-
-@dataclass
-class EvalRow:
-    """One figure of one candidate: a line of the result file.
-
-    Attributes:
-        model, task, metric, unit, higher_is_better, items: what was measured.
-        candidate, role, seed: see :class:`Candidate`.
-        tokens_before, tokens_after, flop_ratio: of the changed part, from tokcompile's report (of the last input seen).
-        value: the figure. low, high: its own interval. dense: the dense model's.
-        relative: value / dense (dense / value where lower is better), so 1 is "as good".
-        minus_dense, minus_random, minus_pool: paired differences, each with ``_low`` and ``_high``; random is the mean
-            over its seeds.
-        random, pool: figures of the controls. random_min, random_max: over the seeds.
-        against_random, against_pool, against_dense: "better", "worse" or "same" (the interval holds 0).
-        ms: median wall time of one item, in this run; the machine may have been busy (load).
-        status: "measured", "refused" (tokcompile says why in ``reason``) or "failed" (an error, in ``reason``).
-    """
-
-    model: str
-    task: str
-    metric: str
-    candidate: str
-    role: str
-    seed: int | None = None
-    unit: str = ""
-    higher_is_better: bool = True
-    items: int = 0
-    tokens_before: float | None = None
-    tokens_after: float | None = None
-    flop_ratio: float | None = None
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
-    dense: float | None = None
-    relative: float | None = None
-    minus_dense: float | None = None
-    minus_dense_low: float | None = None
-    minus_dense_high: float | None = None
-    against_dense: str = ""
-    random: float | None = None
-    random_min: float | None = None
-    random_max: float | None = None
-    minus_random: float | None = None
-    minus_random_low: float | None = None
-    minus_random_high: float | None = None
-    against_random: str = ""
-    pool: float | None = None
-    minus_pool: float | None = None
-    minus_pool_low: float | None = None
-    minus_pool_high: float | None = None
-    against_pool: str = ""
-    ms: float | None = None
-    status: str = "measured"
-    reason: str = ""
-    load: float | None = None
-    threads: int = 0
-    torch: str = ""
-    transformers: str = ""
-    tokcompile: str = ""
-
-
-COLUMNS = [f.name for f in fields(EvalRow)]
-
-
-@dataclass
-class Evaluation:
-    """Rows of all tasks, in order."""
-
-    rows: list[EvalRow] = field(default_factory=list)
-
-    def find(self, task: str, candidate: str, metric: str | None = None) -> EvalRow:
-        """The row of a candidate (the first figure, without ``metric``).
-
-        Raises:
-            KeyError: there is none.
-        """
-        for row in self.rows:
-            if (row.task, row.candidate) == (task, candidate) and metric in (None, row.metric):
-                return row
-        raise KeyError((task, candidate, metric))
-
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write the rows; numbers with five significant digits."""
-        write_rows(path, self.rows)
-
-    def __str__(self) -> str:
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for column in ("task", "metric", "candidate", "tokens", "value", "minus dense", "minus random", "minus pool"):
-            table.add_column(column, overflow="fold")
-        for r in self.rows:
-            if r.status != "measured":
-                table.add_row(r.task, r.metric, r.candidate, "", r.status, r.reason)
-                continue
-            tokens = "" if r.tokens_before is None or r.tokens_after is None else \
-                f"{r.tokens_before:.0f} -> {r.tokens_after:.0f}"
-            table.add_row(r.task, r.metric, r.candidate, tokens, _digits(r.value),
-                          *(_interval(getattr(r, n), getattr(r, f"{n}_low"), getattr(r, f"{n}_high"))
-                            for n in ("minus_dense", "minus_random", "minus_pool")))
-        console = Console(file=io.StringIO(), width=160, color_system=None, markup=False, highlight=False)
-        console.print(table)
-        return "\n".join(line.rstrip() for line in console.file.getvalue().split("\n"))  # type: ignore[attr-defined]
-
-
-def write_rows(path: str | os.PathLike[str], rows: Iterable[EvalRow]) -> None:
-    """Write a result file."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with Path(path).open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: _digits(v) if isinstance(v, float) else "" if v is None else v
-                             for k, v in asdict(row).items()})
-
-
-def read_rows(path: str | os.PathLike[str]) -> list[EvalRow]:
-    """Read a result file."""
-    kinds = {f.name: str(f.type) for f in fields(EvalRow)}
-
-    def typed(name: str, text: str) -> Any:
-        kind = kinds[name]
-        if not text and "None" in kind:
-            return None
-        if kind.startswith("float"):
-            return float(text)
-        if kind.startswith("int"):
-            return int(text)
-        return text == "True" if kind == "bool" else text
-
-    with Path(path).open(newline="") as file:
-        return [EvalRow(**{k: typed(k, v) for k, v in line.items() if k in kinds}) for line in csv.DictReader(file)]
-
-
-def _digits(value: float | None) -> str:
-    return "" if value is None else f"{value:.5g}"
-
-
-def _interval(value: float | None, low: float | None, high: float | None) -> str:
-    return "" if value is None or low is None or high is None else f"{value:+.3g} [{low:+.3g}, {high:+.3g}]"
-
-
 def _short(value: Any) -> str:
     return "/".join(map(_short, value)) if isinstance(value, list) else str(value)
-
-
-# ---------------------------------------------------------------------------------------------------------- journal
-
-
-@dataclass
-class Measured:
-    """What one candidate did on one task, as the journal keeps it."""
-
-    stats: dict[str, Array] = field(default_factory=dict)
-    ms: float | None = None
-    facts: dict[str, float | None] = field(default_factory=dict)
-    status: str = "measured"
-    reason: str = ""
-    load: float | None = None
-
-
-class Journal:
-    """Lines of JSON, one for each candidate and task, appended as they are measured. A broken last line is left out."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.entries: dict[str, Measured] = {}
-        if path is None or not path.exists():
-            return
-        for line in path.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # a run was cut off while it wrote
-            stats = {k: np.asarray(v, dtype=np.float64) for k, v in entry.pop("stats").items()}
-            known = {f.name for f in fields(Measured)}
-            self.entries[entry["key"]] = Measured(stats, **{k: v for k, v in entry.items() if k in known})
-
-    def add(self, key: str, name: str, measured: Measured) -> None:
-        """Keep an entry; failures are kept for this run only, so that the next run tries again."""
-        self.entries[key] = measured
-        if self.path is None or measured.status == "failed":
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = {"key": key, "name": name, **{k: v for k, v in vars(measured).items() if k != "stats"},
-                "stats": {k: v.tolist() for k, v in measured.stats.items()}}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def journal_path(results: str | os.PathLike[str]) -> Path:
-    """Where the journal of a result file lies: ``quality.csv`` -> ``quality.local.jsonl``."""
-    return Path(results).with_suffix(".local.jsonl")
 
 
 # --------------------------------------------------------------------------------------------------------- evaluate
@@ -478,6 +228,7 @@ def evaluate(model: nn.Module, tasks: Sequence[Task],
     for one in [Candidate(DENSE, role="dense"), *named, *(c for group in beside.values() for c in group)]:
         all_.setdefault(one.key, one)
     done: dict[str, list[EvalRow]] = {}
+    ready: dict[str, nn.Module] = {}
     for task in tasks:
         measured: dict[str, Measured] = {}
         dense: list[Any] | None = None
@@ -492,12 +243,12 @@ def evaluate(model: nn.Module, tasks: Sequence[Task],
                     stats = {m.name: m.judge(dense, dense) for m in task.measures}
                     found = Measured(stats, quantile(seconds, 0.5) * 1e3, load=load())
                 else:
-                    found = _measure(model, one, task, dense or (), lowering, progress)
+                    found = _measure(model, one, key, task, dense or (), lowering, progress, ready)
                 journal.add(entry, f"{label}/{task.name}/{one.name}", found)
             measured[key] = found
             done[task.name] = _rows(label, task, all_, measured, named, beside, resamples, level)
             if results is not None:
-                _merge(results, label, done)
+                merge_rows(results, label, done)
     return Evaluation([row for task in tasks for row in done[task.name]])
 
 
@@ -537,8 +288,9 @@ def _observe(model: Any, task: Task, title: str, progress: Progress | None) -> t
     return observed, seconds
 
 
-def _measure(model: nn.Module, one: Candidate, task: Task, dense: Sequence[Any], lowering: str,
-             progress: Progress | None) -> Measured:
+def _measure(model: nn.Module, one: Candidate, key: str, task: Task, dense: Sequence[Any], lowering: str,
+             progress: Progress | None, ready: dict[str, nn.Module]) -> Measured:
+    """``ready`` holds models that recipes made: one that needs no calibration is compiled once for all tasks."""
     from tokcompile.api import optimize, report
 
     try:
@@ -546,7 +298,9 @@ def _measure(model: nn.Module, one: Candidate, task: Task, dense: Sequence[Any],
         if one.recipe is not None:
             needs = [getattr(get_pass(step.pass_), "calibration", "none") for step in one.recipe.steps]
             takes = task.calibration if any(need != "none" for need in needs) else None
-            changed = optimize(model, one.recipe, lowering=lowering, calibration=takes)
+            changed = ready.get(key) or optimize(model, one.recipe, lowering=lowering, calibration=takes)
+            if takes is None:
+                ready[key] = changed
         observed, seconds = _observe(changed, task, f"{task.name}: {one.name}", progress)
         stats = {m.name: m.judge(observed, dense) for m in task.measures}
         facts: dict[str, float | None] = {}
@@ -612,14 +366,3 @@ def _fill(row: EvalRow, name: str, difference: Difference) -> None:
     for suffix, value in (("", difference.value), ("_low", difference.low), ("_high", difference.high)):
         setattr(row, f"minus_{name}{suffix}", value)
     setattr(row, f"against_{name}", difference.verdict(row.higher_is_better))
-
-
-def _merge(path: str | os.PathLike[str], label: str, done: Mapping[str, Sequence[EvalRow]]) -> None:
-    """Write the rows of these tasks in place of their old ones; other rows of the file stay."""
-    old = read_rows(path) if Path(path).exists() else []
-    kept = [row for row in old if row.model != label or row.task not in done]
-    fresh = [row for rows in done.values() for row in rows]
-    names = {(row.task, row.candidate) for row in fresh}
-    # candidates of the same tasks that this run does not know stay too: files grow recipe by recipe
-    kept += [row for row in old if row.model == label and row.task in done and (row.task, row.candidate) not in names]
-    write_rows(path, [*kept, *fresh])
