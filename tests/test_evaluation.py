@@ -121,12 +121,24 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert (dense.asked, one.asked) == (60, 60)
     two = Answers({5})
     again = evaluate(dense, [_task()], {"one": one, "two": two}, results=path)
-    assert (dense.asked, one.asked, two.asked) == (120, 60, 60)  # dense answers are needed by judges of something new
+    assert (dense.asked, one.asked, two.asked) == (60, 60, 60)
     assert again.find("quiz", "one").value == pytest.approx(100 * 2 / 60)
     evaluate(dense, [_task()], {"one": one, "two": two}, results=path)
-    assert (dense.asked, one.asked, two.asked) == (120, 60, 60)
+    assert (dense.asked, one.asked, two.asked) == (60, 60, 60)
     evaluate(dense, [_task(version="2")], {"one": one}, results=path)
     assert one.asked == 120  # another version of the task is another task
+
+
+def test_judges_that_compare_get_the_dense_answers_of_a_run_that_goes_on(tmp_path: Path) -> None:
+    def agree(observed: Any, dense: Any) -> Any:
+        return np.array([[float(a == b)] for a, b in zip(observed, dense, strict=True)])
+
+    task = Task("quiz", list(range(60)), lambda model, item: model(item), [Measure("agreement", judge=agree)])
+    dense, one, path = Answers({1, 2}), Answers({2, 3}), tmp_path / "q.csv"
+    evaluate(dense, [task], {}, results=path)
+    found = evaluate(dense, [task], {"one": one}, results=path)
+    assert (dense.asked, one.asked) == (120, 60)
+    assert found.find("quiz", "one").value == pytest.approx(100 * 58 / 60)
 
 
 def test_a_broken_last_line_of_the_journal_is_measured_again(tmp_path: Path) -> None:

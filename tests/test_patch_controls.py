@@ -85,7 +85,7 @@ def test_pooling_averages_neighbours(vit: nn.Module) -> None:
         torch.testing.assert_close(model(pixel_values=pixels).last_hidden_state, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["vit_prune_30", "vit_prune_50"])
+@pytest.mark.parametrize("name", ["vit_prune_30", "vit_prune_50", "vit_merge_50"])
 def test_controls_of_patch_selection_have_its_stages(name: str) -> None:
     method = Recipe.load(name)
     found = controls(method, seeds=(0, 1, 2))

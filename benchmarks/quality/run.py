@@ -33,7 +33,7 @@ from quality.sources import MissingError  # noqa: E402
 from tokcompile.evaluation import EvalRow, evaluate  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality.csv"
-VIT = {name: name for name in ("vit_prune_30", "vit_prune_50")}
+VIT = {name: name for name in ("vit_prune_30", "vit_prune_50", "vit_merge_50")}
 
 
 class Run:
