@@ -19,6 +19,9 @@ MARKER = "<!-- below: written by benchmarks/run.py from benchmarks/results/*.csv
 BASELINE = "torch.compile"
 """Name in the column ``recipe`` of what everything is compared with: the same model under plain ``torch.compile``."""
 
+ONNX_BASELINE = "onnxruntime, dense"
+"""The same for exported files."""
+
 
 @dataclass
 class Row:
@@ -26,7 +29,7 @@ class Row:
 
     Attributes:
         benchmark, model: names.
-        recipe: of tokcompile, or :data:`BASELINE`; what else was timed where it is neither.
+        recipe: of tokcompile, or :data:`BASELINE` (:data:`ONNX_BASELINE`); what else was timed where it is neither.
         batch, tokens: rows, and tokens of a row before any are dropped.
         median_ms, p20_ms, p80_ms, repeats: of the wall time.
         flop_ratio: FLOPs of the dense graph / of the rewritten one, from tokcompile's report; the ceiling of speedup.
@@ -149,7 +152,7 @@ def plot(path: Path, lines: Sequence[Mapping[str, str]], title: str) -> None:
         median = [float(m["median_ms"]) for m in members]
         errors = [[t - float(m["p20_ms"]) for t, m in zip(median, members, strict=True)],
                   [float(m["p80_ms"]) - t for t, m in zip(median, members, strict=True)]]
-        colours = ["#9aa5b1" if n.startswith(BASELINE) else "#2f6fb0" for n in names]
+        colours = ["#9aa5b1" if n.startswith((BASELINE, ONNX_BASELINE)) else "#2f6fb0" for n in names]
         ax.barh(names, median, xerr=errors, color=colours, error_kw={"elinewidth": 1, "capsize": 2}, height=0.7)
         for i, m in enumerate(members):
             text = f" {_time(median[i])}"

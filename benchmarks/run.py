@@ -1,6 +1,6 @@
 """Measures tokcompile against plain ``torch.compile`` of the same model.
 
-    python benchmarks/run.py [--only vlm,vit,compile,detect] [--quick] [--out DIR]
+    python benchmarks/run.py [--only vlm,vit,compile,detect,onnx] [--quick] [--out DIR]
 
 Writes ``benchmarks/results/<name>.csv`` and ``<name>.png`` for each benchmark, and the tables of ``docs/benchmarks.md``
 from them. Each runs in a process of its own
@@ -13,6 +13,7 @@ vlm       prefill of a LLaVA with the text tower of Qwen2-0.5B: 576 image and 64
 vit       ViT-S/14 at 224 px, random weights, batch 8 and 1, 30 % and 50 % of the FLOPs dropped
 compile   wall time of the first call: optimize against torch.compile, nothing cached
 detect    time to capture a 32-layer Llama, and to find its regions
+onnx      pruned against dense files in onnxruntime: the ViT at batch 8, and the prefill of a VLM with fewer layers
 ========  =============================================================================================================
 """
 
@@ -46,6 +47,7 @@ TITLES = {
     "vit": "ViT-S/14 at 224 px, 257 tokens",
     "compile": "First call with nothing cached: compile time and one run",
     "detect": "Capture and detection, Llama with 32 layers",
+    "onnx": "Exported files in onnxruntime on the CPU",
 }
 
 
@@ -196,8 +198,17 @@ def bench_detect(quick: bool, repeats: int, load: float | None) -> list[harness.
             for step, values in times.items()]
 
 
+def bench_onnx(quick: bool, repeats: int, load: float | None, exports: str | None = None) -> list[harness.Row]:
+    """Exported files, pruned against dense."""
+    import onnx_models
+
+    with tempfile.TemporaryDirectory(prefix="tokcompile-bench-") as folder:
+        return onnx_models.rows(Path(exports or folder), quick, repeats, load)
+
+
 BENCHMARKS: dict[str, tuple[Callable[..., list[harness.Row]], int]] = {
     "vlm": (bench_vlm, 15), "vit": (bench_vit, 15), "compile": (bench_compile, 1), "detect": (bench_detect, 5),
+    "onnx": (bench_onnx, 15),
 }
 """Name -> (function, rounds)."""
 
@@ -225,7 +236,8 @@ def _task(options: argparse.Namespace) -> Any:
         return first_call(options.case, options.recipe, options.quick)
     function, repeats = BENCHMARKS[options.task]
     rounds = options.repeats or (2 if options.quick else repeats)
-    return [asdict(r) for r in function(options.quick, rounds, options.load)]
+    more = {"exports": options.exports} if options.task == "onnx" else {}
+    return [asdict(r) for r in function(options.quick, rounds, options.load, **more)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -235,6 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny models, 2 rounds: a smoke test")
     parser.add_argument("--repeats", type=int, help="timed rounds, instead of the benchmark's own number")
     parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
+    parser.add_argument("--exports", help="folder of exported files for 'onnx': used again where they are there")
     for hidden in ("--task", "--result", "--case", "--recipe"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--load", type=float, help=argparse.SUPPRESS)
@@ -251,6 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         load = harness.load()
         extra = [] if load is None else ["--load", str(load)]
         extra += [] if options.repeats is None else ["--repeats", str(options.repeats)]
+        extra += [] if options.exports is None else ["--exports", options.exports]
         rows = [harness.Row(**r) for r in _child(name, options.quick, args=extra)]
         harness.write_csv(out / f"{name}.csv", rows)
         harness.plot(out / f"{name}.png", harness.read_csv(out / f"{name}.csv"), TITLES[name])

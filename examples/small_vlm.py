@@ -34,6 +34,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from pictures import IMAGE_MEAN, IMAGE_SIZE, IMAGE_STD, square_view
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
@@ -52,12 +53,9 @@ PROJECTOR_FILE = Path(__file__).with_name("projector.safetensors")
 IMAGE_TOKEN = "<reponame>"
 """A reserved entry of SmolLM2's vocabulary (id 4) that ordinary text never produces: it marks a visual token."""
 
-IMAGE_SIZE = 224
 PATCH_SIZE = 14
 GRID = IMAGE_SIZE // PATCH_SIZE
 TOKENS_PER_IMAGE = GRID * GRID
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-IMAGE_STD = (0.229, 0.224, 0.225)
 
 _VISION_FILE = "models/vit_s_focus.onnx"
 _TEXT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -179,21 +177,6 @@ def load_text() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Images and prompts
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def square_view(image: Image.Image) -> Image.Image:
-    """What the model sees of a picture: RGB over white, centre square, ``224 x 224``. Patches lie in a 16 x 16 grid."""
-    if image.mode in ("P", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-    if image.mode == "RGBA":
-        page = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(page, image)
-    image = image.convert("RGB")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.resize(
-        (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side), reducing_gap=None
-    )
 
 
 def to_pixels(images: Iterable[Image.Image]) -> Tensor:

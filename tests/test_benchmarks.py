@@ -97,7 +97,7 @@ def test_an_unknown_benchmark_is_named(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.slow
 @pytest.mark.inductor
-@pytest.mark.parametrize("name", ["vlm", "vit", "compile"])
+@pytest.mark.parametrize("name", ["vlm", "vit", "compile", "onnx"])
 def test_quick_runs_write_their_files(name: str, tmp_path: Path) -> None:
     assert run.main(["--only", name, "--quick", "--repeats", "1", "--out", str(tmp_path)]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{name}.csv", f"{name}.png"]

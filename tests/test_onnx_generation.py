@@ -187,11 +187,3 @@ def test_llava(tmp_path: Path) -> None:
         "onnx/vision_encoder.onnx", "onnx/embed_tokens.onnx", "onnx/decoder_model_merged.onnx"]
     assert [row.tokens_equal for row in report.parity] == [True] * 8
     assert max(row.relative for row in report.parity) < 1e-5
-
-
-@pytest.mark.slow
-def test_recipes_that_prune_inside_a_decoder_are_refused(tmp_path: Path) -> None:
-    case = vlm.llava()
-    with pytest.raises(tokcompile.NoMatchError):
-        tokcompile.export_onnx(case.model, case.inputs(batch=2), tmp_path / "out", recipe="vlm_prune_90")
-    assert list(tmp_path.iterdir()) == []

@@ -315,7 +315,7 @@ def _place(function: Callable[..., Any], offset: int = 1) -> str:
 
 
 @pytest.mark.parametrize(("model", "words"), [
-    (Branch, ["torch.where for a branch"]), (KthValue, ["aten.kthvalue", "node kthvalue", "topk"])])
+    (Branch, ["torch.where for a branch", "node gt (aten.gt.Scalar)"]), (KthValue, ["aten.kthvalue", "node kthvalue", "topk"])])
 def test_what_has_no_onnx_form_is_named_with_its_line_and_the_way_out(
         tmp_path: Path, model: type[nn.Module], words: list[str]) -> None:
     with pytest.raises(ExportError) as caught:

@@ -12,7 +12,7 @@ both belong to a separate shape environment, see :class:`Captured`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,16 +80,17 @@ class Captured:
 class _Inputs:
     """Rebuild captured example values under another fake mode, keeping the relations between their sizes."""
 
-    def __init__(self, mode: FakeTensorMode, hints: dict[Any, int] | None = None) -> None:
+    def __init__(self, mode: FakeTensorMode, hints: dict[Any, int] | None = None,
+                 same: Mapping[Any, Any] | None = None) -> None:
         self.mode, self.symbols = mode, {}  # type: ignore[var-annotated]
-        self.hints = hints or {}
+        self.hints, self.same = hints or {}, dict(same or {})
 
     def number(self, value: Any) -> Any:
         if not isinstance(value, torch.SymInt):
             return value
         env = self.mode.shape_env
         assert env is not None
-        expr = value.node.expr
+        expr = value.node.expr.xreplace(self.same)
         for symbol in sorted(expr.free_symbols, key=str):
             if symbol not in self.symbols:
                 # a size is at least 2 (Dynamo specialises 0 and 1); a plain number, say a length so far, can be 0
@@ -181,11 +182,16 @@ def from_dynamo(graph_module: fx.GraphModule, args: Sequence[Any] = ()) -> Captu
     return Captured(traced, mode, "dynamo", inputs.symbols)
 
 
-def from_export(program: torch.export.ExportedProgram) -> Captured:
-    """Bring a ``torch.export`` program (parameters lifted to inputs) into the common form."""
+def from_export(program: torch.export.ExportedProgram, same: Mapping[Any, Any] | None = None) -> Captured:
+    """Bring a ``torch.export`` program (parameters lifted to inputs) into the common form.
+
+    Args:
+        same: symbol of the program -> the size that it always equals, in other symbols: torch.export gives sizes of
+            different inputs a symbol each, and an axis can only be followed where it is known to be one.
+    """
     graph_module = program.graph_module
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    inputs = _Inputs(mode)
+    inputs = _Inputs(mode, same=same)
     fakes = [inputs.value(node.meta["val"]) for node in graph_module.graph.nodes if node.op == "placeholder"]
     traced = trace(lambda *args: fx.Interpreter(graph_module).run(*args), fakes, mode)
     _name_arguments(traced, graph_module)

@@ -281,7 +281,7 @@ def decoder_stage(model: nn.Module, ids: Tensor, mask: Tensor, *, groups: Sequen
         inputs[f"past_positions.{number}"] = torch.arange(length)[None].expand(batch, length).contiguous()
         axes[f"past_positions.{number}"] = {0: BATCH, 1: f"past_length_{number}"}
         out[f"present_positions.{number}"] = {0: BATCH, 1: f"present_length_{number}"}
-    return Stage("decoder", module, inputs, axes, out)
+    return Stage("decoder", module, inputs, axes, out, {TOTAL: (PAST, SEQUENCE)})
 
 
 def kv_shapes(model: nn.Module) -> list[tuple[int, int]]:

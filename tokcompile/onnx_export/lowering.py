@@ -60,6 +60,7 @@ class Stage:
         inputs: example values.
         axes: input -> {dimension: axis name}; other dimensions are fixed. One name is one size.
         output_axes: output -> {dimension: axis name}, for axes that no input has.
+        sums: axis name -> the axes whose sizes it is the sum of.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Stage:
     inputs: dict[str, Tensor]
     axes: dict[str, dict[int, str]]
     output_axes: dict[str, dict[int, str]] = field(default_factory=dict)
+    sums: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass
@@ -160,7 +162,7 @@ def capture(stage: Stage) -> CapturedStage:
     odd = [s for s in signature.output_specs if s.kind != OutputKind.USER_OUTPUT]
     if odd:
         raise ExportError(f"{stage.name}: the model changes '{odd[0].target}' while it runs; a file cannot keep state")
-    captured = from_export(program)
+    captured = from_export(program, _same_sizes(stage, program))
     _relative_paths(captured)
     state = {**program.state_dict, **program.constants}
     missing = [s.target for s in signature.input_specs if s.kind != InputKind.USER_INPUT and s.target not in state]
@@ -169,6 +171,18 @@ def capture(stage: Stage) -> CapturedStage:
                           {k: v for k, v in program.constants.items() if isinstance(v, Tensor)}, names)
     _check_axes(found)
     return found
+
+
+def _same_sizes(stage: Stage, program: ExportedProgram) -> dict[Any, Any]:
+    """Symbols that the axes of a stage make equal: -> the first with the same name, or the sum of others."""
+    users = [n for n, s in zip(program.graph.find_nodes(op="placeholder"), program.graph_signature.input_specs,
+                               strict=True) if s.kind == InputKind.USER_INPUT]
+    found = [(axis, node.meta["val"].shape[dim].node.expr) for node, name in zip(users, stage.inputs, strict=True)
+             for dim, axis in stage.axes.get(name, {}).items() if isinstance(node.meta["val"].shape[dim], torch.SymInt)]
+    sizes = dict(reversed([(axis, size) for axis, size in found if size.is_Symbol]))
+    sums = {axis: sum(sizes[part] for part in parts) for axis, parts in stage.sums.items() if set(parts) <= set(sizes)}
+    return {symbol: (sizes | sums)[axis] for axis, symbol in found
+            if symbol.is_Symbol and (sizes | sums)[axis] != symbol}
 
 
 def _relative_paths(captured: Captured) -> None:
@@ -202,11 +216,31 @@ def _not_traceable(stage: Stage, error: Exception) -> ExportError:
             trace = trace.tb_next
         found = frames
     own = [f for f in found if "/torch/" not in f and "/tokcompile/" not in f and "/contextlib.py" not in f]
-    place = f" [{own[-1]}]" if own else ""
+    node = _read_value(error)
+    parts = [*([f"node {node.name} ({node.target})"] if node is not None else []), *own[-1:]]
+    place = f" [{', '.join(parts)}]" if parts else ""
     way = "move what depends on values of tensors out of forward, or replace it by operations with shapes that follow "\
           "from shapes (torch.where for a branch, a mask for a selection)"
     return ExportError(f"{stage.name}: the model cannot be traced with dynamic shapes: {type(error).__name__}: "
                        f"{text[:600]}{place}; {way}")
+
+
+def _read_value(error: BaseException) -> fx.Node | None:
+    """The node whose value Python asked for when tracing failed: the last that the tracer wrote down."""
+    trace, graph = error.__traceback__, None
+    while trace is not None:
+        for value in list(trace.tb_frame.f_locals.values()):
+            if isinstance(value, fx.Tracer) and hasattr(value, "graph"):
+                graph = value.graph
+        trace = trace.tb_next
+    calls = [n for n in graph.nodes if n.op == "call_function"] if graph is not None else []
+    node = next((n for n in reversed(calls) if n.target is aten.item.default), None)
+    if node is None:
+        return calls[-1] if calls else None
+    source = node.args[0]
+    while isinstance(source, fx.Node) and source.target is aten.ne.Scalar and source.args[1] == 0:
+        source = source.args[0]  # a truth value is read as "not 0"
+    return source if isinstance(source, fx.Node) else node
 
 
 def rewrite(found: CapturedStage, session: Session, name: str) -> Context:

@@ -8,6 +8,8 @@
                                    with no feature at all (a decode step).
 ``index_put`` with a bool mask     the same, as a merge of image features.
 ``scatter_reduce("mean")``         the exporter silently overwrites; sum and count are right.
+``tokcompile::held``, ``visual_scores``  marks for the passes, which have done with them: what they mark stays.
+``where``, ``masked_fill`` of bools  onnxruntime has Where for numbers only.
 ``sort(stable=)``                  ONNX breaks ties by the lower index already; the exporter has no stable form.
 """
 
@@ -19,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+
+from tokcompile import ops as _ops  # noqa: F401  registers the marker operators
 
 aten = torch.ops.aten
 
@@ -195,6 +199,26 @@ def _sort(node: fx.Node, target: str) -> Callable[..., Any] | None:
     return sort
 
 
+def _choose(condition: Any, one: Any, other: Any) -> Tensor:
+    """``where`` for truth values."""
+    one, other = (t if isinstance(t, Tensor) else torch.full_like(condition, bool(t)) for t in (one, other))
+    return torch.logical_or(torch.logical_and(condition, one), torch.logical_and(torch.logical_not(condition), other))
+
+
+def _where(node: fx.Node, target: str) -> Callable[..., Any] | None:
+    return _choose if node.meta["val"].dtype == torch.bool else None
+
+
+def _masked_fill(node: fx.Node, target: str) -> Callable[..., Any] | None:
+    if node.meta["val"].dtype != torch.bool:
+        return None
+    return lambda values, mask, fill: _choose(mask, fill, values)
+
+
+def _marked(place: int) -> Repair:
+    return lambda node, target: lambda *args: args[place]
+
+
 REPAIRS: dict[Any, Repair] = {
     aten.scaled_dot_product_attention.default: _attention,
     aten.div.Tensor_mode: _div,
@@ -204,4 +228,12 @@ REPAIRS: dict[Any, Repair] = {
     aten.index_put_.default: _index_put,
     aten.scatter_reduce.two: _scatter_reduce,
     aten.sort.stable: _sort,
+    aten.where.self: _where,
+    aten.where.ScalarOther: _where,
+    aten.where.ScalarSelf: _where,
+    aten.where.Scalar: _where,
+    aten.masked_fill.Scalar: _masked_fill,
+    aten.masked_fill.Tensor: _masked_fill,
+    torch.ops.tokcompile.held.default: _marked(1),
+    torch.ops.tokcompile.visual_scores.default: _marked(0),
 }

@@ -2,7 +2,7 @@
 
 ::
 
-    embedding(input_ids) ------------------------------+
+    embedding(input_ids), or inputs_embeds ------------+
     features (vision encoder output or a graph input) -+-> masked_scatter | index_put | where | cat -> decoder stack
     mask (positions of the image tokens) --------------+
 
@@ -99,6 +99,8 @@ def _merge(flow: Flow, node: fx.Node, embeddings: int, images: list[fx.Node]) ->
     text = [n for n in sides if flow.reached_by(n, embeddings)]
     if len(text) != 1:  # one alone may hold other images already: those of a merge above
         text = [n for n in text if not _from_images(flow, n, images)]
+    if not text and op not in ("cat", "where") and len(sides) == 2 and _is_sequence(flow, sides[0]):
+        text = sides[:1]  # embedded already; what is written into the sequence is the features
     features = [n for n in sides if n not in text and _is_features(flow, n, images)]
     if not text:
         text = [n for n in sides if flow.reached_by(n, embeddings) and n not in features]
@@ -144,6 +146,12 @@ def _token_axis(flow: Flow, node: fx.Node) -> bool:
 
 def _from_images(flow: Flow, node: fx.Node, images: list[fx.Node]) -> bool:
     return any(flow.reaches(image, node) for image in images)
+
+
+def _is_sequence(flow: Flow, node: fx.Node) -> bool:
+    """Embeddings ``[B, S, D]`` that the graph is given, perhaps scaled or normalised."""
+    leaves = [n for n in (node, *flow.back(node, TRIVIAL | NORM | POINTWISE, limit=20).stops) if n.op == "placeholder"]
+    return any(_floating(n) and n.meta["val"].dim() == 3 for n in leaves)
 
 
 def _is_features(flow: Flow, node: fx.Node, images: list[fx.Node]) -> bool:
