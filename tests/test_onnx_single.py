@@ -315,7 +315,8 @@ def _place(function: Callable[..., Any], offset: int = 1) -> str:
 
 
 @pytest.mark.parametrize(("model", "words"), [
-    (Branch, ["torch.where for a branch", "node gt (aten.gt.Scalar)"]), (KthValue, ["aten.kthvalue", "node kthvalue", "topk"])])
+    (Branch, ["torch.where for a branch", "node gt (aten.gt.Scalar)"]),
+    (KthValue, ["aten.kthvalue", "node kthvalue", "topk"])])
 def test_what_has_no_onnx_form_is_named_with_its_line_and_the_way_out(
         tmp_path: Path, model: type[nn.Module], words: list[str]) -> None:
     with pytest.raises(ExportError) as caught:
@@ -410,5 +411,5 @@ def test_every_kernel_says_how_it_lowers() -> None:
     found = {str(op) for op in lowering.decompositions()}
     kernels = {p.parent.name for p in (Path(__file__).parents[1] / "kernels").glob("*/op.py")}
     assert kernels
-    # one folder holds two operations: gathering rows and putting them back
-    assert found == {f"tokcompile.{name}.default" for name in {*kernels, "scatter_rows"}}
+    # two folders hold two operations: rows are gathered and put back; a gate has a table, and a layer for the rest
+    assert found == {f"tokcompile.{name}.default" for name in {*kernels, "scatter_rows", "linear_where"}}

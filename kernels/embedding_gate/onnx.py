@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..activation import activate
+from . import missing
 from .reference import rows
 
 
@@ -23,4 +24,5 @@ def decompose(
     return activate(gate, activation) * torch.where((place < 0).unsqueeze(-1), other, value)
 
 
-DECOMPOSITIONS = {"embedding_gate": decompose}
+# tokens without a row: the dense layer multiplies all tokens here, so such a file saves nothing by the table
+DECOMPOSITIONS = {"embedding_gate": decompose, "linear_where": missing.decompose}

@@ -173,12 +173,32 @@ class _Job:
     # .. graphs
 
     def lower(self) -> None:
+        self._check_steps()
         if self.kind == "single":
             self._stage("model", "model.onnx", single_stage(self.model, self.inputs, self.axes), "forward")
         else:
             check_kind(self.model)
             self._generative()
         self.session.check_matches(None)
+
+    def _check_steps(self) -> None:
+        """Refuse steps for one kind of call, where one file serves all of them.
+
+        Raises:
+            ExportError: names the steps and the way out.
+        """
+        problems = []
+        for number, (step, method) in enumerate(self.session.passes):
+            if method.stage == "any" or (method.stage == "prefill" and self.kind == "single"):
+                continue
+            other = "decode steps" if method.stage == "prefill" else "the prefill"
+            problems.append(
+                f"steps[{number}] ({step.pass_}): changes the attention of "
+                f"{'the prefill' if method.stage == 'prefill' else 'decode steps'} alone, and one exported graph "
+                f"serves {other} too, with keys of a past of any length; leave the step out of the recipe, or use "
+                "tokcompile.optimize")
+        if problems:
+            raise ExportError("\n".join(problems))
 
     def _stage(self, role: str, path: str, stage: Stage, name: str, passes: bool = True) -> None:
         found = capture(stage)

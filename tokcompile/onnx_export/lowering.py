@@ -275,6 +275,9 @@ def lower(found: CapturedStage, ctx: Context | None = None, *, opset: int, targe
     _clean(captured)
     propagate(captured)
     lines = {n.name: source_line(n) for n in captured.graph.nodes}
+    placeholders = [n for n, s in zip(captured.placeholders, found.specs, strict=False)
+                    if s.kind == InputKind.USER_INPUT]
+    placeholders += [n for n, item in added.items() if isinstance(item, HostSize)]
     program = _program(found, ctx)
     kernels = decompositions()
     try:
@@ -288,7 +291,7 @@ def lower(found: CapturedStage, ctx: Context | None = None, *, opset: int, targe
     assert converted is not None and converted.exported_program is not None  # noqa: PT018  one fact for the reader
     model = converted.model
     user = [*stage.inputs, *sizes]
-    _rename(captured, found, converted, user, names)
+    _rename(placeholders, found, converted, user, names)
     for size, value in sizes.items():
         _splice(model, size, value)
     _strip(model)
@@ -426,12 +429,11 @@ def _not_convertible(captured: Captured, stage: Stage, error: Exception) -> Expo
     return ExportError(f"{stage.name}: cannot be converted to ONNX: {' '.join(what.split())[:600]}{place}")
 
 
-def _rename(captured: Captured, found: CapturedStage, converted: Any, inputs: Sequence[str],
+def _rename(placeholders: Sequence[fx.Node], found: CapturedStage, converted: Any, inputs: Sequence[str],
             outputs: Sequence[str]) -> None:
     model = converted.model
     symbols: dict[str, str] = {}
-    users = [n for n, s in zip(captured.placeholders[-len(inputs):], inputs, strict=True)]
-    for node, name in zip(users, inputs, strict=True):
+    for node, name in zip(placeholders, inputs, strict=True):
         for dim, axis in found.stage.axes.get(name, {}).items():
             expr = node.meta["val"].shape[dim].node.expr
             if expr.is_Symbol:
