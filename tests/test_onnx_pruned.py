@@ -53,10 +53,9 @@ def two_cuts(tmp_path_factory: pytest.TempPathFactory) -> tuple[vlm.Case, tokcom
     return case, report, tokcompile.optimize(case.model, TWO_CUTS, lowering="eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "images", "padding", "text"), [
-    (3, [1, 2, 1], [0, 3, 1], 9),
-    *(pytest.param(*values, marks=pytest.mark.slow) for values in (
-        (2, 1, 2, 12), (1, 1, 0, 5), (2, 1, [5, 1], 19), (2, [2, 0], 0, 7)))])
+    (3, [1, 2, 1], [0, 3, 1], 9), (2, 1, 2, 12), (1, 1, 0, 5), (2, 1, [5, 1], 19), (2, [2, 0], 0, 7)])
 def test_two_cuts_are_token_equal_at_other_sizes(two_cuts: Any, batch: int, images: Any, padding: Any,
                                                  text: int) -> None:
     case, report, pruned = two_cuts
@@ -66,6 +65,7 @@ def test_two_cuts_are_token_equal_at_other_sizes(two_cuts: Any, batch: int, imag
     assert error < 1e-5
 
 
+@pytest.mark.slow
 def test_layers_below_a_cut_have_lengths_of_their_own(two_cuts: Any) -> None:
     case, report, _ = two_cuts
     assert [(k["layers"], k["tokens"], k["of"]) for k in report.manifest["kept"]] == [
@@ -90,6 +90,7 @@ def test_layers_below_a_cut_have_lengths_of_their_own(two_cuts: Any) -> None:
     assert lengths == [18, 14, 19, 15, 20, 16]
 
 
+@pytest.mark.slow
 def test_a_prompt_without_an_image(two_cuts: Any) -> None:
     case, report, _ = two_cuts
     ids = torch.randint(3, vlm.TEXT_VOCAB, (2, 11), generator=torch.Generator().manual_seed(1))
