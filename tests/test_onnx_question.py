@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,30 @@ with Image.open(sys.argv[3]) as picture:
 loaded = [name for name in ("torch", "transformers", "onnx") if name in sys.modules]
 assert not loaded, f"{loaded} were imported"
 """
+
+
+PIXELS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import onnx_question
+from PIL import Image
+print(onnx_question.pixels(Image.new("RGB", (300, 200), (250, 10, 10)))[0, :, 5, 5].tolist())
+loaded = [name for name in ("torch", "transformers", "onnx") if name in sys.modules]
+assert not loaded, f"{loaded} were imported"
+"""
+
+
+def test_the_serving_side_sees_the_same_pixels_without_torch() -> None:
+    from PIL import Image
+
+    from tests.test_small_vlm import small_vlm
+
+    pytest.importorskip("tokenizers")
+    done = subprocess.run([sys.executable, "-c", PIXELS, str(EXAMPLES)], capture_output=True, text=True, timeout=300,
+                          check=False)
+    assert done.returncode == 0, done.stderr
+    wanted = small_vlm.to_pixels([Image.new("RGB", (300, 200), (250, 10, 10))])[0, :, 5, 5].tolist()
+    assert json.loads(done.stdout) == wanted
 
 
 @pytest.mark.slow
