@@ -18,6 +18,7 @@ pytest.importorskip("onnxscript", reason="onnxscript is not installed (extra: on
 from transformers import GenerationConfig
 
 import tokcompile
+from tests.pruning import recipe
 from tests.zoo import decoders, seq2seq, vlm
 from tokcompile import ExportError, OnnxModel
 
@@ -176,6 +177,16 @@ def test_encoder_decoders_are_refused_with_a_way_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen3", "qwen2", "mistral"])
 def test_decoders(tmp_path: Path, name: str, target: str) -> None:
     report = tokcompile.export_onnx(llama(name), prompt(), tmp_path / "out", target=target)
+    assert max(row.relative for row in report.parity) < 1e-5
+
+
+@pytest.mark.slow
+def test_experts_made_of_a_dense_model(tmp_path: Path) -> None:
+    """Prepared state becomes constants of the file; the router works in the graph."""
+    step = {"pass": "moe_from_dense", "params": {"experts": 8, "shared": 3, "active": 3, "gate": "off"}}
+    report = tokcompile.export_onnx(llama(), prompt(), tmp_path / "out", recipe=recipe([step]),
+                                    calibration=[prompt(4, 32, 0, seed) for seed in range(6)])
+    assert [row.tokens_equal for row in report.parity] == [True] * 8
     assert max(row.relative for row in report.parity) < 1e-5
 
 
