@@ -181,9 +181,10 @@ def test_decoders(tmp_path: Path, name: str, target: str) -> None:
 
 
 @pytest.mark.slow
-def test_experts_made_of_a_dense_model(tmp_path: Path) -> None:
-    """Prepared state becomes constants of the file; the router works in the graph."""
-    step = {"pass": "moe_from_dense", "params": {"experts": 8, "shared": 3, "active": 3, "gate": "off"}}
+@pytest.mark.parametrize(("name", "params"), [
+    ("moe_from_dense", {"experts": 8, "shared": 3, "active": 3, "gate": "off"}), ("stem", {"convert": 1})])
+def test_what_calibration_prepared_is_part_of_the_file(tmp_path: Path, name: str, params: dict[str, Any]) -> None:
+    step = {"pass": name, "params": params}
     report = tokcompile.export_onnx(llama(), prompt(), tmp_path / "out", recipe=recipe([step]),
                                     calibration=[prompt(4, 32, 0, seed) for seed in range(6)])
     assert [row.tokens_equal for row in report.parity] == [True] * 8
