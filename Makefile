@@ -39,7 +39,7 @@ bench: $(VENV)/.demo
 	$(PY) benchmarks/run.py $(ARGS)
 
 bench-kernels: $(VENV)/.demo
-	OMP_NUM_THREADS=2 $(PY) benchmarks/kernels.py $(ARGS)
+	OMP_NUM_THREADS=2 $(PY) benchmarks/kernel_speed.py $(ARGS)
 
 quality: $(VENV)/.quality
 	$(PY) benchmarks/quality/run.py $(ARGS)

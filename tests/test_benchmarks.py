@@ -14,10 +14,9 @@ FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
 import harness  # noqa: E402
+import kernel_speed as kernels  # noqa: E402
 import models  # noqa: E402
 import run  # noqa: E402
-
-import kernels  # noqa: E402
 
 
 def test_quantiles_interpolate() -> None:

@@ -241,7 +241,7 @@ def test_vlm_through_generate(name: str) -> None:
     found = [find_regions(captured) for captured in capture_graphs(case.model, inputs, "generate")]
     assert [counts(regions) for regions in found] == GENERATED[name]
     (merge,) = found[0].of("merge_point")
-    assert merge.variant == {"form": "masked_scatter", "features": "input"}
+    assert merge.variant == {"form": "masked_scatter", "features": "input", "modality": "image"}
     assert {"output", "embeddings", "features", "mask"} <= merge.roles.keys()
     (stack,) = found[0].of("decoder_stack")
     assert stack.roles["input"] is merge.roles["output"]

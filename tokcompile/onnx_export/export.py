@@ -214,6 +214,9 @@ class _Job:
     def _generative(self) -> None:
         model, session = self.model, self.session
         ids, mask, rest = batch_inputs(self.inputs)
+        if any(value.shape[0] == 1 for value in (ids, *rest.values())):  # torch.export takes a size of 1 for a constant
+            ids, mask, *more = (torch.cat([value, value]) for value in (ids, mask, *rest.values()))
+            rest = dict(zip(rest, more, strict=True))
         if bool((mask[:, -1] == 0).any()):
             raise ExportError("rows of the prompt are padded on the right; pad on the left")
         images = self.kind == "vision_language"

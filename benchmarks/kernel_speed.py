@@ -1,6 +1,6 @@
 """Measures each kernel against the dense operation that it stands in for.
 
-    python benchmarks/kernels.py [--only token_list_attention,...] [--quick] [--seconds 2] [--out DIR]
+    python benchmarks/kernel_speed.py [--only token_list_attention,...] [--quick] [--seconds 2] [--out DIR]
 
 Writes ``benchmarks/results/kernels.csv`` and the tables of ``docs/kernels.md``. On CUDA: bf16, heads and widths of an
 8 B model, FlashAttention through ``scaled_dot_product_attention``, all lengths. On the CPU: fp32, a small model, the
@@ -59,7 +59,7 @@ from tokcompile.kernels.launch import AVAILABLE, Launch, interpreted  # noqa: E4
 from tokcompile.kernels.token_list_attention import token_list_attention  # noqa: E402
 
 DOCS = HERE.parent / "docs" / "kernels.md"
-MARKER = "<!-- below: written by benchmarks/kernels.py from benchmarks/results/kernels.csv -->"
+MARKER = "<!-- below: written by benchmarks/kernel_speed.py from benchmarks/results/kernels.csv -->"
 BLOCK_Q, BLOCK_K, WINDOW = 128, 64, 128
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 #: Seconds that a sample takes at least: clocks of CPU time can advance in steps of 10 ms.
