@@ -18,11 +18,10 @@ pytest.importorskip("onnxscript", reason="onnxscript is not installed (extra: on
 from transformers import GenerationConfig
 
 import tokcompile
+from tests.onnx_tools import arrays, both
 from tests.pruning import recipe
 from tests.zoo import decoders, seq2seq, vlm
 from tokcompile import ExportError, OnnxModel
-
-STEPS = 9
 
 
 def llama(name: str = "llama") -> nn.Module:
@@ -37,23 +36,6 @@ def prompt(batch: int = 2, length: int = 9, padding: int = 3, seed: int = 0) -> 
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
-
-
-def arrays(inputs: dict[str, Tensor]) -> dict[str, Any]:
-    return {name: value.numpy() for name, value in inputs.items()}
-
-
-def both(path: Path, model: Any, inputs: dict[str, Tensor]) -> tuple[float, bool]:
-    """Relative error of the logits of all steps, and whether the tokens are equal."""
-    logits: list[Any] = []
-    found = OnnxModel.from_pretrained(path).generate(**arrays(inputs), max_new_tokens=STEPS, eos_token_id=-1,
-                                                     on_logits=logits.append)
-    with torch.no_grad():
-        out = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, eos_token_id=10_000,
-                             return_dict_in_generate=True, output_logits=True)
-    wanted = torch.stack(out.logits, 1).numpy()
-    error = float(np.linalg.norm(np.stack(logits, 1) - wanted) / np.linalg.norm(wanted))
-    return error, np.array_equal(found, out.sequences.numpy())
 
 
 @pytest.fixture(scope="module")

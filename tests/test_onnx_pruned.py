@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ from torch import Tensor, nn
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (extra: onnx)")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed (extra: onnx)")
 import tokcompile
+from tests.onnx_tools import both
 from tests.pruning import recipe
 from tests.zoo import vlm
 from tokcompile import OnnxModel
 
-STEPS = 9
 #: Two cuts: at the merge point, and after layer 0, so that layers 0 and 1 have caches of their own lengths.
 TWO_CUTS = recipe([{"pass": "todre", "params": {"keep": 0.25, "drop_layer": 0}}])
 
@@ -30,19 +29,6 @@ def llava(layers: int = 2) -> vlm.Case:
     del tower.layers[layers:]
     tower.config.num_hidden_layers = layers
     return case
-
-
-def steps(directory: Path, model: Any, inputs: Mapping[str, Tensor]) -> tuple[float, bool]:
-    """Relative error of the logits of all steps against ``model``, and whether the tokens are equal."""
-    logits: list[Any] = []
-    found = OnnxModel.from_pretrained(directory).generate(
-        **{n: v.numpy() for n, v in inputs.items()}, max_new_tokens=STEPS, eos_token_id=-1, on_logits=logits.append)
-    with torch.no_grad():
-        out = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, eos_token_id=10_000,
-                             return_dict_in_generate=True, output_logits=True)
-    wanted = torch.stack(out.logits, 1).numpy()
-    error = float(np.linalg.norm(np.stack(logits, 1) - wanted) / np.linalg.norm(wanted))
-    return error, np.array_equal(found, out.sequences.numpy())
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +46,7 @@ def test_two_cuts_are_token_equal_at_other_sizes(two_cuts: Any, batch: int, imag
                                                  text: int) -> None:
     case, report, pruned = two_cuts
     inputs = case.inputs(batch=batch, images_per_row=images, left_padding=padding, text_len=text, seed=3)
-    error, equal = steps(report.directory, pruned, inputs)
+    error, equal = both(report.directory, pruned, inputs)
     assert equal
     assert error < 1e-5
 
@@ -96,7 +82,7 @@ def test_a_prompt_without_an_image(two_cuts: Any) -> None:
     ids = torch.randint(3, vlm.TEXT_VOCAB, (2, 11), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
-    error, equal = steps(report.directory, case.model, {"input_ids": ids, "attention_mask": mask})
+    error, equal = both(report.directory, case.model, {"input_ids": ids, "attention_mask": mask})
     assert equal
     assert error < 1e-5
 
