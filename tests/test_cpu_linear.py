@@ -22,7 +22,7 @@ def _run(model: nn.Module, x: torch.Tensor, lowering: str) -> tuple[torch.Tensor
             captured = from_dynamo(graph_module)
             run = lower(captured, lowering)
             found = len(captured.graph.find_nodes(
-                op="call_function", target=torch.ops.tokcompile.onednn_linear.default))
+                op="call_function", target=torch.ops.tokcompile.measured_linear.default))
             return run(*args)
 
         return call
@@ -39,8 +39,8 @@ def _model() -> nn.Module:
 @pytest.mark.inductor
 def test_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_linear, "LEAST_FLOPS", 0)
-    monkeypatch.setattr(cpu_linear, "_faster", {(14, 256, 64, torch.get_num_threads()): True,
-                                                (14, 64, 256, torch.get_num_threads()): True})
+    monkeypatch.setattr(cpu_linear, "_faster", {(256, 64, torch.get_num_threads()): {14: True},
+                                                (64, 256, torch.get_num_threads()): {14: True}})
     model, x = _model(), torch.randn(2, 7, 64)
     with torch.no_grad():
         found, count = _run(model, x, "inductor")
@@ -49,7 +49,7 @@ def test_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_small_layers_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_linear, "_is_faster", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(cpu_linear, "_times_say", lambda *_: pytest.fail("timed"))
     with torch.no_grad():
         _, count = _run(_model(), torch.randn(2, 7, 64), "eager")
     assert count == 0
@@ -67,6 +67,7 @@ def test_with_gradients_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_shape_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_linear, "LEAST_FLOPS", 0)
     monkeypatch.setattr(cpu_linear, "_faster", {})
     calls: list[int] = []
     monkeypatch.setattr(cpu_linear, "_seconds", lambda call, weights: float(calls.append(1) or len(calls) % 2))
@@ -75,3 +76,16 @@ def test_a_shape_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu_linear._is_faster(4, 8, 16)
     assert len(calls) == 2 * cpu_linear.ROUNDS
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_number_of_rows_decides_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+    onednn = cpu_linear._onednn_linear
+    monkeypatch.setattr(cpu_linear, "_onednn_linear", lambda x, w, b: (ran.append(x.shape[0]), onednn(x, w, b))[1])
+    monkeypatch.setattr(cpu_linear, "_faster", {(8, 16, torch.get_num_threads()): {4: True, 64: False}})
+    weight, bias = torch.randn(8, 16), torch.randn(8)
+    for rows in (4, 64, 6, 100, 0):  # known, known, and what is nearer to one of them; no rows
+        x = torch.randn(rows, 16)
+        found = torch.ops.tokcompile.measured_linear(x, weight, bias)
+        torch.testing.assert_close(found, torch.nn.functional.linear(x, weight, bias), rtol=1e-5, atol=1e-6)
+    assert ran == [4, 6]

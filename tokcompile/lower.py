@@ -8,25 +8,38 @@ from typing import Any
 
 import sympy
 import torch
+from torch import fx
 from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._sympy.printers import PythonPrinter
 
 from tokcompile.capture import Captured
 from tokcompile.cpu_linear import choose_linears
+from tokcompile.repeated import compile_repeated
 
 LOWERINGS = ("inductor", "eager")
 
 
-def lower(captured: Captured, lowering: str) -> Callable[..., Any]:
-    """Compile ``captured``; the result takes the values of its placeholders and returns a flat sequence."""
+def lower(captured: Captured, lowering: str, streams: Sequence[Sequence[fx.Node]] = ()) -> Callable[..., Any]:
+    """Compile ``captured``; the result takes the values of its placeholders and returns a flat sequence.
+
+    Args:
+        streams: the residual streams of its stacks of layers, see :func:`compile_repeated`.
+    """
     if lowering == "eager":
         return captured.graph_module
+    choose_linears(captured)
+    run = compile_repeated(captured, streams, _inductor)
+    if run is not None:
+        return run
+    return _inductor(captured.graph_module, [node.meta["val"] for node in captured.placeholders], captured.fake_mode)
+
+
+def _inductor(graph_module: fx.GraphModule, values: list[Any], mode: FakeTensorMode) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
-    choose_linears(captured)
-    values = [node.meta["val"] for node in captured.placeholders]
-    with tracing(TracingContext(captured.fake_mode)):
-        return compile_fx(captured.graph_module, values)  # type: ignore[return-value]
+    with tracing(TracingContext(mode)):
+        return compile_fx(graph_module, values)  # type: ignore[return-value]
 
 
 class Guard:

@@ -210,6 +210,7 @@ class Context:
         static: sizes read off the data may be numbers in the graph; another number compiles it anew.
         always_ragged: the graph must serve rows that keep different numbers of tokens, whatever ``args`` keep.
         places: region key -> its layer, in the graph as it was found.
+        streams: for each stack what enters it and what leaves its layers, likewise.
         leading_tokens: how many tokens at the head of a vision encoder the recipe protects; None: those that are found.
         shared: what passes emit once for several regions, by a key of their own.
     """
@@ -223,6 +224,7 @@ class Context:
     always_ragged: bool = False
     leading_tokens: int | None = None
     places: dict[str, tuple[int, int] | None] = field(default_factory=dict)
+    streams: list[list[fx.Node]] = field(default_factory=list)
     shared: dict[Any, Any] = field(default_factory=dict)
     sizes: list[HostSize] = field(default_factory=list)
     ragged: list[bool] = field(default_factory=list)

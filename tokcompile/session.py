@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from tokcompile.canonical import canonicalise
-from tokcompile.capture import ASSERTIONS, Captured, ancestors, extract, from_dynamo, propagate
+from tokcompile.capture import ASSERTIONS, Captured, ancestors, extract, fold_constants, from_dynamo, propagate
 from tokcompile.errors import NarrowError, NoMatchError, RecipeError, UnprofitableError
 from tokcompile.flops import graph_flops, node_flops
 from tokcompile.lower import Guard, lower
@@ -174,6 +174,8 @@ class Session:
         _narrow_pruned_cache(ctx.captured)
         ctx.regions = find_regions(ctx.captured.graph)
         ctx.places = {key: layer_of(ctx.regions, region) for region, key in region_keys(ctx.regions).items()}
+        stacks = [*ctx.regions.of("vision_encoder"), *ctx.regions.of("decoder_stack")]
+        ctx.streams = [[s.layers[0].input, *(layer.output for layer in s.layers)] for s in stacks if s.layers]
         protect = self.recipe.protect if self.recipe is not None else None
         if protect is not None:
             ctx.leading_tokens = protect.leading_tokens
@@ -484,9 +486,11 @@ class CompiledGraph:
             is_impure_node=lambda n: n.is_impure() and n.target not in (aten.item.default, *ASSERTIONS))
         captured.graph_module.recompile()
         session.check_matches(self.stage)
+        if not session.observing:
+            fold_constants(captured)
         if session.lowering == "eager":
             propagate(captured)  # Inductor traces the graph anyway, and so derives every shape
-        run = lower(captured, session.lowering)
+        run = lower(captured, session.lowering, ctx.streams)
         variant = Variant(run, Guard(captured), ctx.sizes, ctx.ragged, ctx.kept, prologue, inputs, session.prepared)
         self.variants.append(variant)
         session.report.stages.append(StageReport(
