@@ -120,6 +120,13 @@ def test_bert_with_padding_and_other_lengths(tmp_path: Path) -> None:
     assert relative(found["logits"][mask.bool().numpy()], wanted[mask.bool()]) < 1e-5
 
 
+def test_an_axis_of_size_one_is_doubled_in_every_input_that_has_it() -> None:
+    inputs = {"a": torch.tensor([[1, 2]]), "b": torch.tensor([[3], [4]]), "c": torch.tensor([[5, 6]])}
+    found = lowering.doubled(inputs, {"a": {0: "rows"}, "b": {0: "columns", 1: "rows"}})
+    assert {n: v.tolist() for n, v in found.items()} == {
+        "a": [[1, 2], [1, 2]], "b": [[3, 3], [4, 4]], "c": [[5, 6]]}
+
+
 # ------------------------------------------------------------------------------------------------------------- files
 
 

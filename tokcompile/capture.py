@@ -139,7 +139,8 @@ def trace(call: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode)
     with mode, fx_traceback.preserve_node_meta():
         graph_module = make_fx(call, tracing_mode="real", pre_dispatch=True)(*inputs)
     for node in graph_module.graph.find_nodes(op="get_attr"):
-        node.meta.setdefault("val", mode.from_tensor(getattr(graph_module, node.target)))
+        value = getattr(graph_module, node.target)  # a tensor, or the body of a loop
+        node.meta.setdefault("val", mode.from_tensor(value) if isinstance(value, torch.Tensor) else value)
     placeholders = (node for node in graph_module.graph.nodes if node.op == "placeholder")
     for node, value in zip(placeholders, inputs, strict=True):
         node.meta["val"] = value

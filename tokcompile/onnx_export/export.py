@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokcompile.api import RecipeLike, optimize
+from tokcompile.api import RecipeLike, optimize, session_of
 from tokcompile.calibration import calibrate, check_prepared
 from tokcompile.errors import ExportError
 from tokcompile.onnx_export import parity
@@ -36,7 +36,7 @@ from tokcompile.onnx_export.generative import (
     kv_shapes,
     vision_stage,
 )
-from tokcompile.onnx_export.lowering import TARGETS, Lowered, Stage, capture, lower, rewrite
+from tokcompile.onnx_export.lowering import TARGETS, Lowered, Stage, capture, doubled, lower, rewrite
 from tokcompile.onnx_export.single import single_stage
 from tokcompile.recipes import Recipe
 from tokcompile.serving import FORMAT, FORMAT_VERSION, OnnxModel
@@ -214,9 +214,9 @@ class _Job:
     def _generative(self) -> None:
         model, session = self.model, self.session
         ids, mask, rest = batch_inputs(self.inputs)
-        if any(value.shape[0] == 1 for value in (ids, *rest.values())):  # torch.export takes a size of 1 for a constant
-            ids, mask, *more = (torch.cat([value, value]) for value in (ids, mask, *rest.values()))
-            rest = dict(zip(rest, more, strict=True))
+        given = {"input_ids": ids, "attention_mask": mask, **rest}
+        rest = doubled(given, {name: {0: "rows"} for name in given})  # pictures with the rows that show them
+        ids, mask = rest.pop("input_ids"), rest.pop("attention_mask")
         if bool((mask[:, -1] == 0).any()):
             raise ExportError("rows of the prompt are padded on the right; pad on the left")
         images = self.kind == "vision_language"
@@ -244,25 +244,29 @@ class _Job:
         common: dict[str, Any] = {"last": self.last, "features": features, "scores": scores, "merges": merges,
                                   "images": images, "token": token}
         self._check_split(ids, mask, rest, features, token)
-        groups = self._groups(ids, mask, common) if any(
+        groups = self._groups(ids, mask, rest) if any(
             m.regions in ("merge_point", "decoder_stack") for _, m in session.passes) else []
         stage = decoder_stage(model, ids, mask, groups=groups, **common)
         path = "onnx/decoder_model_merged.onnx" if images else "model.onnx"
         self._stage("decoder", path, stage, "prefill")
         self._describe(groups, token, ids.shape[1])
 
-    def _groups(self, ids: Tensor, mask: Tensor, common: dict[str, Any]) -> list[list[int]]:
-        """Which layers are cut alike: seen on a prefill without a past."""
-        trial = Session(self.recipe, lowering="eager", on_no_match="ignore", state=self.calibration)
-        found = capture(decoder_stage(self.model, ids, mask, groups=[], cached=False, **common))
-        ctx = rewrite(found, trial, "prefill")
-        starts = sorted({k.layer for k in ctx.kept})
-        if not starts:
-            trial.on_no_match = "error"
-            trial.check_matches("prefill")
-            return []
+    @functools.cached_property
+    def reference(self) -> nn.Module:
+        """What the files have to be equal to."""
+        if self.recipe is None:
+            return self.model
+        return optimize(self.model, self.recipe, calibration=self.calibration, lowering="eager")
+
+    def _groups(self, ids: Tensor, mask: Tensor, rest: dict[str, Tensor]) -> list[list[int]]:
+        """Which layers are cut alike: seen on a prefill of the optimized model, which the check compiles anyway."""
+        with torch.no_grad(), _fixed_sizes():
+            self.reference.generate(  # type: ignore[operator]
+                input_ids=ids, attention_mask=mask, **rest, max_new_tokens=1, do_sample=False, num_beams=1)
+        starts = sorted({kept.layer for graph in session_of(self.reference).graphs if graph.stage == "prefill"
+                         for variant in graph.variants for kept in variant.kept})
         layers = len(kv_shapes(self.model))
-        return [list(range(a, b)) for a, b in zip(starts, [*starts[1:], layers], strict=True) if b > a]
+        return [list(range(a, b)) for a, b in zip(starts, [*starts[1:], layers], strict=False) if b > a]
 
     def _check_split(self, ids: Tensor, mask: Tensor, rest: dict[str, Tensor], features: Tensor | None,
                      token: int | None) -> None:
@@ -345,18 +349,17 @@ class _Job:
 
     def check(self, folder: Path, tolerance: float) -> list[parity.Parity]:
         model = OnnxModel.from_pretrained(folder, providers=["CPUExecutionProvider"])
-        reference = self.model if self.recipe is None else optimize(
-            self.model, self.recipe, calibration=self.calibration, lowering="eager")
         if self.kind == "single":
-            checks = parity.check_single(model, reference, self.inputs, self.lowered["model"].stage.axes)
+            checks = parity.check_single(model, self.reference, self.inputs, self.lowered["model"].stage.axes)
         else:
-            checks = parity.check_generation(model, reference, self.inputs, (self.generation or {})["image_token_id"],
-                                             self.per_image)
+            checks = parity.check_generation(model, self.reference, self.inputs,
+                                             (self.generation or {})["image_token_id"], self.per_image)
         rows: list[parity.Parity] = []
-        for found, tensors in checks:
-            rows += found
-            if parity.failed(found, tolerance):
-                parity.raise_failed(rows, tolerance, functools.partial(self._culprit, folder, tensors, tolerance))
+        with _fixed_sizes():
+            for found, tensors in checks:
+                rows += found
+                if parity.failed(found, tolerance):
+                    parity.raise_failed(rows, tolerance, functools.partial(self._culprit, folder, tensors, tolerance))
         return rows
 
     def _culprit(self, folder: Path, tensors: Mapping[str, Tensor], tolerance: float) -> str:
@@ -372,6 +375,12 @@ class _Job:
             if "relative error" in found:
                 return found
         return found
+
+
+def _fixed_sizes() -> Any:
+    """The reference is captured anew for each of the few sizes: that takes a third of the time of a capture with
+    symbolic sizes, which one would not do either (numbers of rows and of pictures are fixed in it)."""
+    return torch._dynamo.config.patch(automatic_dynamic_shapes=False)
 
 
 def image_token(model: nn.Module) -> int:

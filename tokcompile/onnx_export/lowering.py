@@ -41,6 +41,7 @@ from tokcompile.capture import ASSERTIONS, Captured, from_export, module_path, p
 from tokcompile.errors import ExportError
 from tokcompile.narrow import inline
 from tokcompile.onnx_export.repairs import REPAIRS, WAYS_OUT
+from tokcompile.onnx_export.simplify import simplify
 from tokcompile.plan import Context, HostSize, StateInput
 from tokcompile.regions.model import Regions
 from tokcompile.session import Session
@@ -69,6 +70,23 @@ class Stage:
     axes: dict[str, dict[int, str]]
     output_axes: dict[str, dict[int, str]] = field(default_factory=dict)
     sums: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def doubled(inputs: Mapping[str, Tensor], axes: Mapping[str, Mapping[int, str]]) -> dict[str, Tensor]:
+    """``inputs`` with every axis doubled that has size 1 somewhere: torch.export takes a size of 1 for a constant.
+
+    Args:
+        axes: input -> {dimension: name of the axis}.
+
+    Returns:
+        The inputs; along a doubled axis their values stand twice, in all inputs that have this axis.
+    """
+    small = {axis for name, dims in axes.items() for dim, axis in dims.items() if inputs[name].shape[dim] == 1}
+    found = dict(inputs)
+    for name, dims in axes.items():
+        for dim in (d for d, axis in dims.items() if axis in small):
+            found[name] = torch.cat([found[name], found[name]], dim)
+    return found
 
 
 @dataclass
@@ -271,6 +289,7 @@ def lower(found: CapturedStage, ctx: Context | None = None, *, opset: int, targe
                                   [item.mask], output))
     output.args = (tuple(results),)
     _clean(captured)
+    decompose(captured)
     repair(captured, target)
     _clean(captured)
     propagate(captured)
@@ -279,16 +298,15 @@ def lower(found: CapturedStage, ctx: Context | None = None, *, opset: int, targe
                     if s.kind == InputKind.USER_INPUT]
     placeholders += [n for n, item in added.items() if isinstance(item, HostSize)]
     program = _program(found, ctx)
-    kernels = decompositions()
     try:
         with torch.no_grad(), _quiet(), fx_config.patch(  # type: ignore[attr-defined]
                 backed_size_oblivious=True):
-            if any(n.target in kernels for n in captured.graph.nodes):
-                program = program.run_decompositions(kernels)
-            converted = torch.onnx.export(program, opset_version=opset, verbose=False, optimize=True)
+            converted = torch.onnx.export(program, opset_version=opset, verbose=False, optimize=False)
+            assert converted is not None
+            simplify(converted.model)
     except Exception as error:
         raise _not_convertible(captured, stage, error) from error
-    assert converted is not None and converted.exported_program is not None  # noqa: PT018  one fact for the reader
+    assert converted.exported_program is not None
     model = converted.model
     user = [*stage.inputs, *sizes]
     _rename(placeholders, found, converted, user, names)
@@ -309,19 +327,28 @@ def repair(captured: Captured, target: str) -> None:
     """Replace operations that the exporter has not, or has wrong (see ``repairs.py``)."""
     for node in list(captured.graph.nodes):
         found = REPAIRS.get(node.target)
-        if found is None:
-            continue
-        function = found(node, target)
-        if function is None:
-            continue
-        flat = list(dict.fromkeys(node.all_input_nodes))
+        function = None if found is None else found(node, target)
+        if function is not None:
+            _inline(captured, node, function)
 
-        def call(*values: Any, function: Any = function, node: fx.Node = node, flat: Any = flat) -> Any:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), dict(zip(flat, values, strict=True)).__getitem__)
-            return function(*args, **kwargs)
 
-        new = inline(captured, call, flat, node)
-        _replace(captured, node, new)
+def decompose(captured: Captured) -> None:
+    """Put what operations of kernels compute in their place."""
+    kernels = decompositions()
+    for node in list(captured.graph.nodes):
+        if node.target in kernels:
+            _inline(captured, node, kernels[node.target])
+
+
+def _inline(captured: Captured, node: fx.Node, function: Callable[..., Any]) -> None:
+    """Put the graph of ``function``, called as ``node`` is, in the place of ``node``."""
+    flat = list(dict.fromkeys(node.all_input_nodes))
+
+    def call(*values: Any) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), dict(zip(flat, values, strict=True)).__getitem__)
+        return function(*args, **kwargs)
+
+    _replace(captured, node, inline(captured, call, flat, node))
 
 
 def _replace(captured: Captured, node: fx.Node, new: Any) -> None:

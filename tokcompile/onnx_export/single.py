@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokcompile.errors import ExportError
-from tokcompile.onnx_export.lowering import Stage
+from tokcompile.onnx_export.lowering import Stage, doubled
 
 
 class SingleGraph(nn.Module):
@@ -50,11 +50,7 @@ def single_stage(model: nn.Module, inputs: Mapping[str, Any], axes: Mapping[str,
         raise ExportError(f"axes name {sorted(unknown)}, the inputs are {sorted(tensors)}")
     with torch.no_grad():
         outputs = named_outputs(model(**inputs))
-    for name, dims in found.items():  # a size of 1 would be taken for a constant
-        for dim in dims:
-            if tensors[name].shape[dim] == 1:
-                tensors[name] = tensors[name].repeat_interleave(2, dim)
-    return Stage("model", SingleGraph(model, constants), tensors, found, {n: {} for n in outputs})
+    return Stage("model", SingleGraph(model, constants), doubled(tensors, found), found, {n: {} for n in outputs})
 
 
 def default_axes(tensors: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
