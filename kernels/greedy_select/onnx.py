@@ -7,7 +7,7 @@
 over the segment ids, gathers the similarities of all tokens to the choice of their own segment, and adds them.
 
 The loop becomes one ONNX Loop whose trip count is the largest budget that the graph meets. With ``steps`` it is
-unrolled instead, about 23 nodes per step; that number is then fixed at export and must be at least the largest
+unrolled instead, about 18 nodes per step; that number is then fixed at export and must be at least the largest
 budget. Memory: the similarities are ``B * S * S`` fp32 values.
 
 A runtime that computes fp32 MatMul in TF32 gives the same result; one that computes it in bf16 does not.
@@ -27,7 +27,7 @@ from .reference import check_criterion, quantise
 from .triton import first_choices
 
 _STRIDE = 1 << 20  # longest row; a constant, because the exporter takes no symbolic number as a divisor
-_TAKEN = 1 << 60
+_TAKEN = 1 << 60  # a multiple of the stride
 
 
 def decompose(
@@ -60,6 +60,7 @@ def decompose(
     start = torch.where(inside, index - segment_positions(segment), 0)
     limit = torch.where(inside, torch.minimum(budget.gather(1, start), segment_sizes(segment)), 0)
     order = torch.zeros_like(segment) + segment.shape[1]
+    none = torch.full_like(segment, _TAKEN)
     score = torch.zeros_like(segment) if criterion == "max_sum" else torch.full_like(segment, -(1 << 30))
     # at each token: the next choice of its own segment
     choice = torch.where(inside, start + first_choices(segment, pivot), 0)
@@ -67,13 +68,13 @@ def decompose(
     def body(
         step: Tensor, order: Tensor, score: Tensor, choice: Tensor, free: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        taken = torch.logical_and(choice == index, torch.logical_and(inside, limit > step))
+        taken = torch.logical_and(choice == index, limit > step)  # the limit of what is in no segment is 0
         free = torch.logical_and(free, torch.logical_not(taken))
         values = similarity.gather(2, choice.unsqueeze(-1)).squeeze(-1).to(torch.int64)
         score = score + values if criterion == "max_sum" else torch.maximum(score, values)
         key = torch.where(free, score * _STRIDE + index, _TAKEN)
-        smallest = torch.full_like(key, _TAKEN).scatter_reduce(1, slot, key, "amin", include_self=True).gather(1, slot)
-        choice = torch.remainder(torch.where(smallest < _TAKEN, smallest, 0), _STRIDE)
+        smallest = none.scatter_reduce(1, slot, key, "amin", include_self=True).gather(1, slot)
+        choice = torch.remainder(smallest, _STRIDE)  # 0 where nothing is left
         return step + 1, torch.where(taken, step, order), score, choice, free
 
     state = (torch.zeros((), dtype=torch.int64, device=segment.device), order, score, choice, inside.clone())
