@@ -44,7 +44,7 @@ from tokcompile.session import Session
 from tokcompile.stages import SESSION
 from tokcompile.state import PreparedState
 
-#: Opset that every model was measured with; 23 has a fault with rotary embeddings (``docs/onnx.md``).
+#: Opset that every model was measured with.
 OPSET = 20
 OPSETS = range(18, 25)
 
