@@ -10,7 +10,7 @@ other articles. Writes ``benchmarks/results/language.csv`` and ``language.png``,
 prefill  1024 tokens in one call with token_sparse, then the likelihood of the next 128 (which attend densely)
 decode   464 tokens in one dense call, then 47 tokens one after the other, each attending to a budget of cached keys
 ffn      perplexity of 8 stretches of 256 tokens with converted feed-forward layers
-quiz     capitals of countries, three shots, greedy, one recipe of each kind; every fourth country
+quiz     capitals of countries, three shots, greedy, every kind at one or more budgets; every fourth country
 =======  ==============================================================================================================
 """
 
@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +33,22 @@ from quality import in_place, language  # noqa: E402
 from quality.text_data import articles  # noqa: E402
 
 from tokcompile.evaluation import EvalRow, Measure, Task, evaluate, mean_percent, perplexity, read_rows  # noqa: E402
+from tokcompile.paired import compare  # noqa: E402
 from tokcompile.passes.decode_control import DecodeControl  # noqa: E402
 from tokcompile.passes.fasa import Fasa  # noqa: E402
 from tokcompile.passes.moe_from_dense import MoeFromDense  # noqa: E402
 from tokcompile.passes.stem import Stem  # noqa: E402
 from tokcompile.passes.token_sparse import TokenSparse  # noqa: E402
 from tokcompile.passes.tokenselect import TokenSelect  # noqa: E402
+from tokcompile.quality_results import Journal, journal_path, write_rows  # noqa: E402
 
 RESULTS = HERE / "results" / "language.csv"
 DOCS = HERE.parent / "docs" / "language.md"
 MARKER = "<!-- below: written by benchmarks/language.py from benchmarks/results/language.csv -->"
 MODEL = "SmolLM2-135M"
 Calibration = list[dict[str, torch.Tensor]]
-Candidates = Iterator[tuple[str, torch.nn.Module]]
+Candidates = Iterator[tuple[str, Callable[[], torch.nn.Module]]]
+"""Name, and what makes the model: splits and tables take longer to make than to ask."""
 Item = tuple[torch.Tensor, int]
 """Token ids [1, n] and how many of them are given; the others are predicted."""
 
@@ -102,7 +107,7 @@ _PERPLEXITY = [Measure("perplexity", score=perplexity, unit="", higher_is_better
 
 
 def prefill_task(model: Any, tokenizer: Any) -> Task:
-    return Task("after sparse prefill", stretches(tokenizer, 4, 1152, 1024), continuation_after(model), _PERPLEXITY)
+    return Task("after sparse prefill", stretches(tokenizer, 8, 1152, 1024), continuation_after(model), _PERPLEXITY)
 
 
 def decode_task(model: Any, tokenizer: Any) -> Task:
@@ -129,60 +134,113 @@ def quiz_task(model: Any, tokenizer: Any) -> Task:
 # ------------------------------------------------------------------------------------------------------- candidates
 
 
-def prefill_candidates(model: Any, data: Calibration, shares: Sequence[float] = (0.5, 0.1, 0.25)) -> Candidates:
+def prefill_candidates(model: Any, data: Calibration, shares: Sequence[float] = (0.5, 0.25, 0.1)) -> Candidates:
     """The upper half of the layers at each share of the tokens, chosen and random; and by coverage."""
     common = {"window": 64, "least": 0}
     for share in shares:
         for select in ("attention", "random"):
             params = TokenSparse.Params(keep=share, select=select, **common)
-            yield f"token_sparse {select} keep={share}", in_place.sparse_prefill_of(model, params)
-    for coverage in (0.02,):
-        yield f"token_sparse coverage={coverage}", in_place.sparse_prefill_of(
-            model, TokenSparse.Params(coverage=coverage, **common))
+            yield f"token_sparse {select} keep={share}", partial(in_place.sparse_prefill_of, model, params)
+    for coverage in (0.005, 0.02, 0.1):
+        yield f"token_sparse coverage={coverage}", partial(
+            in_place.sparse_prefill_of, model, TokenSparse.Params(coverage=coverage, **common))
 
 
 def decode_candidates(model: Any, data: Calibration, budgets: Sequence[int] = (64, 128, 32)) -> Candidates:
     """All layers but the first at each budget: two methods, random keys, the latest keys."""
     for budget in budgets:
         fasa = Fasa(Fasa.Params(budget=budget, planes=8))
-        planes = in_place.fasa_planes(model, fasa, data)
-        yield f"fasa budget={budget}", in_place.sparse_decode_of(model, fasa, 1, planes)
-        yield f"tokenselect budget={budget}", in_place.sparse_decode_of(
-            model, TokenSelect(TokenSelect.Params(budget=budget)))
+        yield f"fasa budget={budget}", partial(_fasa, model, fasa, data)
+        yield f"tokenselect budget={budget}", partial(
+            in_place.sparse_decode_of, model, TokenSelect(TokenSelect.Params(budget=budget)))
         for choose in ("random", "window"):
-            yield f"{choose} budget={budget}", in_place.sparse_decode_of(
-                model, DecodeControl(DecodeControl.Params(budget=budget, choose=choose)))
+            yield f"{choose} budget={budget}", partial(
+                in_place.sparse_decode_of, model, DecodeControl(DecodeControl.Params(budget=budget, choose=choose)))
+
+
+def _fasa(model: Any, method: Fasa, data: Calibration) -> torch.nn.Module:
+    return in_place.sparse_decode_of(model, method, 1, in_place.fasa_planes(model, method, data))
 
 
 def ffn_candidates(model: Any, data: Calibration) -> Candidates:
-    """Tables for several shares of the layers; experts at several shares of the neurons with their controls."""
+    """Tables for several shares of the layers; experts at several shares of the neurons; controls of both."""
     seen = in_place.observed(model, data, MoeFromDense.Params(), Stem.Params())
-    for share in (0.1, 0.25):
-        yield f"stem layers={share}", in_place.tables_of(model, Stem.Params(convert=share), seen)
-    for share, active in ((0.875, 4), (0.75, 3), (0.5, 1)):
-        for name, more in (("moe_from_dense", {}), ("random router", {"choice": "random"})):
+    yield from stem_candidates(model, seen)
+    yield from moe_candidates(model, seen)
+
+
+def stem_candidates(model: Any, seen: Any, shares: Sequence[float] = (0.1, 0.25, 0.5, 1.0)) -> Candidates:
+    """Controls: as many layers drawn at random, and rows that belong to other ids. And what the first token costs."""
+    for share in shares:
+        make = partial(in_place.tables_of, model, Stem.Params(convert=share), seen)
+        yield f"stem layers={share}", make
+        if share <= 0.25:
+            yield f"random layers stem layers={share}", partial(make, random_layers=0)
+            yield f"random rows stem layers={share}", partial(make, random_rows=0)
+            yield f"first token dense stem layers={share}", partial(make, first_dense=True)
+
+
+def moe_candidates(model: Any, seen: Any,
+                   budgets: Sequence[tuple[float, int]] = ((0.875, 4), (0.75, 3), (0.5, 1))) -> Candidates:
+    """Routers at each share of the neurons; controls: a random router, and a random split with one."""
+    kinds: dict[str, dict[str, Any]] = {"top_k": {}, "relu": {"router": "relu"},
+                                        "random router": {"choice": "random"},
+                                        "random split and router": {"choice": "random", "split": "random"}}
+    for share, active in budgets:
+        for name, more in kinds.items():
             params = MoeFromDense.Params(experts=8, shared=3, active=active, gate="off", **more)
-            yield f"{name} {share}", in_place.experts_of(model, params, seen)
-    params = MoeFromDense.Params(experts=8, shared=3, active=3, router="relu")
-    yield "relu router 0.75", in_place.experts_of(model, params, seen)
-    params = MoeFromDense.Params(experts=8, shared=3, active=3, choice="random", split="random")
-    yield "random split and router 0.75", in_place.experts_of(model, params, seen)
+            yield f"moe {name} {share}", partial(in_place.experts_of, model, params, seen)
 
 
 def quiz_candidates(model: Any, data: Calibration) -> Candidates:
-    """One or two of each kind."""
+    """Every kind at one or more budgets, small ones: a prompt has some 60 tokens."""
+    seen = in_place.observed(model, data, MoeFromDense.Params(), Stem.Params())
+    for name, one in moe_candidates(model, seen):
+        if name.startswith("moe top_k") or name == "moe random router 0.75":
+            yield name, one
+    yield "stem layers=0.1", partial(in_place.tables_of, model, Stem.Params(convert=0.1), seen)
     for select in ("attention", "random"):
-        params = TokenSparse.Params(keep=0.5, select=select, window=8, least=0)
-        yield f"token_sparse {select} keep=0.5", in_place.sparse_prefill_of(model, params)
+        params = TokenSparse.Params(keep=0.25, select=select, window=8, least=0)
+        yield f"token_sparse {select} keep=0.25", partial(in_place.sparse_prefill_of, model, params)
     yield from decode_candidates(model, data, (16,))
-    wanted = ("stem layers=0.1", "moe_from_dense 0.875", "moe_from_dense 0.75")
-    yield from (one for one in ffn_candidates(model, data) if one[0] in wanted)
 
 
 GROUPS: dict[str, tuple[Callable[[Any, Any], Task], Callable[[Any, Calibration], Candidates], tuple[int, int]]] = {
     "prefill": (prefill_task, prefill_candidates, (0, 0)), "decode": (decode_task, decode_candidates, (4, 384)),
     "ffn": (ffn_task, ffn_candidates, (16, 256)), "quiz": (quiz_task, quiz_candidates, (16, 256))}
 """Name -> task, candidates, and how many sequences of which length calibrate."""
+
+
+CONTROLS = {"token_sparse attention ": "token_sparse random ", "fasa ": "random ", "tokenselect ": "random ",
+            "stem ": "random layers stem ", "moe top_k ": "moe random router ", "moe relu ": "moe random router "}
+"""How the name of a candidate begins -> how that of its random control at the same budget does."""
+
+
+def against_random(results: Path) -> None:
+    """Fill in the paired difference between each candidate and its random control, from the journal.
+
+    Rows that were measured elsewhere (the journal is not kept with the CSV) stay as they are."""
+    journal = Journal(journal_path(results))
+    path = journal_path(results)
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    keys = {(line["name"], len(next(iter(line["stats"].values()), ()))): line["key"] for line in lines}
+    rows = read_rows(results)
+    scores = {"perplexity": perplexity, "accuracy": mean_percent}
+    for row in rows:
+        start = next((start for start in CONTROLS if row.candidate.startswith(start)), None)
+        if start is None or row.model != MODEL:
+            continue
+        names = [row.candidate, CONTROLS[start] + row.candidate.removeprefix(start)]
+        found = [keys.get((f"{row.model}/{row.task}/{name}", row.items)) for name in names]
+        if found[0] is None or found[1] is None:
+            continue
+        mine, other = (journal.entries[key].stats[row.metric] for key in found if key)
+        difference = compare(scores[row.metric], mine, [other])
+        row.random = row.random_min = row.random_max = scores[row.metric](other)
+        row.minus_random = difference.value
+        row.minus_random_low, row.minus_random_high = difference.low, difference.high
+        row.against_random = difference.verdict(row.higher_is_better)
+    write_rows(results, rows)
 
 
 # ------------------------------------------------------------------------------------------------------------- page
@@ -236,20 +294,25 @@ def markdown(rows: Sequence[EvalRow]) -> str:
     for task in dict.fromkeys(r.task for r in rows):
         mine = [r for r in rows if r.task == task]
         lines = [f"## {task}", "", f"{mine[0].items} items, {mine[0].metric}.", "",
-                 "| candidate | value [95 %] | minus dense [95 %] |", "|---|--:|--:|"]
+                 "| candidate | value [95 %] | minus dense [95 %] | minus random [95 %] |", "|---|--:|--:|--:|"]
         for r in mine:
             if r.value is None:
-                lines.append(f"| {r.candidate} | {r.status}: {r.reason} | |")
+                lines.append(f"| {r.candidate} | {r.status}: {r.reason} | | |")
                 continue
-            minus = "" if r.minus_dense is None else (
-                f"{r.minus_dense:+.3g} [{r.minus_dense_low:+.3g}, {r.minus_dense_high:+.3g}]")
-            lines.append(f"| {r.candidate} | {r.value:.4g} [{r.low:.4g}, {r.high:.4g}] | {minus} |")
+            lines.append(f"| {r.candidate} | {r.value:.4g} [{r.low:.4g}, {r.high:.4g}] | "
+                         f"{_minus(r.minus_dense, r.minus_dense_low, r.minus_dense_high)} | "
+                         f"{_minus(r.minus_random, r.minus_random_low, r.minus_random_high)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
 
+def _minus(value: float | None, low: float | None, high: float | None) -> str:
+    return "" if value is None else f"{value:+.3g} [{low:+.3g}, {high:+.3g}]"
+
+
 def page(results: Path, docs: Path | None) -> None:
     """Plot and tables from the CSV."""
+    against_random(results)
     rows = [r for r in read_rows(results) if r.model == MODEL]
     plot(results.with_suffix(".png"), rows)
     if docs is not None:
@@ -263,6 +326,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(GROUPS), help="comma-separated: " + ", ".join(GROUPS))
+    parser.add_argument("--missing", action="store_true", help="only candidates without a row in the CSV")
     parser.add_argument("--page", action="store_true", help="write the plot and the tables only")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
@@ -275,8 +339,12 @@ def main(argv: list[str] | None = None) -> int:
             make, candidates, (sequences, length) = GROUPS[name]
             task = make(model, tokenizer)
             data = language.calibration(tokenizer, sequences, length) if sequences else []
-            for one in candidates(model, data):  # one after the other: tables and experts of many would fill the memory
-                evaluate(model, [task], dict([one]), label=MODEL, with_controls=False,
+            known = {r.candidate for r in read_rows(options.results) if r.task == task.name and r.model == MODEL
+                     } if options.missing and options.results.exists() else ()
+            for title, made in candidates(model, data):  # one by one: tables and experts of many would fill the memory
+                if title in known:
+                    continue
+                evaluate(model, [task], {title: made()}, label=MODEL, with_controls=False,
                          results=options.results, progress=_progress)
     page(options.results, DOCS if options.results == RESULTS else None)
     print(options.results)

@@ -206,13 +206,32 @@ def experts_of(model: Any, params: MoeFromDense.Params, seen: dict[str, Seen]) -
 
 
 @torch.no_grad()
-def tables_of(model: Any, params: Stem.Params, seen: dict[str, Seen]) -> InPlace:
-    """Tables in the place of up-projections; ids without a row keep theirs."""
+def tables_of(model: Any, params: Stem.Params, seen: dict[str, Seen], random_layers: int | None = None,
+              random_rows: int | None = None, first_dense: bool = False) -> InPlace:
+    """Tables in the place of up-projections; ids without a row keep theirs.
+
+    Args:
+        random_layers: seed of a control: as many layers, drawn instead of chosen.
+        random_rows: seed of a control: every id reads the row of some other id.
+        first_dense: the first token of a text keeps its up-projection: it becomes the attention sink.
+    """
+    made = Stem(params).prepare(seen)
+    count = sum(bool(tensors) for tensors, _ in made.values())
+    if random_layers is not None:
+        drawn = torch.randperm(len(seen), generator=torch.Generator().manual_seed(random_layers))[:count].tolist()
+        made = Stem(params.model_copy(update={"convert": 1.0})).prepare({k: v for k, v in seen.items()
+                                                                         if int(k) in drawn})
     found: dict[int, FeedForward] = {}
-    for key, (tensors, _) in Stem(params).prepare(seen).items():
+    for key, (tensors, _) in made.items():
         if not tensors:
             continue
+        if random_rows is not None:
+            mixed = torch.randperm(len(tensors["table"]), generator=torch.Generator().manual_seed(random_rows))
+            tensors = {**tensors, "table": tensors["table"][mixed]}
+
         def run(x: Tensor, ids: Tensor, t: Any = tensors, mlp: Any = model.model.layers[int(key)].mlp) -> Tensor:
+            if first_dense:
+                ids = torch.cat([torch.full_like(ids[:, :1], -1), ids[:, 1:]], 1)
             missing = rows(ids, t["table"].shape[0], t["remap"]) < 0
             other = linear_where(x, mlp.up_proj.weight, None, missing)
             result: Tensor = mlp.down_proj(embedding_gate(mlp.gate_proj(x), t["table"], ids, "silu", t["remap"], other))
