@@ -268,19 +268,23 @@ def plot(path: Path, rows: Sequence[EvalRow]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    titles = {"after sparse prefill": "share of the tokens that a head keeps", "sparse decoding": "keys of a query",
-              "feed-forward": "share of neurons (layers for stem)"}
-    tasks = [t for t in titles if curves(rows, t)]
-    figure, axes = pyplot.subplots(1, max(1, len(tasks)), figsize=(4.6 * max(1, len(tasks)), 3.8), squeeze=False,
+    panels = [(task, kinds, label) for task, kinds, label in (
+        ("after sparse prefill", "", "share of the tokens that a head keeps (coverage: what it may lose)"),
+        ("sparse decoding", "", "keys of a query"), ("feed-forward", "moe", "share of the neurons that are active"),
+        ("feed-forward", "stem", "share of the layers with a table")) if curves(rows, task)]
+    figure, axes = pyplot.subplots(1, max(1, len(panels)), figsize=(4.4 * max(1, len(panels)), 3.8), squeeze=False,
                                    layout="constrained")
-    for ax, task in zip(axes[0], tasks, strict=False):
+    for ax, (task, kinds, label) in zip(axes[0], panels, strict=False):
         for kind, points in curves(rows, task).items():
+            if kinds not in kind:
+                continue
             xs, ys = [p[0] for p in points], [p[1].value or 0.0 for p in points]
             ax.plot(xs, ys, marker="o", markersize=4, label=kind, linestyle="--" if "random" in kind else "-")
         dense = next((r.value for r in rows if r.task == task and r.role == "dense"), None)
         if dense:
             ax.axhline(dense, color="0.5", linestyle=":", label="dense")
-        ax.set(xlabel=titles[task], ylabel="perplexity (log)", yscale="log", title=task)
+        ax.set(ylabel="perplexity (log)", yscale="log", title=task)
+        ax.set_xlabel(label, fontsize=8)
         if task == "sparse decoding":
             ax.set_xscale("log", base=2)
         ax.legend(fontsize=7)
