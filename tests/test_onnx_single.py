@@ -413,6 +413,16 @@ def test_encoders(tmp_path: Path, name: str, recipe_name: str | None) -> None:
     assert max(row.relative for row in report.parity) < 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit", "dinov2"])
+def test_encoders_that_merge_tokens(tmp_path: Path, name: str) -> None:
+    case = encoders_for_pruning.ENCODERS[name]()
+    report = tokcompile.export_onnx(case.model, case.inputs(2), tmp_path / "out", recipe="vit_merge_50",
+                                    axes={"pixel_values": {0: "batch_size"}})
+    assert [item["tokens"] for item in report.manifest["kept"][:2]] == [10, 7]
+    assert max(row.relative for row in report.parity) < 1e-5
+
+
 def test_every_kernel_says_how_it_lowers() -> None:
     """Found by name: a kernel without an ``onnx.py`` would be refused at export."""
     found = {str(op) for op in lowering.decompositions()}
