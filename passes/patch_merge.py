@@ -5,22 +5,28 @@
              mean -> layers on fewer tokens -> ...
 
 Likeness is the cosine of the keys of the last attention, averaged over heads. Patches with an even number may merge
-into patches with an odd number, and several into one, so a stage keeps at least half. Later layers attend to a merged
-patch as to any other: there is no bias by the number of patches in it, and a mean over the tokens that are left weighs
-each token once. Kept ratios are fixed, so shapes stay static; nothing is trained.
+into patches with an odd number, and several into one, so a stage keeps at least half. A merged token is the mean of all
+patches in it, and with ``size_bias`` later layers attend to it as to that many: the logarithm of the number is added to
+its logits. A mean that the model takes over the tokens that are left weighs each once. Kept ratios are fixed, so shapes
+stay static; nothing is trained.
 
-Source: bipartite matching of "Token Merging: Your ViT But Faster", ICLR 2023, arXiv 2210.09461 (there with sizes).
+Source: bipartite matching and proportional attention of "Token Merging: Your ViT But Faster", ICLR 2023, arXiv
+2210.09461.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, fx
 
+from tokcompile.attention_form import AttentionForm, read_attention
 from tokcompile.plan import Context
 from tokcompile.pruning import PatchParams, PatchSelection
-from tokcompile.regions.model import Layer
+from tokcompile.regions.model import Layer, Region
 from tokcompile.registry import register
 from tokcompile.selection import keep_mask, segment_positions
 
@@ -32,11 +38,27 @@ class PatchMerge(PatchSelection):
     name = "patch_merge"
 
     class Params(PatchParams):
+        size_bias: bool = Field(True, description="Attend to a merged token as to the number of patches in it.")
+
         @model_validator(mode="after")
         def _half(self) -> PatchMerge.Params:
             if any(not keep.is_count and 2 * keep.num < keep.den for keep in self.keep):
                 raise ValueError("a stage of patch_merge keeps at least half (0.5): use more stages")
             return self
+
+    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+        if self.params.size_bias:
+            for layer in region.layers:
+                if layer.attention is not None:
+                    self._form(ctx, layer.attention)
+        return super().apply(ctx, region)
+
+    def _form(self, ctx: Context, attention: Region) -> AttentionForm:
+        form = read_attention(ctx, attention)
+        if form.softcap or form.sink is not None or form.causal:
+            raise ctx.refuse(form.output, "attention with a soft cap, sinks or a causal order cannot be told how many "
+                                          "patches a token stands for; set size_bias: false")
+        return form
 
     def check_layer(self, ctx: Context, layer: Layer) -> None:
         if layer.attention is None:
@@ -47,18 +69,45 @@ class PatchMerge(PatchSelection):
         key = layer.attention.roles["key"]
         if key.meta["val"].dim() != 4:
             raise ctx.refuse(key, "attention with batch and heads flattened together gives no keys to compare")
-        return [key]
+        return [key, *ctx.shared.get((self, layer.output), ())]
 
     def score(self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int,
-              *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return merged(tokens, inputs[0].to(torch.float32).mean(1), segment, budget)
+              *inputs: Tensor) -> tuple[Tensor, ...]:
+        key, *sizes = inputs
+        return merged(tokens, key.to(torch.float32).mean(1), segment, budget, *sizes)
+
+    def below(self, ctx: Context, region: Region, layers: Sequence[Layer], kept: fx.Node, value: fx.Node) -> None:
+        sizes = ctx.emit(lambda size, index: size.gather(1, index), value, kept, before=ctx.after(value, kept))
+        ctx.shared[self, layers[-1].output] = (sizes,)  # the next stage goes on from these
+        for layer in layers:
+            if self.params.size_bias and layer.attention is not None:
+                _bias(ctx, self._form(ctx, layer.attention), sizes)
 
 
-def merged(tokens: Tensor, like: Tensor, segment: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
-    """``tokens [B, S, D]`` with what is to go averaged into what stays, and scores ``[B, S]``: larger is kept first.
+def _bias(ctx: Context, form: AttentionForm, sizes: fx.Node) -> None:
+    """Add the logarithm of ``sizes [B, S]`` to the logits of each key."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, sizes: Tensor, mask: Tensor | None = None) -> Tensor:
+        bias = torch.log(sizes).to(query.dtype)[:, None, None]
+        if mask is not None:
+            bias = bias.masked_fill(torch.logical_not(mask), float("-inf")) if mask.dtype == torch.bool else bias + mask
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, bias, scale=form.scale, enable_gqa=query.shape[1] != key.shape[1])
+
+    mask = () if form.mask is None else (form.mask,)
+    form.replace(ctx, attend, form.query, form.key, form.value, sizes, *mask)
+
+
+def merged(tokens: Tensor, like: Tensor, segment: Tensor, budget: Tensor,
+           sizes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Average what is to go into what stays.
 
     Args:
         tokens: ``[B, S, D]``. like: ``[B, S, E]``, compared by cosine. segment, budget: as in ``PatchSelection.score``.
+        sizes: fp32 ``[B, S]``, how many patches each token stands for; default: one.
+
+    Returns:
+        The new tokens; scores ``[B, S]``, larger is kept first; the new sizes (of those that go: as before).
     """
     like = like / (torch.linalg.vector_norm(like, dim=-1, keepdim=True) + 1e-8)
     odd = torch.remainder(segment_positions(segment), 2)
@@ -70,9 +119,12 @@ def merged(tokens: Tensor, like: Tensor, segment: Tensor, budget: Tensor) -> tup
     scores = torch.where(gives, -best, 2.0)
     goes = torch.logical_not(keep_mask(scores, segment, budget))
     goes = torch.logical_and(goes, gives)
-    weight = goes.to(torch.float32)
+    sizes = torch.ones_like(best) if sizes is None else sizes
+    given = torch.where(goes, sizes, 0.0)
     target = torch.where(goes, partner, index)
-    total = tokens.to(torch.float32).scatter_add(
-        1, target[..., None].expand_as(tokens), tokens.to(torch.float32) * weight[..., None])
-    members = torch.ones_like(weight).scatter_add(1, target, weight)
-    return torch.where((members > 1)[..., None], (total / members[..., None]).to(tokens.dtype), tokens), scores
+    weighed = tokens.to(torch.float32) * sizes[..., None]
+    total = weighed.scatter_add(
+        1, target[..., None].expand_as(tokens), tokens.to(torch.float32) * given[..., None])
+    members = sizes.scatter_add(1, target, given)
+    new = torch.where((members > sizes)[..., None], (total / members[..., None]).to(tokens.dtype), tokens)
+    return new, scores, members

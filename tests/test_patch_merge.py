@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,8 +17,10 @@ from tokcompile.recipes import Recipe
 from tokcompile.selection import keep_mask
 
 
-def by_hand(tokens: Tensor, like: Tensor, prefix: int, keep: int) -> tuple[Tensor, list[int]]:
-    """One row, in plain loops: ``tokens [S, D]``, ``like [S, E]`` -> (tokens that are left, places that went)."""
+def by_hand(tokens: Tensor, like: Tensor, prefix: int, keep: int,
+            sizes: Tensor | None = None) -> tuple[Tensor, list[int], Tensor]:
+    """One row, in plain loops: ``tokens [S, D]``, ``like [S, E]`` -> tokens that are left, places that went, sizes."""
+    sizes = torch.ones(len(tokens)) if sizes is None else sizes
     like = nn.functional.normalize(like, dim=-1)
     gives, takes = range(prefix, len(tokens), 2), range(prefix + 1, len(tokens), 2)
     pairs = []
@@ -24,13 +28,12 @@ def by_hand(tokens: Tensor, like: Tensor, prefix: int, keep: int) -> tuple[Tenso
         likest = max(takes, key=lambda b: (float(like[a] @ like[b]), -b))
         pairs.append((float(like[a] @ like[likest]), a, likest))
     pairs.sort(key=lambda pair: -pair[0])
-    groups = {b: [tokens[b]] for b in takes}
-    went = pairs[:len(tokens) - prefix - keep]
-    for _, a, b in went:
-        groups[b].append(tokens[a])
-    gone = sorted(a for _, a, _ in went)
-    left = [torch.stack(groups[i]).mean(0) if i in groups else tokens[i] for i in range(len(tokens)) if i not in gone]
-    return torch.stack(left), gone
+    groups = {i: [i] for i in range(len(tokens))}
+    for _, a, b in pairs[:len(tokens) - prefix - keep]:
+        groups[b] += groups.pop(a)
+    left = [sum(tokens[i] * sizes[i] for i in group) / sizes[group].sum() for group in groups.values()]
+    gone = [i for i in range(len(tokens)) if i not in groups]
+    return torch.stack(left), gone, torch.stack([sizes[group].sum() for group in groups.values()])
 
 
 @pytest.mark.parametrize(("prefix", "size", "keep"), [(0, 12, 6), (1, 17, 9), (2, 15, 7), (1, 9, 8)])
@@ -39,10 +42,10 @@ def test_the_likest_pairs_become_their_mean(prefix: int, size: int, keep: int) -
     tokens, like = torch.randn(3, size, 5, generator=generator), torch.randn(3, size, 4, generator=generator)
     segment = torch.where(torch.arange(size) >= prefix, 0, -1)[None].expand(3, size)
     budget = torch.where(segment >= 0, keep, 0)
-    new, scores = merged(tokens, like, segment, budget)
+    new, scores, _ = merged(tokens, like, segment, budget)
     kept = keep_mask(scores, segment, budget)
     for row in range(3):
-        wanted, gone = by_hand(tokens[row], like[row], prefix, keep)
+        wanted, gone, _ = by_hand(tokens[row], like[row], prefix, keep)
         assert torch.where(~kept[row])[0].tolist() == gone
         torch.testing.assert_close(new[row][kept[row]], wanted)
 
@@ -50,11 +53,21 @@ def test_the_likest_pairs_become_their_mean(prefix: int, size: int, keep: int) -
 def test_equal_patches_merge_into_the_first_partner() -> None:
     tokens = torch.arange(6.0)[None, :, None].repeat(1, 1, 2)
     segment, budget = torch.zeros(1, 6, dtype=torch.int64), torch.full((1, 6), 4)
-    new, scores = merged(tokens, torch.ones(1, 6, 3), segment, budget)
+    new, scores, sizes = merged(tokens, torch.ones(1, 6, 3), segment, budget)
     kept = keep_mask(scores, segment, budget)[0]
     # all are alike: 0 stays by the order of ties, 2 and 4 go to the first odd patch
     assert kept.tolist() == [True, True, False, True, False, True]
     assert new[0, kept, 0].tolist() == pytest.approx([0, (1 + 2 + 4) / 3, 3, 5])
+    assert sizes[0, kept].tolist() == [1, 3, 1, 1]
+
+
+def test_means_weigh_each_patch_once() -> None:
+    """Two stages: a token of three patches and one of two become the mean of five."""
+    tokens = torch.tensor([[[2.0], [7.0]]])
+    segment, budget = torch.zeros(1, 2, dtype=torch.int64), torch.full((1, 2), 1)
+    new, _, sizes = merged(tokens, torch.ones(1, 2, 3), segment, budget, torch.tensor([[3.0, 2.0]]))
+    assert new[0, 1, 0] == pytest.approx((3 * 2 + 2 * 7) / 5)
+    assert sizes[0, 1] == 5
 
 
 @pytest.fixture(scope="module")
@@ -69,30 +82,85 @@ def step(**params: object) -> dict[str, object]:
     return {"recipe_version": 1, "steps": [{"pass": "patch_merge", "params": params}]}
 
 
-def test_an_encoder_with_merged_patches_equals_the_same_by_hand(vit: nn.Module) -> None:
+class Biased(nn.Module):
+    """The attention of one layer as a function of its input, with a bias for each key."""
+
+    def __init__(self, attention: nn.Module, bias: Tensor) -> None:
+        super().__init__()
+        self.attention, self.bias = attention, bias
+
+    def forward(self, hidden: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        parts = {n.rsplit(".", 1)[-1]: m for n, m in self.attention.named_modules() if isinstance(m, nn.Linear)}
+        names = [("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("o_proj", "dense")]
+        q, k, v, o = (next(parts[n] for n in pair if n in parts) for pair in names)
+        query, key, value = (m(hidden).unflatten(-1, (4, 8)).transpose(1, 2) for m in (q, k, v))
+        weights = (query @ key.transpose(-1, -2) / 8**0.5 + self.bias[:, None, None]).softmax(-1)
+        return o((weights @ value).transpose(1, 2).flatten(2)), weights
+
+
+@pytest.mark.parametrize("size_bias", [False, True])
+def test_an_encoder_with_merged_patches_equals_the_same_by_hand(vit: nn.Module, size_bias: bool) -> None:
+    """Two stages, so that tokens of several patches merge again."""
     pixels = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(1))
     layers = list(vit.layers if hasattr(vit, "layers") else vit.encoder.layer)
-    keys: list[Tensor] = []
-    projection = next(m for n, m in layers[0].named_modules() if n.endswith(("k_proj", "key")))
-    hook = projection.register_forward_hook(lambda module, given, out: keys.append(out))
     with torch.no_grad():
-        stream = vit(pixel_values=pixels, output_hidden_states=True).hidden_states[1]
-        hook.remove()
-        like = keys[0].reshape(2, 37, 4, 8).mean(2)
-        wanted = torch.stack([by_hand(stream[row], like[row], 1, 20)[0] for row in range(2)])
-        for layer in layers[1:]:
-            wanted = layer(wanted)
-            wanted = wanted[0] if isinstance(wanted, tuple) else wanted
-        model = tokcompile.optimize(vit, step(keep=[20], at=[0.34]), lowering="eager")
-        torch.testing.assert_close(model(pixel_values=pixels).last_hidden_state, vit.layernorm(wanted),
+        stream = vit.embeddings(pixels)
+        sizes, like = torch.ones(2, stream.shape[1]), stream
+        for number, layer in enumerate(copy.deepcopy(layers)):
+            if number:
+                keep = (20, 12)[number - 1]
+                left = [by_hand(stream[row], like[row], 1, keep, sizes[row]) for row in range(2)]
+                stream, sizes = torch.stack([x for x, _, _ in left]), torch.stack([n for _, _, n in left])
+            if size_bias:
+                layer.attention = Biased(layer.attention, sizes.log())
+            keys: list[Tensor] = []
+            projection = next(m for n, m in layer.named_modules() if n.endswith(("k_proj", "key")))
+            hook = projection.register_forward_hook(lambda module, given, out, keys=keys: keys.append(out))
+            stream = layer(stream)
+            hook.remove()
+            stream = stream[0] if isinstance(stream, tuple) else stream
+            like = keys[0].unflatten(-1, (4, 8)).mean(2)
+        model = tokcompile.optimize(vit, step(keep=[20, 12], at=[0.34, 0.67], size_bias=size_bias), lowering="eager")
+        torch.testing.assert_close(model(pixel_values=pixels).last_hidden_state, vit.layernorm(stream),
                                    rtol=1e-5, atol=1e-5)
+    assert stream.shape[1] == 13
+    assert sizes.sum(1).tolist() == [37, 37]
 
 
 def test_keeping_all_changes_nothing(vit: nn.Module) -> None:
     pixels = torch.randn(2, 3, 48, 48)
     model = tokcompile.optimize(vit, step(keep=[1.0], at=[0.5]), lowering="eager")
     with torch.no_grad():
-        assert torch.equal(model(pixel_values=pixels).last_hidden_state, vit(pixel_values=pixels).last_hidden_state)
+        found, wanted = model(pixel_values=pixels).last_hidden_state, vit(pixel_values=pixels).last_hidden_state
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)  # a bias of 0 takes another attention kernel
+
+
+def test_a_bias_is_refused_where_it_cannot_be_added() -> None:
+    class Capped(nn.Module):
+        """Layers with a soft cap on their logits."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch = nn.Conv2d(3, 32, 8, 8)
+            self.layers = nn.ModuleList(nn.ModuleDict({
+                "norm": nn.LayerNorm(32), "qkv": nn.Linear(32, 96), "out": nn.Linear(32, 32),
+                "norm2": nn.LayerNorm(32), "up": nn.Linear(32, 64), "down": nn.Linear(64, 32)}) for _ in range(3))
+
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            x = self.patch(pixel_values).flatten(2).transpose(1, 2)
+            for layer in self.layers:
+                q, k, v = layer["qkv"](layer["norm"](x)).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+                weights = (torch.tanh(q @ k.transpose(-1, -2) / 8**0.5 / 30) * 30).softmax(-1)
+                x = x + layer["out"]((weights @ v).transpose(1, 2).flatten(2))
+                x = x + layer["down"](nn.functional.gelu(layer["up"](layer["norm2"](x))))
+            return x
+
+    torch.manual_seed(0)
+    model, pixels = Capped().eval(), torch.randn(2, 3, 48, 48)
+    with pytest.raises(tokcompile.NoMatchError, match=r"soft cap.*size_bias: false"):
+        tokcompile.optimize(model, step(keep=[0.5], at=[0.5]), lowering="eager")(pixel_values=pixels)
+    plain = tokcompile.optimize(model, step(keep=[0.5], at=[0.5], size_bias=False), lowering="eager")
+    assert plain(pixel_values=pixels).shape[1] == 18
 
 
 def test_less_than_half_in_one_stage_is_refused() -> None:

@@ -365,13 +365,16 @@ class Context:
         return node, ragged
 
     def cut(self, node: fx.Node, keep: fx.Node, size: Any, *, stack: str, layer: Layer | None, index: int,
-            ragged: bool = False, prefix: int = 0, suffix: int = 0, value: fx.Node | None = None) -> None:
+            ragged: bool = False, prefix: int = 0, suffix: int = 0, value: fx.Node | None = None) -> fx.Node:
         """Keep the tokens of ``node [B, S, D]`` where ``keep [B, S]`` is true, in ``size`` slots for each row.
 
         Args:
             value: ``[B, S, D]`` to take the kept tokens from instead of ``node`` (tokens that were merged, say).
             stack: name of the residual stream; later cuts of the same stack compose with this one.
             layer, index: the first layer below the cut, and its position in the stack.
+
+        Returns:
+            int64 ``[B, size]``: the kept positions of ``node``, ascending; -1 in empty slots.
         """
         from tokcompile.selection import keep_index
 
@@ -388,6 +391,7 @@ class Context:
         self._positions[stack] = total
         self.indices += [kept, total]
         self.kept.append(Kept(self.step, layer.path if layer else module_path(node), index, total))
+        return kept
 
     def surviving(self, values: fx.Node, stack: str, fill: bool, before: fx.Node) -> fx.Node:
         """bool ``[B, S]`` over the unpruned sequence -> over the tokens that the cuts of ``stack`` left."""

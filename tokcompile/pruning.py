@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,7 +37,16 @@ class VisualSelection(Pass):
             budget: int64 ``[B, S]``: how many tokens that image keeps.
 
         Returns:
-            ``[B, S]``, larger is kept first; or ``(new tokens, scores)`` for a method that changes tokens.
+            ``[B, S]``, larger is kept first; or ``(new tokens, scores)`` for a method that changes tokens, and one more
+            value for :meth:`below`.
+        """
+        raise NotImplementedError
+
+    def below(self, ctx: Context, region: Region, layers: Sequence[Layer], kept: fx.Node, value: fx.Node) -> None:
+        """Change the ``layers`` between a cut and the next one, when all of it is narrowed.
+
+        Args:
+            kept: int64 ``[B, K]``, the places of the tokens that are left. value: the third result of :meth:`score`.
         """
         raise NotImplementedError
 
@@ -104,7 +114,7 @@ class PatchSelection(Pass):
         return []
 
     def score(self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int,
-              *inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+              *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Score patches, in plain torch that can be traced.
 
         Args:
@@ -112,7 +122,16 @@ class PatchSelection(Pass):
             tokens in front. budget: int64 ``[B, S]``. stage: number of the layer that follows.
 
         Returns:
-            ``[B, S]``, larger is kept first; or ``(new tokens, scores)`` for a method that changes tokens.
+            ``[B, S]``, larger is kept first; or ``(new tokens, scores)`` for a method that changes tokens, and one more
+            value for :meth:`below`.
+        """
+        raise NotImplementedError
+
+    def below(self, ctx: Context, region: Region, layers: Sequence[Layer], kept: fx.Node, value: fx.Node) -> None:
+        """Change the ``layers`` between a cut and the next one, when all of it is narrowed.
+
+        Args:
+            kept: int64 ``[B, K]``, the places of the tokens that are left. value: the third result of :meth:`score`.
         """
         raise NotImplementedError
 
@@ -127,8 +146,8 @@ class PatchSelection(Pass):
             self.check_layer(ctx, region.layers[stage - 1])
             ctx.check(region.layers[stage - 1].output, prefix=front)
         counts = [_hint(region.layers[stages[0] - 1].output.meta["val"].shape[1])]
-        for stage, keep in zip(stages, self.params.keep, strict=True):
-            counts.append(self._cut(ctx, region, stage, keep, prefix, front))
+        for stage, end, keep in zip(stages, [*stages[1:], depth], self.params.keep, strict=True):
+            counts.append(self._cut(ctx, region, stage, end, keep, prefix, front))
         return {"tokens_before": counts[0], "tokens_after": counts[-1], "tokens_by_layer": dict(
             zip(stages, counts[1:], strict=True))}
 
@@ -148,24 +167,26 @@ class PatchSelection(Pass):
                                    "left to choose from")
         return front
 
-    def _cut(self, ctx: Context, region: Region, stage: int, keep: Budget, prefix: int, front: int) -> int:
+    def _cut(self, ctx: Context, region: Region, stage: int, end: int, keep: Budget, prefix: int, front: int) -> int:
         layer = region.layers[stage - 1]
         node, inputs = layer.output, self.inputs(ctx, layer, prefix)
 
-        def choose(x: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        def choose(x: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
             position = torch.arange(x.shape[1], device=x.device)
             segment = segments((position >= front)[None].expand(x.shape[0], x.shape[1]))
             budget = budgets_count(segment, keep.num) if keep.is_count else budgets(segment, keep.num, keep.den)
             result = self.score(x, segment, budget, prefix, stage, *inputs)
-            x, scores = result if isinstance(result, tuple) else (x, result)
-            return x, keep_mask(scores, segment, budget)
+            x, scores, *more = result if isinstance(result, tuple) else (x, result)
+            return x, keep_mask(scores, segment, budget), *more
 
-        tokens, kept = ctx.emit(choose, node, *inputs, before=ctx.after(node, *inputs))
+        tokens, mask, *more = ctx.emit(choose, node, *inputs, before=ctx.after(node, *inputs))
         count = node.meta["val"].shape[1]
         size: Any = keep.count(count - front) + front if isinstance(count, int) else ctx.emit(
             lambda x: keep.count(x.shape[1] - front) + front, node, before=ctx.after(node))
-        ctx.cut(node, kept, size, stack=region.path or "encoder", layer=region.layers[stage], index=stage,
-                prefix=front, value=None if tokens is node else tokens)
+        kept = ctx.cut(node, mask, size, stack=region.path or "encoder", layer=region.layers[stage], index=stage,
+                       prefix=front, value=None if tokens is node else tokens)
+        for value in more:
+            self.below(ctx, region, region.layers[stage:end], kept, value)
         return _hint(size)
 
 
