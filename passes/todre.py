@@ -4,7 +4,9 @@
     after    merge -> greedy diverse choice -> layer 0 .. l on fewer tokens -> drop visual -> layer l+1 .. on text
 
 Stage 1 chooses tokens one by one, each the least similar (cosine, in the embedding space of the language model) to
-those chosen before: ``max_sum`` looks at the sum of similarities, ``k_center`` at the largest one. Stage 2 removes
+those chosen before: ``max_sum`` looks at the sum of similarities, ``k_center`` at the largest one. ``herding``, an
+addition of this project, chooses instead so that the mean of the chosen stays near the mean of all: tokens that are
+many keep their share, background among them. Stage 2 removes
 every visual token from the output of a late layer: by then the text has read them (the paper finds 7/8 of the depth
 lossless, and less than 5 % of the attention on them). The drop is static: it does not depend on the input.
 
@@ -36,9 +38,10 @@ class ToDRE(VisualSelection):
     class Params(PassParams):
         keep: Budget = Field(description="Visual tokens kept of each image: a ratio in (0, 1], or a count.",
                              json_schema_extra=about(source="the paper uses 0.25 and 0.10"))
-        criterion: Literal["max_sum", "k_center"] = Field(
-            "max_sum", description="Least sum of similarities to the chosen tokens, or least largest one.",
-            json_schema_extra=about(source="max_sum: version 2 of the paper"))
+        criterion: Literal["max_sum", "k_center", "herding"] = Field(
+            "max_sum", description="Least sum of similarities to the chosen tokens, least largest one, or the "
+                                   "mean nearest to the mean of all.",
+            json_schema_extra=about(source="max_sum: version 2 of the paper; herding: not in the paper"))
         drop_layer: Annotated[float, Field(ge=0, le=1)] | Annotated[int, Field(ge=0)] | None = Field(
             0.875, description="Layer after which no visual token is left; null keeps them to the end.",
             json_schema_extra=about(unit="fraction of the depth, or layer number from 0", source="paper: 7/8"))

@@ -22,7 +22,7 @@ from tokcompile.kernels.greedy_select import (
 from tokcompile.kernels.greedy_select import triton as kernel
 from tokcompile.kernels.greedy_select.onnx import decomposition
 from tokcompile.kernels.greedy_select.op import _choose, greedy_select_host, supports
-from tokcompile.kernels.greedy_select.reference import NORM
+from tokcompile.kernels.greedy_select.reference import NORM, choose, mean_similarity
 
 
 def brute_force(features, segment, budget, criterion, pivot=None):
@@ -38,13 +38,18 @@ def brute_force(features, segment, budget, criterion, pivot=None):
             steps = min(int(budget[b, members[0]]), len(members))
             chosen = []
             for step in range(steps):
-                if step == 0 and pivot is None:
+                if step == 0 and pivot is None and criterion != "herding":
                     best = members[(len(members) - 1) // 2]
-                elif step == 0:
+                elif step == 0 and pivot is not None:
                     best = max(members, key=lambda i: (float(pivot[b, i]), -i))
                 else:
-                    def value(i, b=b, chosen=chosen):
-                        cosines = [sum(x * y for x, y in zip(tokens[b][i], tokens[b][c], strict=True)) for c in chosen]
+                    def value(i, b=b, chosen=chosen, members=members):
+                        def cosine(c):
+                            return sum(x * y for x, y in zip(tokens[b][i], tokens[b][c], strict=True))
+                        cosines = [cosine(c) for c in chosen]
+                        if criterion == "herding":
+                            mean = sum(cosine(c) for c in members) // len(members)
+                            return sum(cosines) - (len(chosen) + 1) * mean
                         return sum(cosines) if criterion == "max_sum" else max(cosines)
                     best = min((i for i in members if i not in chosen), key=lambda i: (value(i), i))
                 chosen.append(best)
@@ -88,12 +93,14 @@ def test_guessing_ahead_changes_nothing(seed, criterion, levels):
     generator = torch.Generator().manual_seed(seed)
     tokens = quantise(torch.randint(-levels, levels + 1, (60, 5), generator=generator).float())
     steps = int(torch.randint(1, 61, (1,), generator=generator))
-    plain = _choose(tokens, steps, criterion, 7)
+    mean = mean_similarity(tokens).numpy() if criterion == "herding" else None
+    plain = _choose(tokens, steps, criterion, 7, mean)
+    assert plain == choose(tokens, steps, criterion, 7)
     with pytest.MonkeyPatch.context() as patch:
         module = sys.modules[_choose.__module__]
         for name, value in (("_SMALL", 0), ("_AHEAD", 5), ("_POOL", 2)):
             patch.setattr(module, name, value)
-        assert _choose(tokens, steps, criterion, 7) == plain
+        assert _choose(tokens, steps, criterion, 7, mean) == plain
 
 
 def realistic(batch, length, width, seed=0):
@@ -107,7 +114,20 @@ def realistic(batch, length, width, seed=0):
     return tokens
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+def test_herding_brings_the_mean_of_the_chosen_to_the_mean_of_all():
+    tokens = torch.nn.functional.normalize(realistic(1, 256, 64)[0], dim=-1)
+    segment, budget = torch.zeros(1, 256, dtype=torch.int64), torch.full((1, 256), 26)
+
+    def distance(kept):
+        return float((tokens[kept].mean(0) - tokens.mean(0)).norm())
+
+    found = {c: distance(greedy_select(tokens[None], segment, budget, c)[0] < 26) for c in CRITERIA}
+    draws = [distance(torch.randperm(256, generator=torch.Generator().manual_seed(s))[:26]) for s in range(50)]
+    assert found["herding"] < 0.5 * min(draws)
+    assert found["herding"] < found["max_sum"] < found["k_center"]
+
+
+@pytest.mark.parametrize("criterion", ["max_sum", "k_center"])
 def test_quality_against_unrounded_cosines(criterion):
     """Rounding to integers costs nothing that the criterion can see: the objective is that of fp64 selection."""
     features, count = realistic(1, 300, 256), 30
@@ -303,8 +323,8 @@ def test_triton_compiles_for_gpus(capability, add, block):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature = {"similarity": "*fp32", "segment": "*i64", "budget": "*i64", "first": "*i64", "order": "*i64",
-                 "length": "i32", "ADD": "constexpr", "BLOCK": "constexpr"}
+    signature = {"similarity": "*fp32", "segment": "*i64", "budget": "*i64", "mean": "*i64", "first": "*i64",
+                 "order": "*i64", "length": "i32", "ADD": "constexpr", "BLOCK": "constexpr"}
     source = ASTSource(kernel.greedy_kernel, signature, constexprs={"ADD": add, "BLOCK": block})
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32),
                               options={"num_warps": kernel.warps(block)})

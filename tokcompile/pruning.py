@@ -37,16 +37,7 @@ class VisualSelection(Pass):
             budget: int64 ``[B, S]``: how many tokens that image keeps.
 
         Returns:
-            ``[B, S]``, larger is kept first; or ``(new tokens, scores)`` for a method that changes tokens, and one more
-            value for :meth:`below`.
-        """
-        raise NotImplementedError
-
-    def below(self, ctx: Context, region: Region, layers: Sequence[Layer], kept: fx.Node, value: fx.Node) -> None:
-        """Change the ``layers`` between a cut and the next one, when all of it is narrowed.
-
-        Args:
-            kept: int64 ``[B, K]``, the places of the tokens that are left. value: the third result of :meth:`score`.
+            ``[B, S]``, larger is kept first; or ``(new tokens, scores)`` for a method that changes tokens.
         """
         raise NotImplementedError
 

@@ -23,7 +23,7 @@ from torch._higher_order_ops.while_loop import while_loop
 
 from tokcompile.selection import segment_positions, segment_sizes
 
-from .reference import check_criterion, quantise
+from .reference import check_criterion, mean_in_segment, quantise
 from .triton import first_choices
 
 _STRIDE = 1 << 20  # longest row; a constant, because the exporter takes no symbolic number as a divisor
@@ -45,7 +45,7 @@ def decompose(
         features: float [B, S, D].
         segment: int64 [B, S], see ``tokcompile.selection.segments``.
         budget: int64 [B, S].
-        criterion: "max_sum" or "k_center".
+        criterion: "max_sum", "k_center" or "herding".
         pivot: float [B, S] or None.
         steps: None for a loop; else the number of unrolled steps, after which no more tokens are chosen.
 
@@ -61,7 +61,13 @@ def decompose(
     limit = torch.where(inside, torch.minimum(budget.gather(1, start), segment_sizes(segment)), 0)
     order = torch.zeros_like(segment) + segment.shape[1]
     none = torch.full_like(segment, _TAKEN)
-    score = torch.zeros_like(segment) if criterion == "max_sum" else torch.full_like(segment, -(1 << 30))
+    score = torch.zeros_like(segment)
+    if criterion == "herding":
+        mean = mean_in_segment(similarity, segment)
+        similarity, score = similarity - mean.to(torch.float32).unsqueeze(2), -mean  # below 2 ** 24: exact
+        pivot = mean.to(torch.float32) if pivot is None else pivot
+    elif criterion == "k_center":
+        score = torch.full_like(segment, -(1 << 30))
     # at each token: the next choice of its own segment
     choice = torch.where(inside, start + first_choices(segment, pivot), 0)
 
@@ -71,7 +77,7 @@ def decompose(
         taken = torch.logical_and(choice == index, limit > step)  # the limit of what is in no segment is 0
         free = torch.logical_and(free, torch.logical_not(taken))
         values = similarity.gather(2, choice.unsqueeze(-1)).squeeze(-1).to(torch.int64)
-        score = score + values if criterion == "max_sum" else torch.maximum(score, values)
+        score = torch.maximum(score, values) if criterion == "k_center" else score + values
         key = torch.where(free, score * _STRIDE + index, _TAKEN)
         smallest = none.scatter_reduce(1, slot, key, "amin", include_self=True).gather(1, slot)
         choice = torch.remainder(smallest, _STRIDE)  # 0 where nothing is left

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import triton as kernel
-from .reference import EPSILON, MAX_WIDTH, NORM, check_criterion, first_token
+from .reference import EPSILON, MAX_WIDTH, NORM, check_criterion, first_token, mean_similarity
 
 # Tuning of the host's loop; no influence on the result.
 _SMALL = 16 << 20  # bytes of tokens up to which one matrix-vector product per step is fastest
@@ -40,7 +40,7 @@ def greedy_select(
         features: float [B, S, D].
         segment: int64 [B, S].
         budget: int64 [B, S].
-        criterion: "max_sum" or "k_center".
+        criterion: "max_sum", "k_center" or "herding".
         pivot: float [B, S] or None.
 
     Returns:
@@ -113,9 +113,12 @@ def greedy_select_host(
                 continue
             low, high = int(members[0]), int(members[-1]) + 1
             tokens = features[row, low:high] if high - low == len(members) else features[row, members.tolist()]
-            first = first_token(len(members), None if pivots is None else pivots[row, members].tolist())
             with _without_mkldnn():
-                chosen = _choose(_quantise(tokens.detach().to("cpu", torch.float32)), steps, criterion, first)
+                tokens = _quantise(tokens.detach().to("cpu", torch.float32))
+                mean = mean_similarity(tokens).numpy() if criterion == "herding" else None
+                values = mean if pivots is None else pivots[row, members]
+                first = first_token(len(members), None if values is None else values.tolist())
+                chosen = _choose(tokens, steps, criterion, first, mean)
             order[row, members[chosen]] = np.arange(steps)
     return torch.from_numpy(order).to(segment.device)
 
@@ -145,15 +148,16 @@ def _quantise(tokens: Tensor) -> Tensor:
     return result
 
 
-def _choose(tokens: Tensor, steps: int, criterion: str, first: int) -> list[int]:
-    """As ``reference.choose``.
+def _choose(tokens: Tensor, steps: int, criterion: str, first: int, mean: np.ndarray | None = None) -> list[int]:
+    """As ``reference.choose``; ``mean`` is taken from each similarity.
 
     Products are torch's and not NumPy's: the threads of NumPy's BLAS go on spinning for a while after a product, and
     took 100 ms off the two cores that the language model (700 ms) then ran on.
     """
     size, small = len(tokens), tokens.numel() * tokens.element_size() <= _SMALL
-    combine = np.add if criterion == "max_sum" else np.maximum
-    score = np.zeros(size) if criterion == "max_sum" else np.full(size, -np.inf)  # integers: exact up to 2 ** 53
+    combine = np.maximum if criterion == "k_center" else np.add
+    mean = np.zeros(size) if mean is None else mean.astype(np.float64)
+    score = np.full(size, -np.inf) if criterion == "k_center" else -mean  # integers: exact up to 2 ** 53
     rows: dict[int, Tensor] = {}
     best, chosen = first, [first]
     while True:
@@ -161,11 +165,11 @@ def _choose(tokens: Tensor, steps: int, criterion: str, first: int) -> list[int]
             row = tokens @ tokens[best]
         else:
             if best not in rows:
-                ahead = _look_ahead(tokens, score, best, min(_AHEAD, steps - len(chosen) + 1), combine)
+                ahead = _look_ahead(tokens, score, best, min(_AHEAD, steps - len(chosen) + 1), combine, mean)
                 ahead = [place for place in ahead if place not in rows]
                 rows.update(zip(ahead, tokens[ahead] @ tokens.T, strict=True))
             row = rows[best]
-        combine(score, row.numpy(), out=score)
+        combine(score, row.numpy() - mean, out=score)
         score[best] = np.inf
         if len(chosen) == steps:
             return chosen
@@ -173,7 +177,8 @@ def _choose(tokens: Tensor, steps: int, criterion: str, first: int) -> list[int]
         chosen.append(best)
 
 
-def _look_ahead(tokens: Tensor, score: np.ndarray, best: int, steps: int, combine: np.ufunc) -> list[int]:
+def _look_ahead(tokens: Tensor, score: np.ndarray, best: int, steps: int, combine: np.ufunc,
+                mean: np.ndarray) -> list[int]:
     """``best`` and the choices after it, if all came from the tokens that have the smallest scores now.
 
     A guess: it decides only for which tokens similarities are computed together.
@@ -182,7 +187,7 @@ def _look_ahead(tokens: Tensor, score: np.ndarray, best: int, steps: int, combin
     pool = np.argpartition(score, size - 1)[:size]
     pool = np.concatenate([[best], pool[(pool != best) & (score[pool] < np.inf)]])
     some = tokens[pool.tolist()]
-    similarity = (some @ some.T).numpy()
+    similarity = (some @ some.T).numpy() - mean[pool]
     score, place, guess = score[pool], 0, [best]
     while len(guess) < min(steps, len(pool)):
         score = combine(score, similarity[place])

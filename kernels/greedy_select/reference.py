@@ -7,7 +7,11 @@ Two criteria over the cosine similarity of the tokens of one segment (an image, 
 * ``k_center`` (the max-min rule of DivPrune, CVPR 2025): next comes the token whose largest similarity to a chosen one
   is smallest, that is, whose smallest cosine distance is largest.
 
-Both are "add (or take the maximum with) one row of similarities, then take the smallest": equal values go to the lower
+* ``herding`` (kernel herding, Chen, Welling and Smola, UAI 2010; its use for visual tokens is this project's own): next
+  comes the token that brings the mean of the chosen ones nearest to the mean of all. From each similarity the mean
+  similarity of the token is taken, and ``max_sum`` of what is left follows; the first choice is the most typical token.
+
+All are "add (or take the maximum with) one row of similarities, then take the smallest": equal values go to the lower
 index.
 
 **Exact similarities.** A greedy rule amplifies rounding: one changed bit in one dot product may change every choice
@@ -30,7 +34,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CRITERIA = ("max_sum", "k_center")
+CRITERIA = ("max_sum", "k_center", "herding")
 
 #: Norm of a quantised token; single entries are integers of at most 11 bits.
 NORM = 2048.0
@@ -73,7 +77,8 @@ def greedy_select_reference(
         criterion: one of :data:`CRITERIA`.
         pivot: float [B, S] or None. The first choice in a segment is its token with the largest pivot (NaN counts as
             ``-inf``, ties: lower index); without pivot its middle token, the lower of two. ToDRE reports that the
-            choice of the first token hardly matters and takes the one with the largest class attention.
+            choice of the first token hardly matters and takes the one with the largest class attention. ``herding``
+            without pivot starts with the token of the largest mean similarity.
 
     Returns:
         int64 [B, S]: 0 for the first choice of a segment, 1 for the second, ...; S where never chosen.
@@ -85,6 +90,8 @@ def greedy_select_reference(
             members = [i for i, other in enumerate(segment[row].tolist()) if other == number]
             tokens = quantise(features[row, members].cpu())
             values = None if pivot is None else [float(pivot[row, i]) for i in members]
+            if criterion == "herding" and pivot is None:
+                values = mean_similarity(tokens).tolist()
             steps = min(int(budget[row, members[0]]), len(members))
             for step, chosen in enumerate(choose(tokens, steps, criterion, first_token(len(members), values))):
                 order[row, members[chosen]] = step
@@ -110,6 +117,19 @@ def isolation(features: Tensor, segment: Tensor) -> Tensor:
     return -torch.where(other, torch.matmul(tokens, tokens.transpose(1, 2)), -(2.0**25)).amax(dim=-1)
 
 
+def mean_similarity(tokens: Tensor) -> Tensor:
+    """int64 [n]: mean similarity of each quantised token [n, D] to all of them, rounded down; exact."""
+    tokens = tokens.to(torch.float64)  # sums stay below 2 ** 53
+    return torch.div((tokens @ tokens.sum(0)).to(torch.int64), len(tokens), rounding_mode="floor")
+
+
+def mean_in_segment(similarity: Tensor, segment: Tensor) -> Tensor:
+    """int64 [B, S]: as :func:`mean_similarity`, from the similarities [B, S, S] and segments [B, S] of whole rows."""
+    same = torch.logical_and(segment.unsqueeze(1) == segment.unsqueeze(2), (segment >= 0).unsqueeze(1))
+    total = torch.where(same, similarity, 0.0).to(torch.int64).sum(dim=2)
+    return torch.div(total, same.to(torch.int64).sum(dim=2).clamp(min=1), rounding_mode="floor")
+
+
 def first_token(size: int, values: list[float] | None = None) -> int:
     """Place of the first choice in a segment of ``size`` tokens with pivot ``values``."""
     if values is None:
@@ -131,7 +151,8 @@ def choose(tokens: Tensor, steps: int, criterion: str, first: int) -> list[int]:
         places in the order of choice.
     """
     check_criterion(criterion)
-    score = torch.full((len(tokens),), 0 if criterion == "max_sum" else -(1 << 40), dtype=torch.int64)
+    mean = mean_similarity(tokens) if criterion == "herding" else torch.zeros(len(tokens), dtype=torch.int64)
+    score = torch.full_like(mean, -(1 << 40)) if criterion == "k_center" else -mean
     free = torch.ones(len(tokens), dtype=torch.bool)
     chosen: list[int] = []
     while len(chosen) < steps:
@@ -139,7 +160,7 @@ def choose(tokens: Tensor, steps: int, criterion: str, first: int) -> list[int]:
         chosen.append(best)
         free[best] = False
         similarity = (tokens * tokens[best]).sum(dim=-1).to(torch.int64)
-        score = score + similarity if criterion == "max_sum" else torch.maximum(score, similarity)
+        score = torch.maximum(score, similarity) if criterion == "k_center" else score + (similarity - mean)
     return chosen
 
 

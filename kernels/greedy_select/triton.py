@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tokcompile.selection import rank_in_segment, segment_positions, segment_sizes
 
-from .reference import quantise
+from .reference import mean_in_segment, quantise
 
 try:
     import triton
@@ -45,10 +45,11 @@ if AVAILABLE:
         similarity,  # float32 [B, S, S], integers
         segment,  # int64 [B, S]
         budget,  # int64 [B, S]
+        mean,  # int64 [B, S]: taken from each similarity (0, but for herding)
         first,  # int64 [B, S]: place of the first choice within the segment, the same at all its tokens
         order,  # int64 [B, S]: result, filled with S
         length,  # S
-        ADD: tl.constexpr,  # True: max_sum, False: k_center
+        ADD: tl.constexpr,  # False: k_center
         BLOCK: tl.constexpr,  # power of two, at least the longest segment
     ):
         start = tl.program_id(0)
@@ -63,14 +64,18 @@ if AVAILABLE:
             steps = tl.minimum(tl.load(budget + base), tl.sum(inside.to(tl.int64)))
             best = tl.load(first + base)
             free = inside
-            score = tl.full([BLOCK], 0 if ADD else -1073741824, dtype=tl.int64)
+            if ADD:
+                typical = tl.load(mean + base + place, mask=inside, other=0)
+                score = -typical
+            else:
+                score = tl.full([BLOCK], -1073741824, dtype=tl.int64)
             for step in range(steps):
                 tl.store(order + base + best, step)
                 free = free & (place != best)
                 row_of_best = similarity + (base + best) * length + start
                 values = tl.load(row_of_best + place, mask=inside, other=0.0).to(tl.int64)
                 if ADD:
-                    score += values
+                    score += values - typical
                 else:
                     score = tl.maximum(score, values)
                 key = tl.where(free, score * BLOCK + place, 4611686018427387904)
@@ -97,11 +102,15 @@ def greedy_select_triton(
         return order
     tokens = quantise(features)
     similarity = torch.bmm(tokens, tokens.transpose(1, 2))
+    mean = torch.zeros_like(segment)
+    if criterion == "herding":
+        mean = mean_in_segment(similarity, segment)
+        pivot = mean.to(torch.float32) if pivot is None else pivot  # below 2 ** 24: exact
     first = first_choices(segment, pivot).contiguous()
     block = max(16, triton.next_power_of_2(length))
     greedy_kernel[(length, batch)](
-        similarity, segment, budget, first, order, length,
-        ADD=criterion == "max_sum", BLOCK=block, num_warps=warps(block),
+        similarity, segment, budget, mean, first, order, length,
+        ADD=criterion != "k_center", BLOCK=block, num_warps=warps(block),
     )
     return order
 
