@@ -103,7 +103,8 @@ def test_steps_for_one_kind_of_call_are_refused(tmp_path: Path, name: str, words
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vlm_prune_90", "vlm_prune_75", "vlm_cls_90", "vlm_random_90", "vlm_pool_90"])
+@pytest.mark.parametrize("name", ["vlm_prune_90", "vlm_prune_75", "vlm_herd_90", "vlm_cls_90", "vlm_random_90",
+                                  "vlm_pool_90"])
 def test_shipped_recipes_of_llava(tmp_path: Path, name: str) -> None:
     case = vlm.llava()
     report = tokcompile.export_onnx(case.model, case.inputs(batch=2, left_padding=2), tmp_path / "out", recipe=name)

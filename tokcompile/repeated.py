@@ -324,6 +324,8 @@ class _Compiled(nn.Module):
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         assert mode.shape_env is not None
         inputs = [[place.nodes[i].meta["val"] for place in form.places] for i in form.inputs]
+        if not all(isinstance(value, torch.Tensor) for values in inputs for value in values):
+            raise _NotShared
         # what a kernel does with its threads follows from the example: the largest place has most to lose
         elements = [sum(v.numel() for v in values) for values in zip(*inputs, strict=True)]
         sizes = _Sizes(mode.shape_env, elements.index(max(elements)) if elements else 0)
