@@ -560,7 +560,7 @@ def test_every_mistake_of_overrides_is_named():
         "override: steps[0].target.regon: unknown key (did you mean 'region'?)",
         "override: steps[0].params.keep: should be a ratio in (0, 1] or a whole number of tokens, found '10%'; "
         "write 0.1",
-        "override: steps[0].params.criterion: should be 'max_sum' or 'k_center', found 'k_centre' "
+        "override: steps[0].params.criterion: should be 'max_sum', 'k_center' or 'herding', found 'k_centre' "
         "(did you mean 'k_center'?)",
         "override: steps[0].params.drop_layer: should be less than or equal to 1, or a valid integer, found 1.5",
         "override: descripton: unknown key (did you mean 'description'?)",
@@ -628,7 +628,7 @@ def test_parameters_say_type_bounds_unit_default_and_source():
     keep, criterion, drop = pass_parameters("todre")
     assert (keep.type, keep.required, keep.unit) == (
         "ratio > 0, ≤ 1 or count ≥ 1", True, "share of the tokens, or tokens")  # fmt: skip
-    assert (criterion.type, criterion.default, criterion.required) == ("max_sum | k_center", "max_sum", False)
+    assert (criterion.type, criterion.default, criterion.required) == ("max_sum | k_center | herding", "max_sum", False)
     assert (drop.type, drop.default) == ("number ≥ 0, ≤ 1 or whole number ≥ 0 or null", 0.875)
     assert (drop.unit, drop.source) == ("fraction of the depth, or layer number from 0", "paper: 7/8")
     assert pass_source("todre").endswith("arXiv 2505.18757.")
