@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -40,7 +39,7 @@ from tokcompile.passes.moe_from_dense import MoeFromDense  # noqa: E402
 from tokcompile.passes.stem import Stem  # noqa: E402
 from tokcompile.passes.token_sparse import TokenSparse  # noqa: E402
 from tokcompile.passes.tokenselect import TokenSelect  # noqa: E402
-from tokcompile.quality_results import Journal, journal_path, write_rows  # noqa: E402
+from tokcompile.quality_results import Journal, difference_text, journal_path, write_rows  # noqa: E402
 
 RESULTS = HERE / "results" / "language.csv"
 DOCS = HERE.parent / "docs" / "language.md"
@@ -221,9 +220,8 @@ def against_random(results: Path) -> None:
 
     Rows that were measured elsewhere (the journal is not kept with the CSV) stay as they are."""
     journal = Journal(journal_path(results))
-    path = journal_path(results)
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    keys = {(line["name"], len(next(iter(line["stats"].values()), ()))): line["key"] for line in lines}
+    keys = {(journal.names[key], len(next(iter(measured.stats.values()), ()))): key
+            for key, measured in journal.entries.items()}
     rows = read_rows(results)
     scores = {"perplexity": perplexity, "accuracy": mean_percent}
     for row in rows:
@@ -304,14 +302,10 @@ def markdown(rows: Sequence[EvalRow]) -> str:
                 lines.append(f"| {r.candidate} | {r.status}: {r.reason} | | |")
                 continue
             lines.append(f"| {r.candidate} | {r.value:.4g} [{r.low:.4g}, {r.high:.4g}] | "
-                         f"{_minus(r.minus_dense, r.minus_dense_low, r.minus_dense_high)} | "
-                         f"{_minus(r.minus_random, r.minus_random_low, r.minus_random_high)} |")
+                         f"{difference_text(r.minus_dense, r.minus_dense_low, r.minus_dense_high)} | "
+                         f"{difference_text(r.minus_random, r.minus_random_low, r.minus_random_high)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
-
-
-def _minus(value: float | None, low: float | None, high: float | None) -> str:
-    return "" if value is None else f"{value:+.3g} [{low:+.3g}, {high:+.3g}]"
 
 
 def page(results: Path, docs: Path | None) -> None:

@@ -6,9 +6,9 @@
 Stage 1 chooses tokens one by one, each the least similar (cosine, in the embedding space of the language model) to
 those chosen before: ``max_sum`` looks at the sum of similarities, ``k_center`` at the largest one. ``herding``, an
 addition of this project, chooses instead so that the mean of the chosen stays near the mean of all: tokens that are
-many keep their share, background among them. Stage 2 removes
-every visual token from the output of a late layer: by then the text has read them (the paper finds 7/8 of the depth
-lossless, and less than 5 % of the attention on them). The drop is static: it does not depend on the input.
+many keep their share, background among them. Stage 2 removes every visual token from the output of a late layer: by
+then the text has read them (the paper finds 7/8 of the depth lossless, and less than 5 % of the attention on them). The
+drop is static: it does not depend on the input.
 
 Source: "ToDRE: Effective Visual Token Pruning via Token Diversity and Task Relevance", arXiv 2505.18757.
 """

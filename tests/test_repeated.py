@@ -14,6 +14,7 @@ import tokcompile
 from tests.pruning import close
 from tokcompile import lower, repeated
 from tokcompile.capture import Captured, fold_constants, from_dynamo
+from tokcompile.regions import find_regions
 from tokcompile.repeated import Form, compile_repeated
 
 
@@ -122,23 +123,16 @@ def test_inductor_runs_one_form_in_all_its_places(monkeypatch: pytest.MonkeyPatc
     assert len(compiled) == 4
 
 
-def captured_vit(**kwargs: Any) -> tuple[Captured, list[list[Any]]]:
-    """A dense ViT as it is captured, and its residual stream."""
-    found: list[Any] = []
+def capture(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Captured:
+    """``function`` as it is captured for fixed sizes."""
+    found: list[Captured] = []
 
     def backend(module: Any, _inputs: Any) -> Any:
-        def call(*args: Any) -> Any:
-            found.append(from_dynamo(module, args))
-            return module(*args)
-
-        return call
+        return lambda *given: (found.append(from_dynamo(module, given)), module(*given))[1]
 
     torch._dynamo.reset()
-    torch.compile(vit(), backend=backend, fullgraph=True, **kwargs)(pixel_values=torch.randn(2, 3, 48, 48))
-    from tokcompile.regions import find_regions
-
-    stacks = find_regions(found[0].graph).of("vision_encoder")
-    return found[0], [[s.layers[0].input, *(layer.output for layer in s.layers)] for s in stacks]
+    torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*args, **kwargs)
+    return found[0]
 
 
 def never(*_: Any) -> Any:
@@ -147,7 +141,9 @@ def never(*_: Any) -> Any:
 
 def test_a_dense_graph_stays_whole() -> None:
     with torch.no_grad():
-        captured, streams = captured_vit()
+        captured = capture(vit(), pixel_values=torch.randn(2, 3, 48, 48))
+        (stack,) = find_regions(captured.graph).of("vision_encoder")
+        streams = [[stack.layers[0].input, *(layer.output for layer in stack.layers)]]
         assert len(streams[0]) == 7
         assert compile_repeated(captured, streams, never) is None
 
@@ -165,11 +161,11 @@ def test_a_stage_of_one_token_stays_whole(monkeypatch: pytest.MonkeyPatch) -> No
     whole: list[Any] = []
     monkeypatch.setattr(lower, "_inductor", lambda module, *_: (whole.append(module), module)[1])
     torch.manual_seed(0)
-    same_as_eager_plain = Alternating().eval()
+    model = Alternating().eval()
     steps, pixels = recipe([0.01], [0.5]), torch.randn(2, 3, 48, 48)
     with torch.no_grad():
-        found = tokcompile.optimize(same_as_eager_plain, steps)(pixel_values=pixels)
-        close(found, tokcompile.optimize(same_as_eager_plain, steps, lowering="eager")(pixel_values=pixels))
+        found = tokcompile.optimize(model, steps)(pixel_values=pixels)
+        close(found, tokcompile.optimize(model, steps, lowering="eager")(pixel_values=pixels))
     assert found.shape[1] == 1
 
 
@@ -178,25 +174,15 @@ def test_constants_are_computed_once() -> None:
         place = torch.arange(x.shape[1]).cumsum(0).sort(descending=True).values
         return x + place.unsqueeze(0).expand(x.shape[0], -1) + torch.arange(x.shape[1])
 
-    found: list[Captured] = []
-
-    def backend(module: Any, _inputs: Any) -> Any:
-        def call(*args: Any) -> Any:
-            found.append(from_dynamo(module, args))
-            return module(*args)
-
-        return call
-
     x = torch.randn(2, 5)
     wanted = function(x)
-    torch._dynamo.reset()
-    torch.compile(function, backend=backend, dynamic=False)(x)
-    assert fold_constants(found[0]) == 1
-    left = [n.target for n in found[0].graph.nodes if n.op == "call_function"]
+    captured = capture(function, x)
+    assert fold_constants(captured) == 1
+    left = [n.target for n in captured.graph.nodes if n.op == "call_function"]
     assert torch.ops.aten.sort.default not in left
     assert torch.ops.aten.cumsum.default not in left
     assert torch.ops.aten.arange.default in left  # a single operation is made where it is used
-    (again,) = found[0].graph_module(x)
+    (again,) = captured.graph_module(x)
     assert torch.equal(again, wanted)
 
 
@@ -206,14 +192,8 @@ def test_what_is_written_to_is_no_constant() -> None:
         buffer.add_(x)
         return buffer
 
-    found: list[Captured] = []
-
-    def backend(module: Any, _inputs: Any) -> Any:
-        return lambda *args: (found.append(from_dynamo(module, args)), module(*args))[1]
-
-    torch._dynamo.reset()
-    torch.compile(function, backend=backend, dynamic=False)(torch.ones(2, 4))
-    assert fold_constants(found[0]) == 0
+    captured = capture(function, torch.ones(2, 4))
+    assert fold_constants(captured) == 0
     for _ in range(2):
-        (result,) = found[0].graph_module(torch.ones(2, 4))
+        (result,) = captured.graph_module(torch.ones(2, 4))
         assert torch.equal(result, torch.ones(2, 4))

@@ -114,7 +114,7 @@ class Evaluation:
             tokens = "" if r.tokens_before is None or r.tokens_after is None else \
                 f"{r.tokens_before:.0f} -> {r.tokens_after:.0f}"
             table.add_row(r.task, r.metric, r.candidate, tokens, _digits(r.value),
-                          *(_interval(getattr(r, n), getattr(r, f"{n}_low"), getattr(r, f"{n}_high"))
+                          *(difference_text(getattr(r, n), getattr(r, f"{n}_low"), getattr(r, f"{n}_high"))
                             for n in ("minus_dense", "minus_random", "minus_pool")))
         console = Console(file=io.StringIO(), width=160, color_system=None, markup=False, highlight=False)
         console.print(table)
@@ -154,7 +154,8 @@ def _digits(value: float | None) -> str:
     return "" if value is None else f"{value:.5g}"
 
 
-def _interval(value: float | None, low: float | None, high: float | None) -> str:
+def difference_text(value: float | None, low: float | None, high: float | None) -> str:
+    """``+1.5 [-0.3, +3.2]``; empty where nothing was compared."""
     return "" if value is None or low is None or high is None else f"{value:+.3g} [{low:+.3g}, {high:+.3g}]"
 
 
@@ -190,6 +191,7 @@ class Journal:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.entries: dict[str, Measured] = {}
+        self.names: dict[str, str] = {}  # key -> model/task/candidate
         if path is None or not path.exists():
             return
         for line in path.read_text().splitlines():
@@ -197,13 +199,14 @@ class Journal:
                 entry = json.loads(line)
             except json.JSONDecodeError:
                 continue  # a run was cut off while it wrote
+            self.names[entry["key"]] = entry["name"]
             stats = {k: np.asarray(v, dtype=np.float64) for k, v in entry.pop("stats").items()}
             known = {f.name for f in fields(Measured)}
             self.entries[entry["key"]] = Measured(stats, **{k: v for k, v in entry.items() if k in known})
 
     def add(self, key: str, name: str, measured: Measured) -> None:
         """Keep an entry; failures are kept for this run only, so that the next run tries again."""
-        self.entries[key] = measured
+        self.entries[key], self.names[key] = measured, name
         if self.path is None or measured.status == "failed":
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)

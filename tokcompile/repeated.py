@@ -45,10 +45,12 @@ class Place:
     """Where a form occurs.
 
     Attributes:
+        form: what occurs there.
         nodes: node of the form -> node of the graph.
         members: the operations of the graph that one call replaces.
     """
 
+    form: Form
     nodes: dict[fx.Node, fx.Node]
     members: set[fx.Node]
 
@@ -72,7 +74,7 @@ class Form:
     def __post_init__(self) -> None:
         inside = set(self.members)
         self.inputs = list(dict.fromkeys(n for m in self.members for n in m.all_input_nodes if n not in inside))
-        self.places.append(Place({n: n for n in (*self.inputs, *self.members)}, inside))
+        self.places.append(Place(self, {n: n for n in (*self.inputs, *self.members)}, inside))
 
     def match(self, results: Sequence[fx.Node]) -> Place | None:
         """The place that ends in ``results``; None if it is of another form."""
@@ -94,7 +96,7 @@ class Form:
         members = {found[m] for m in self.members if m in found}
         if len(members) < len(self.members) or any(found[i] in members for i in self.inputs):
             return None
-        return Place(found, members)
+        return Place(self, found, members)
 
     def numbers(self, place: Place) -> list[int]:
         """The integers among the arguments of the members, in a fixed order."""
@@ -122,9 +124,9 @@ def compile_repeated(captured: Captured, streams: Sequence[Sequence[fx.Node]],
     streams = [[n for n in stream if n in present] for stream in streams]
     if not any(len(stream) > 3 for stream in streams) or not _is_simple(captured):
         return None
-    propagate(captured)
     if not any(len({tuple(n.meta["val"].shape[:-1]) for n in stream}) > 1 for stream in streams):
         return None
+    propagate(captured)
     _spell_alike(graph)
     layers = _shared(part for stream in streams for part in _layers(graph, stream))
     layers = [form for form in layers if len(form.places) > 1]
@@ -132,14 +134,13 @@ def compile_repeated(captured: Captured, streams: Sequence[Sequence[fx.Node]],
     if order is None:
         return None
     between = _shared(((unit, _results(unit)) for unit in order if isinstance(unit, list)), keep_order=True)
-    owner = {id(place): form for form in (*layers, *between) for place in form.places}
     by_member = {n: place for form in between for place in form.places for n in place.members}
     calls = [by_member[unit[0]] if isinstance(unit, list) else unit for unit in order]
     try:
-        runs = {form: _Compiled(form, compiler) for form in dict.fromkeys(owner[id(place)] for place in calls)}
+        runs = {form: _Compiled(form, compiler) for form in dict.fromkeys(place.form for place in calls)}
     except _NotShared:
         return None
-    return _assemble(captured, [(runs[owner[id(place)]], place) for place in calls])
+    return _assemble(captured, [(runs[place.form], place) for place in calls])
 
 
 # ------------------------------------------------------------------------------------------------- finding the parts
@@ -212,12 +213,12 @@ def _schedule(graph: fx.Graph, forms: Sequence[Form]) -> list[Place | list[fx.No
     """Calls and the operations between them, each as late as it can be; None when calls would wait for each other."""
     position = {n: i for i, n in enumerate(graph.nodes)}
     places = sorted((p for f in forms for p in f.places), key=lambda p: max(position[n] for n in p.members))
-    inputs = {id(p): [p.nodes[i] for i in f.inputs] for f in forms for p in f.places}
     inside = {n for p in places for n in p.members}
     done = {n for n in graph.nodes if n.op in ("placeholder", "get_attr")}
     order: list[Place | list[fx.Node]] = []
     for place in (*places, None):
-        wanted = graph.output_node().all_input_nodes if place is None else inputs[id(place)]
+        wanted = graph.output_node().all_input_nodes if place is None else [
+            place.nodes[i] for i in place.form.inputs]
         before = sorted((ancestors(wanted) | set(wanted)) - done, key=position.__getitem__)
         if inside.intersection(before):
             return None

@@ -1,6 +1,6 @@
 """Greedy selection of diverse tokens: the definition, in plain torch.
 
-Two criteria over the cosine similarity of the tokens of one segment (an image, a tile, a frame):
+Three criteria over the cosine similarity of the tokens of one segment (an image, a tile, a frame):
 
 * ``max_sum`` (ToDRE, arXiv 2505.18757): next comes the token with the smallest *cumulative* similarity to the chosen
   ones.
