@@ -2,13 +2,13 @@
 
     before   [class | patches] -> layer 0 .. L-1
     after    [class | patches] -> layers -> each even patch finds its likest odd one -> the likest pairs become their
-             mean -> layers on fewer tokens -> ...
+             mean -> layers on fewer tokens -> ... -> each patch takes the token it is in
 
 Likeness is the cosine of the keys of the last attention, averaged over heads. Patches with an even number may merge
 into patches with an odd number, and several into one, so a stage keeps at least half. A merged token is the mean of all
 patches in it, and with ``size_bias`` later layers attend to it as to that many: the logarithm of the number is added to
-its logits. A mean that the model takes over the tokens that are left weighs each once. Kept ratios are fixed, so shapes
-stay static; nothing is trained.
+its logits. With ``restore`` what leaves the layers has all patches, each with the token it is in: maps keep their grid,
+and a mean over patches weighs each of them once. Kept ratios are fixed, so shapes stay static; nothing is trained.
 
 Source: bipartite matching and proportional attention of "Token Merging: Your ViT But Faster", ICLR 2023, arXiv
 2210.09461.
@@ -39,6 +39,8 @@ class PatchMerge(PatchSelection):
 
     class Params(PatchParams):
         size_bias: bool = Field(True, description="Attend to a merged token as to the number of patches in it.")
+        restore: bool = Field(True, description="Give each patch the token it is in where tokens leave the layers; "
+                                                "else fewer tokens leave.")
 
         @model_validator(mode="after")
         def _half(self) -> PatchMerge.Params:
@@ -76,8 +78,8 @@ class PatchMerge(PatchSelection):
         key, *sizes = inputs
         return merged(tokens, key.to(torch.float32).mean(1), segment, budget, *sizes)
 
-    def below(self, ctx: Context, region: Region, layers: Sequence[Layer], kept: fx.Node, value: fx.Node) -> None:
-        sizes = ctx.emit(lambda size, index: size.gather(1, index), value, kept, before=ctx.after(value, kept))
+    def below(self, ctx: Context, region: Region, layers: Sequence[Layer], kept: fx.Node, *values: fx.Node) -> None:
+        sizes = ctx.emit(lambda size, index: size.gather(1, index), *values, kept, before=ctx.after(*values, kept))
         ctx.shared[self, layers[-1].output] = (sizes,)  # the next stage goes on from these
         for layer in layers:
             if self.params.size_bias and layer.attention is not None:
@@ -99,7 +101,7 @@ def _bias(ctx: Context, form: AttentionForm, sizes: fx.Node) -> None:
 
 
 def merged(tokens: Tensor, like: Tensor, segment: Tensor, budget: Tensor,
-           sizes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+           sizes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Average what is to go into what stays.
 
     Args:
@@ -107,7 +109,8 @@ def merged(tokens: Tensor, like: Tensor, segment: Tensor, budget: Tensor,
         sizes: fp32 ``[B, S]``, how many patches each token stands for; default: one.
 
     Returns:
-        The new tokens; scores ``[B, S]``, larger is kept first; the new sizes (of those that go: as before).
+        The new tokens; scores ``[B, S]``, larger is kept first; int64 ``[B, S]``, the place of the token that each is
+        in; the new sizes (of those that go: as before).
     """
     like = like / (torch.linalg.vector_norm(like, dim=-1, keepdim=True) + 1e-8)
     odd = torch.remainder(segment_positions(segment), 2)
@@ -127,4 +130,4 @@ def merged(tokens: Tensor, like: Tensor, segment: Tensor, budget: Tensor,
         1, target[..., None].expand_as(tokens), tokens.to(torch.float32) * given[..., None])
     members = sizes.scatter_add(1, target, given)
     new = torch.where((members > sizes)[..., None], (total / members[..., None]).to(tokens.dtype), tokens)
-    return new, scores, members
+    return new, scores, target, members

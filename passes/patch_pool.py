@@ -8,6 +8,7 @@ Consecutive patches (along the rows of the image) are averaged in the residual s
 
 from __future__ import annotations
 
+from pydantic import Field
 from torch import Tensor
 
 from tokcompile.pruning import PatchParams, PatchSelection
@@ -22,8 +23,8 @@ class PatchPool(PatchSelection):
     name = "patch_pool"
 
     class Params(PatchParams):
-        pass
+        restore: bool = Field(False, description="Give each patch the token it is in where tokens leave the layers.")
 
     def score(self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int,
-              *inputs: Tensor) -> tuple[Tensor, Tensor]:
+              *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return pooled(tokens, segment, budget)

@@ -27,4 +27,4 @@ class Pool(VisualSelection):
         keep: Budget = Field(description="Groups of each image: a ratio of its tokens in (0, 1], or a count.")
 
     def score(self, tokens: Tensor, segment: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
-        return pooled(tokens, segment, budget)
+        return pooled(tokens, segment, budget)[:2]

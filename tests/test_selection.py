@@ -157,7 +157,7 @@ def test_pooled(visual, num, den):
     x = torch.randn(*visual.shape, 3)
     segment = selection.segments(visual)
     budget = selection.budgets(segment, num, den)
-    pooled, scores = selection.pooled(x, segment, budget)
+    pooled, scores, into = selection.pooled(x, segment, budget)
     keep = selection.keep_mask(scores, segment, budget)
     assert torch.equal(keep & visual, scores.bool())
     assert torch.equal(pooled[~visual], x[~visual])
@@ -169,6 +169,8 @@ def test_pooled(visual, num, den):
             assert [at for at in run if keep[b, at]] == winners
             for group, winner in zip(groups, winners, strict=True):
                 torch.testing.assert_close(pooled[b, winner], x[b, group].mean(dim=0))
+                assert into[b, group].tolist() == [winner] * len(group)
+    assert torch.equal(into[~visual], torch.arange(visual.shape[1]).expand_as(into)[~visual])
     if num == den:
         assert torch.equal(pooled, x)
 

@@ -47,6 +47,7 @@ aten = torch.ops.aten
 HELD = torch.ops.tokcompile.held.default
 RULES[HELD] = held_rule
 RULES[torch.ops.tokcompile.feature_scores.default] = marker_rule
+RULES[torch.ops.tokcompile.restored.default] = marker_rule
 
 
 @dataclass(eq=False)

@@ -5,6 +5,7 @@
 ``logical``  the keys (or values) of a cache layer that lost tokens, seen at their unpruned length. The model's own
              code, which knows nothing of pruning, then computes positions and masks that are right. Rewriting
              replaces it by the shorter tensor; run as it is, it raises.
+``restored`` tokens that leave a stack of layers which will lose some, and that are to be as many as before.
 ``feature_scores``, ``visual_scores``  where scores of image features leave the graph of the image encoder, and where
              they enter that of the language model. In between they travel as one more column of the features.
 """
@@ -59,3 +60,14 @@ def visual_scores(scores: torch.Tensor) -> torch.Tensor:
 @visual_scores.register_fake
 def _(scores: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(scores, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("tokcompile::restored", mutates_args=())
+def restored(tokens: torch.Tensor) -> torch.Tensor:
+    """``tokens [B, S, D]``; stands for them while the layers above are narrowed."""
+    return tokens.clone()
+
+
+@restored.register_fake
+def _(tokens: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tokens)

@@ -9,6 +9,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, fx
 
+from tokcompile.capture import ancestors
+from tokcompile.errors import NarrowError
 from tokcompile.plan import Context, Pass
 from tokcompile.recipes import Budget
 from tokcompile.regions.model import Layer, Region
@@ -90,11 +92,13 @@ class PatchParams(PassParams):
 class PatchSelection(Pass):
     """Keeps a budget of the patches at a few depths of a vision encoder. Class and register tokens always stay.
 
-        before   [class | patches] -> layer 0 .. L-1
-        after    [class | patches] -> layers -> score -> keep -> layers on fewer tokens -> ...
+        before   [class | patches] -> layer 0 .. L-1 -> head
+        after    [class | patches] -> layers -> score -> keep -> layers on fewer tokens -> ... -> head
+        restored                                                 ... -> each patch takes the token it is in -> head
 
     A method is a subclass with parameters (:class:`PatchParams`) and :meth:`score`, and :meth:`inputs` where it reads
-    more than the tokens. Kept ratios are fixed, so shapes stay static.
+    more than the tokens. Kept ratios are fixed, so shapes stay static. A method that puts several patches into one
+    token can have a parameter ``restore``: what leaves the layers has all patches then.
     """
 
     regions = "vision_encoder"
@@ -113,18 +117,18 @@ class PatchSelection(Pass):
             tokens in front. budget: int64 ``[B, S]``. stage: number of the layer that follows.
 
         Returns:
-            ``[B, S]``, larger is kept first; or ``(new tokens, scores)`` for a method that changes tokens, and one more
-            value for :meth:`below`.
+            ``[B, S]``, larger is kept first; or ``(new tokens, scores)`` for a method that changes tokens; or, for one
+            that puts patches into others, ``(new tokens, scores, into)`` and what :meth:`below` gets: ``into`` int64
+            ``[B, S]`` is the place, in this sequence, of the kept token that a token is part of afterwards.
         """
         raise NotImplementedError
 
-    def below(self, ctx: Context, region: Region, layers: Sequence[Layer], kept: fx.Node, value: fx.Node) -> None:
+    def below(self, ctx: Context, region: Region, layers: Sequence[Layer], kept: fx.Node, *values: fx.Node) -> None:
         """Change the ``layers`` between a cut and the next one, when all of it is narrowed.
 
         Args:
-            kept: int64 ``[B, K]``, the places of the tokens that are left. value: the third result of :meth:`score`.
+            kept: int64 ``[B, K]``, the places of the tokens that are left. values: what :meth:`score` gave for this.
         """
-        raise NotImplementedError
 
     def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
         depth, prefix = len(region.layers), int(region.shapes.get("prefix", 0))
@@ -133,14 +137,24 @@ class PatchSelection(Pass):
             raise ctx.refuse(region.roles["tokens"], f"{len(stages)} stages do not fit into {depth} layers; give "
                                                      "fewer, or depths further apart")
         front = self._front(ctx, region.layers[stages[0] - 1].output, prefix)
-        for stage in stages:
-            self.check_layer(ctx, region.layers[stage - 1])
-            ctx.check(region.layers[stage - 1].output, prefix=front)
+        restored = _Restored(ctx, region, stages[0]) if getattr(self.params, "restore", False) else None
+        try:
+            for stage in stages:
+                self.check_layer(ctx, region.layers[stage - 1])
+                ctx.check(region.layers[stage - 1].output, prefix=front)
+        except NarrowError:
+            if restored is not None:
+                restored.take_back()
+            raise
         counts = [_hint(region.layers[stages[0] - 1].output.meta["val"].shape[1])]
         for stage, end, keep in zip(stages, [*stages[1:], depth], self.params.keep, strict=True):
-            counts.append(self._cut(ctx, region, stage, end, keep, prefix, front))
-        return {"tokens_before": counts[0], "tokens_after": counts[-1], "tokens_by_layer": dict(
-            zip(stages, counts[1:], strict=True))}
+            counts.append(self._cut(ctx, region, stage, end, keep, prefix, front, restored))
+        details = {"tokens_before": counts[0], "tokens_after": counts[-1],
+                   "tokens_by_layer": dict(zip(stages, counts[1:], strict=True))}
+        if restored is not None:
+            restored.finish()
+            details["restored_to"] = counts[0]
+        return details
 
     def check_layer(self, ctx: Context, layer: Layer) -> None:
         """Refuse a layer that cannot be scored, before anything is cut."""
@@ -158,7 +172,8 @@ class PatchSelection(Pass):
                                    "left to choose from")
         return front
 
-    def _cut(self, ctx: Context, region: Region, stage: int, end: int, keep: Budget, prefix: int, front: int) -> int:
+    def _cut(self, ctx: Context, region: Region, stage: int, end: int, keep: Budget, prefix: int, front: int,
+             restored: _Restored | None) -> int:
         layer = region.layers[stage - 1]
         node, inputs = layer.output, self.inputs(ctx, layer, prefix)
 
@@ -176,9 +191,66 @@ class PatchSelection(Pass):
             lambda x: keep.count(x.shape[1] - front) + front, node, before=ctx.after(node))
         kept = ctx.cut(node, mask, size, stack=region.path or "encoder", layer=region.layers[stage], index=stage,
                        prefix=front, value=None if tokens is node else tokens)
-        for value in more:
-            self.below(ctx, region, region.layers[stage:end], kept, value)
+        if more:
+            into, *values = more
+            self.below(ctx, region, region.layers[stage:end], kept, *values)
+            if restored is not None:
+                restored.stage(kept, into, range(stage, end))
         return _hint(size)
+
+
+class _Restored:
+    """What leaves a stack of layers below a cut, with all the tokens that there were above it.
+
+    Marks stand in for it while the graph is narrowed, so that what follows is left as it is; then each token that was
+    there takes the value of the token that it is part of.
+    """
+
+    def __init__(self, ctx: Context, region: Region, first: int) -> None:
+        self.ctx = ctx
+        self.place: fx.Node | None = None
+        self.places: dict[int, fx.Node] = {}
+        self.marks: dict[int, fx.Node] = {}
+        last = region.layers[-1].output
+        inside = {*ancestors([last]), last}
+        for index in range(first - 1, len(region.layers)):  # the value at the first cut is read before it
+            value = region.layers[index].output
+            leaving = [user for user in value.users if user not in inside]
+            if leaving:
+                with ctx.captured.graph.inserting_after(value):
+                    mark = ctx.captured.graph.call_function(torch.ops.tokcompile.restored.default, (value,))
+                mark.meta = dict(value.meta)
+                for user in leaving:
+                    user.replace_input_with(value, mark)
+                self.marks[index] = mark
+
+    def take_back(self) -> None:
+        """Leave the graph as it was."""
+        for mark in self.marks.values():
+            mark.replace_all_uses_with(mark.all_input_nodes[0])
+            self.ctx.captured.graph.erase_node(mark)
+
+    def stage(self, kept: fx.Node, into: fx.Node, layers: range) -> None:
+        """Follow the tokens over a cut, for what leaves ``layers``: see :meth:`PatchSelection.score`."""
+
+        def place(kept: Tensor, into: Tensor, *before: Tensor) -> Tensor:
+            slot = torch.arange(kept.shape[1], device=kept.device)[None].expand_as(kept)
+            now = torch.zeros_like(into).scatter(1, kept, slot).gather(1, into)
+            return now.gather(1, before[0]) if before else now
+
+        before = [] if self.place is None else [self.place]
+        self.place = self.ctx.emit(place, kept, into, *before, before=self.ctx.after(kept, into, *before))
+        self.places |= dict.fromkeys(layers, self.place)
+
+    def finish(self) -> None:
+        """Put the values in place of the marks."""
+        for index, mark in self.marks.items():
+            (full,) = mark.all_input_nodes
+            if index in self.places:
+                full = self.ctx.emit(lambda v, i: v.gather(1, i.unsqueeze(-1).expand(-1, -1, v.shape[2])), full,
+                                     self.places[index], before=self.ctx.after(full, self.places[index]))
+            mark.replace_all_uses_with(full)
+            self.ctx.captured.graph.erase_node(mark)
 
 
 def drop_visual(ctx: Context, merge: Region, stack: Region, layer: int) -> dict[str, Any]:

@@ -209,7 +209,7 @@ def _fifth_power(x: Tensor) -> Tensor:
     return torch.remainder(torch.remainder(square * square, _PRIME) * x, _PRIME)
 
 
-def pooled(x: Tensor, segment: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
+def pooled(x: Tensor, segment: Tensor, budget: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Average pooling as a baseline for token selection.
 
     The ``n`` tokens of a segment fall into ``k = budget`` groups of consecutive tokens (token ``i`` into group
@@ -222,7 +222,8 @@ def pooled(x: Tensor, segment: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
         budget: int64 [B, S]; equal within a segment.
 
     Returns:
-        (``x`` with the means, same dtype; float32 [B, S] scores, 1 at the tokens to keep and 0 elsewhere).
+        (``x`` with the means, same dtype; float32 [B, S] scores, 1 at the tokens to keep and 0 elsewhere; int64 [B, S]
+        the place of the token that holds the mean of each).
     """
     inside = segment >= 0
     index, place = _index(segment), segment_positions(segment)
@@ -236,7 +237,8 @@ def pooled(x: Tensor, segment: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
     members = (last - first + 1).unsqueeze(-1)
     chosen = torch.logical_and(inside, middle == index)
     mean = (total / members.to(torch.float32)).to(x.dtype)
-    return torch.where(torch.logical_and(chosen.unsqueeze(-1), members > 1), mean, x), chosen.to(torch.float32)
+    new = torch.where(torch.logical_and(chosen.unsqueeze(-1), members > 1), mean, x)
+    return new, chosen.to(torch.float32), middle
 
 
 def row_attention(

@@ -604,5 +604,5 @@ def held_rule(self: Follower, node: fx.Node) -> Any:
 
 
 def marker_rule(self: Follower, node: fx.Node) -> Any:
-    """A marker that only reads: it narrows nothing."""
+    """A marker that only reads, or gives all tokens back: what follows is not narrowed."""
     return None

@@ -161,8 +161,8 @@ def stamps_task(limit: int | None = None) -> Task:
 def saliency_task(count: int = 60) -> Task:
     """Agreement of the saliency map with the dense model's, where dropped patches count as background.
 
-    The decoder wants a full grid, so patches that were dropped are filled with the nearest kept one. The figure is
-    the correlation of the two maps. No labels: fidelity, not accuracy.
+    The decoder wants a full grid, so patches that were dropped and not restored are filled with the nearest kept one.
+    The figure is the correlation of the two maps. No labels: fidelity, not accuracy.
     """
     import tokcompile
     from tokcompile.stages import SESSION
@@ -181,7 +181,7 @@ def saliency_task(count: int = 60) -> Task:
         else:
             hidden = model(pixel_values=image).last_hidden_state
         patches = hidden[:, 1:]
-        if kept is not None:
+        if kept is not None and patches.shape[1] < len(places):
             index = torch.as_tensor(kept)[1:] - 1
             apart = (places[:, None] - places[index][None]).double().norm(dim=-1)
             patches = patches[:, apart.argmin(1)]
