@@ -15,7 +15,7 @@ from tests.pruning import close
 from tokcompile import lower, repeated
 from tokcompile.capture import Captured, fold_constants, from_dynamo
 from tokcompile.regions import find_regions
-from tokcompile.repeated import Form, compile_repeated
+from tokcompile.repeated import Form, WholeError, compile_repeated
 
 
 def recipe(keep: Sequence[float], at: Sequence[float], name: str = "class_attention") -> dict[str, Any]:
@@ -51,7 +51,9 @@ def layers_of(forms: Sequence[Form]) -> list[int]:
 
 def same_as_eager(model: nn.Module, steps: dict[str, Any], pixels: Tensor) -> None:
     with torch.no_grad():
-        found = tokcompile.optimize(model, steps)(pixel_values=pixels).last_hidden_state
+        changed = tokcompile.optimize(model, steps)
+        found = changed(pixel_values=pixels).last_hidden_state
+        assert " parts, called in " in tokcompile.report(changed).stages[-1].compiled
         wanted = tokcompile.optimize(model, steps, lowering="eager")(pixel_values=pixels).last_hidden_state
     close(found, wanted)
 
@@ -145,7 +147,8 @@ def test_a_dense_graph_stays_whole() -> None:
         (stack,) = find_regions(captured.graph).of("vision_encoder")
         streams = [[stack.layers[0].input, *(layer.output for layer in stack.layers)]]
         assert len(streams[0]) == 7
-        assert compile_repeated(captured, streams, never) is None
+        with pytest.raises(WholeError, match="no stack of layers loses tokens"):
+            compile_repeated(captured, streams, never)
 
 
 def test_with_gradients_the_graph_stays_whole(forms: list[Form], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +156,7 @@ def test_with_gradients_the_graph_stays_whole(forms: list[Form], monkeypatch: py
     model = tokcompile.optimize(vit(), recipe([0.5], [0.5]))
     model(pixel_values=torch.randn(2, 3, 48, 48)).last_hidden_state.sum().backward()
     assert not forms
+    assert tokcompile.report(model).stages[-1].compiled == "as a whole: gradients are asked for"
     assert all(p.grad is not None for n, p in model.named_parameters() if "layer" in n)
 
 
@@ -164,9 +168,11 @@ def test_a_stage_of_one_token_stays_whole(monkeypatch: pytest.MonkeyPatch) -> No
     model = Alternating().eval()
     steps, pixels = recipe([0.01], [0.5]), torch.randn(2, 3, 48, 48)
     with torch.no_grad():
-        found = tokcompile.optimize(model, steps)(pixel_values=pixels)
+        changed = tokcompile.optimize(model, steps)
+        found = changed(pixel_values=pixels)
         close(found, tokcompile.optimize(model, steps, lowering="eager")(pixel_values=pixels))
     assert found.shape[1] == 1
+    assert tokcompile.report(changed).stages[-1].compiled == "as a whole: a stage has less than two tokens"
 
 
 def test_constants_are_computed_once() -> None:

@@ -246,10 +246,11 @@ def _stages(report: Report) -> Raw | None:
         return None
     rows = [tag("tr", tag("td", stage.name), tag("td", "yes" if stage.captured else "no"),
                 tag("td", stage.nodes if stage.captured else "", class_="num"),
-                tag("td", f"{stage.seconds:.2f}" if stage.captured else "", class_="num"), tag("td", stage.reason))
+                tag("td", f"{stage.seconds:.2f}" if stage.captured else "", class_="num"),
+                tag("td", stage.compiled if stage.captured else stage.reason))
             for stage in report.stages]
     head = tag("tr", *(tag("th", name, class_="num" if name in ("nodes", "seconds") else None)
-                       for name in ("stage", "captured", "nodes", "seconds", "reason")))
+                       for name in ("stage", "captured", "nodes", "seconds", "compiled, or why not")))
     return tag("section", tag("h2", "Graphs"), tag("div", tag("table", head, *rows), class_="card"))
 
 

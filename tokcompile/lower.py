@@ -15,24 +15,27 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from tokcompile.capture import Captured
 from tokcompile.cpu_linear import choose_linears
-from tokcompile.repeated import compile_repeated
+from tokcompile.repeated import WholeError, compile_repeated
 
 LOWERINGS = ("inductor", "eager")
 
 
-def lower(captured: Captured, lowering: str, streams: Sequence[Sequence[fx.Node]] = ()) -> Callable[..., Any]:
-    """Compile ``captured``; the result takes the values of its placeholders and returns a flat sequence.
+def lower(captured: Captured, lowering: str,
+          streams: Sequence[Sequence[fx.Node]] = ()) -> tuple[Callable[..., Any], str]:
+    """Compile ``captured``: -> what takes the values of its placeholders and returns a flat sequence, and how it was
+    compiled, in words.
 
     Args:
         streams: the residual streams of its stacks of layers, see :func:`compile_repeated`.
     """
     if lowering == "eager":
-        return captured.graph_module
+        return captured.graph_module, lowering
     choose_linears(captured)
-    run = compile_repeated(captured, streams, _inductor)
-    if run is not None:
-        return run
-    return _inductor(captured.graph_module, [node.meta["val"] for node in captured.placeholders], captured.fake_mode)
+    try:
+        return compile_repeated(captured, streams, _inductor)
+    except WholeError as error:
+        values = [node.meta["val"] for node in captured.placeholders]
+        return _inductor(captured.graph_module, values, captured.fake_mode), f"as a whole: {error}"
 
 
 def _inductor(graph_module: fx.GraphModule, values: list[Any], mode: FakeTensorMode) -> Callable[..., Any]:

@@ -36,8 +36,8 @@ aten = torch.ops.aten
 Compiler = Callable[[fx.GraphModule, list[Any], FakeTensorMode], Callable[..., Any]]
 
 
-class _NotShared(Exception):
-    """A form cannot be compiled for all its places at once."""
+class WholeError(Exception):
+    """The graph is better compiled as a whole; says why."""
 
 
 @dataclass(eq=False)
@@ -109,7 +109,7 @@ class Form:
 
 
 def compile_repeated(captured: Captured, streams: Sequence[Sequence[fx.Node]],
-                     compiler: Compiler) -> Callable[..., Any] | None:
+                     compiler: Compiler) -> tuple[Callable[..., Any], str]:
     """Compile ``captured`` part by part, parts of one form together.
 
     Args:
@@ -117,48 +117,45 @@ def compile_repeated(captured: Captured, streams: Sequence[Sequence[fx.Node]],
             detection found them. Those that are no longer in the graph are passed over.
 
     Returns:
-        What runs the graph; None when it is better compiled as a whole.
+        What runs the graph, and a line about it for the report.
+
+    Raises:
+        WholeError: the graph is better compiled as a whole.
     """
     graph = captured.graph
     present = set(graph.nodes)
     streams = [[n for n in stream if n in present] for stream in streams]
-    if not any(len(stream) > 3 for stream in streams) or not _is_simple(captured):
-        return None
-    if not any(len({tuple(n.meta["val"].shape[:-1]) for n in stream}) > 1 for stream in streams):
-        return None
+    if not any(len({tuple(n.meta["val"].shape[:-1]) for n in stream}) > 1 for stream in streams if len(stream) > 3):
+        raise WholeError("no stack of layers loses tokens")
+    _check_simple(captured)
     propagate(captured)
     _spell_alike(graph)
     layers = _shared(part for stream in streams for part in _layers(graph, stream))
     layers = [form for form in layers if len(form.places) > 1]
     order = _schedule(graph, layers)
-    if order is None:
-        return None
     between = _shared(((unit, _results(unit)) for unit in order if isinstance(unit, list)), keep_order=True)
     by_member = {n: place for form in between for place in form.places for n in place.members}
     calls = [by_member[unit[0]] if isinstance(unit, list) else unit for unit in order]
-    try:
-        runs = {form: _Compiled(form, compiler) for form in dict.fromkeys(place.form for place in calls)}
-    except _NotShared:
-        return None
-    return _assemble(captured, [(runs[place.form], place) for place in calls])
+    runs = {form: _Compiled(form, compiler) for form in dict.fromkeys(place.form for place in calls)}
+    run = _assemble(captured, [(runs[place.form], place) for place in calls])
+    return run, f"{len(runs)} parts, called in {len(calls)} places"
 
 
 # ------------------------------------------------------------------------------------------------- finding the parts
 
 
-def _is_simple(captured: Captured) -> bool:
-    """All sizes are numbers, nothing is changed in place, and no gradient will be asked for."""
+def _check_simple(captured: Captured) -> None:
+    """Raise unless all sizes are numbers, nothing is changed in place, and no gradient will be asked for."""
     for node in captured.graph.nodes:
         if node.op == "placeholder":
             value = node.meta["val"]
             if not isinstance(value, torch.Tensor) or any(isinstance(s, torch.SymInt) for s in value.shape):
-                return False
+                raise WholeError("its sizes are symbols")
             if value.requires_grad and torch.is_grad_enabled():
-                return False
+                raise WholeError("gradients are asked for")
         elif node.op not in ("get_attr", "output") and node.target is not operator.getitem and not (
                 isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable):
-            return False
-    return True
+            raise WholeError(f"{node.name} may change a value in place")
 
 
 #: Different words for one thing; narrowing may have replaced one by another below a cut.
@@ -209,8 +206,12 @@ def _results(members: Sequence[fx.Node]) -> list[fx.Node]:
     return [n for n in members if any(user not in inside for user in n.users)]
 
 
-def _schedule(graph: fx.Graph, forms: Sequence[Form]) -> list[Place | list[fx.Node]] | None:
-    """Calls and the operations between them, each as late as it can be; None when calls would wait for each other."""
+def _schedule(graph: fx.Graph, forms: Sequence[Form]) -> list[Place | list[fx.Node]]:
+    """Calls and the operations between them, each as late as it can be.
+
+    Raises:
+        WholeError: calls would wait for each other.
+    """
     position = {n: i for i, n in enumerate(graph.nodes)}
     places = sorted((p for f in forms for p in f.places), key=lambda p: max(position[n] for n in p.members))
     inside = {n for p in places for n in p.members}
@@ -221,7 +222,7 @@ def _schedule(graph: fx.Graph, forms: Sequence[Form]) -> list[Place | list[fx.No
             place.nodes[i] for i in place.form.inputs]
         before = sorted((ancestors(wanted) | set(wanted)) - done, key=position.__getitem__)
         if inside.intersection(before):
-            return None
+            raise WholeError("layers read values of each other")
         if before:
             order.append(before)
             done.update(before)
@@ -295,7 +296,7 @@ class _Sizes:
             if all(v % b == 0 for v, b in pairs) and len({v // b for v, b in pairs}) == 1:
                 return symbol * (values[0] // base[0])
         if min(values) < 2:
-            raise _NotShared  # Inductor treats 0 and 1 apart
+            raise WholeError("a stage has less than two tokens")  # Inductor treats 0 and 1 apart
         self.symbols[values] = self.env.create_symbol(
             values[self.example], ConstantSource(f"size_{len(self.symbols)}"), dynamic_dim=DimDynamic.DYNAMIC)
         return self.symbols[values]
@@ -326,7 +327,7 @@ class _Compiled(nn.Module):
         assert mode.shape_env is not None
         inputs = [[place.nodes[i].meta["val"] for place in form.places] for i in form.inputs]
         if not all(isinstance(value, torch.Tensor) for values in inputs for value in values):
-            raise _NotShared
+            raise WholeError("a part takes something that is no tensor")
         # what a kernel does with its threads follows from the example: the largest place has most to lose
         elements = [sum(v.numel() for v in values) for values in zip(*inputs, strict=True)]
         sizes = _Sizes(mode.shape_env, elements.index(max(elements)) if elements else 0)
@@ -344,7 +345,7 @@ class _Compiled(nn.Module):
             self.dense.append(strides is None)
             strides = _strides([t.contiguous() for t in tensors], shape) if strides is None else strides
             if strides is None:
-                raise _NotShared
+                raise WholeError("a value lies in memory in another order from place to place")
             strides = [sizes.value(s) for s in strides]
             shape = [sizes.value(s) for s in shape]
             with mode:
@@ -355,7 +356,7 @@ class _Compiled(nn.Module):
             node.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
         self.run = compiler(fx.GraphModule(nn.Module(), graph), values, mode)
         if not sizes.hold():
-            raise _NotShared
+            raise WholeError("compiling a part for all its sizes put conditions on them")
 
     def _write(self, graph: fx.Graph, local: dict[fx.Node, fx.Node], sizes: _Sizes,
                sources: dict[sympy.Symbol, tuple[fx.Node, int]], values: list[Any]) -> None:

@@ -67,6 +67,7 @@ class StageReport:
         captured: whether it runs as a graph; if not, it runs uncompiled and ``reason`` says why.
         nodes: nodes of the graph after the rewrite.
         seconds: time to capture, rewrite and lower it.
+        compiled: how: "eager", part by part, or as a whole and why.
     """
 
     name: str
@@ -74,6 +75,7 @@ class StageReport:
     reason: str = ""
     nodes: int = 0
     seconds: float = 0.0
+    compiled: str = ""
 
 
 @dataclass
@@ -280,9 +282,9 @@ def _steps_table(steps: list[StepReport]) -> Table:
 
 
 def _stages_table(stages: list[StageReport]) -> Table:
-    table = _table("\nStages", "stage", "captured", "nodes", "seconds")
+    table = _table("\nStages", "stage", "captured", "nodes", "seconds", "compiled")
     for stage in stages:
-        seen = (str(stage.nodes), f"{stage.seconds:.2f}") if stage.captured else ("", "")
+        seen = (str(stage.nodes), f"{stage.seconds:.2f}", stage.compiled) if stage.captured else ("", "", "")
         table.add_row(stage.name, "yes" if stage.captured else "no", *seen)
     return table
 

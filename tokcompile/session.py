@@ -490,11 +490,11 @@ class CompiledGraph:
             fold_constants(captured)
         if session.lowering == "eager":
             propagate(captured)  # Inductor traces the graph anyway, and so derives every shape
-        run = lower(captured, session.lowering, ctx.streams)
+        run, compiled = lower(captured, session.lowering, ctx.streams)
         variant = Variant(run, Guard(captured), ctx.sizes, ctx.ragged, ctx.kept, prologue, inputs, session.prepared)
         self.variants.append(variant)
         session.report.stages.append(StageReport(
-            name=self.stage, captured=True, reason="", nodes=len(captured.graph.nodes),
+            name=self.stage, captured=True, nodes=len(captured.graph.nodes), compiled=compiled,
             seconds=time.perf_counter() - started))
         return variant
 
