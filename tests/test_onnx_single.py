@@ -417,7 +417,9 @@ def test_encoders(tmp_path: Path, name: str, recipe_name: str | None) -> None:
 @pytest.mark.parametrize("name", ["vit", "dinov2"])
 def test_encoders_that_merge_tokens(tmp_path: Path, name: str) -> None:
     case = encoders_for_pruning.ENCODERS[name]()
-    report = tokcompile.export_onnx(case.model, case.inputs(2), tmp_path / "out", recipe="vit_merge_50",
+    recipe = {"recipe_version": 1, "steps": [
+        {"pass": "patch_merge", "params": {"keep": [0.56, 0.56, 0.56], "at": [0.25, 0.5, 0.75]}}]}
+    report = tokcompile.export_onnx(case.model, case.inputs(2), tmp_path / "out", recipe=recipe,
                                     axes={"pixel_values": {0: "batch_size"}})
     assert [item["tokens"] for item in report.manifest["kept"][:2]] == [10, 7]
     assert max(row.relative for row in report.parity) < 1e-5
