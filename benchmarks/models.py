@@ -112,7 +112,7 @@ def vit_ratio(model: Dinov2Model, size: int, keep: Sequence[float], at: Sequence
     """FLOPs dense / pruned: ``keep`` of the patches at each depth of ``at`` (a fraction)."""
     layers, count = model.config.num_hidden_layers, (size // model.config.patch_size) ** 2 + 1
     tokens, dense = [], [count] * layers
-    stages = {round(a * layers): k for a, k in zip(at, keep, strict=True)}
+    stages = {max(1, round(a * layers)): k for a, k in zip(at, keep, strict=True)}
     for i in range(layers):
         if i in stages:
             count = 1 - (-(count - 1) * round(stages[i] * 1000) // 1000)

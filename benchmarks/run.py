@@ -10,7 +10,7 @@ models to see that everything runs; its times mean nothing.
 
 ========  =============================================================================================================
 vlm       prefill of a LLaVA with the text tower of Qwen2-0.5B: 576 image and 64 text tokens, 90 % of the image dropped
-vit       ViT-S/14 at 224 px, random weights, batch 8 and 1, 30 % and 50 % of the FLOPs dropped
+vit       ViT-S/14 at 224 px, random weights, batch 8 and 1, 30 % and 50 % of the FLOPs dropped, or merged away
 compile   wall time of the first call: optimize against torch.compile, nothing cached
 detect    time to capture a 32-layer Llama, and to find its regions
 onnx      pruned against dense files in onnxruntime: the ViT at batch 8, and the prefill of a VLM with fewer layers
@@ -86,8 +86,13 @@ def _vlm_name(quick: bool) -> str:
     return "tiny LLaVA" if quick else "LLaVA, Qwen2-0.5B text"
 
 
+#: Recipe -> share of the patches kept at each of its depths, and the depths.
+VIT = {"vit_prune_30": (0.78, (0.25, 0.5, 0.75)), "vit_prune_50": (0.56, (0.25, 0.5, 0.75)),
+       "vit_merge_50": (0.725, (0.08, 0.25, 0.42))}
+
+
 def bench_vit(quick: bool, repeats: int, load: float | None) -> list[harness.Row]:
-    """Encoder with patches dropped inside."""
+    """Encoder with patches dropped or merged inside."""
     import tokcompile
 
     model, size, name = models.vit(quick), 56 if quick else 224, _vit_name(quick)
@@ -98,17 +103,17 @@ def bench_vit(quick: bool, repeats: int, load: float | None) -> list[harness.Row
         plain = torch.compile(model)
         calls: dict[str, Callable[[], Any]] = {harness.BASELINE: lambda m=plain, x=pixels: m(pixel_values=x)}
         optimized = {}
-        for recipe in ("vit_prune_30", "vit_prune_50"):
+        for recipe in VIT:
             optimized[recipe] = tokcompile.optimize(model, recipe=recipe)
             calls[recipe] = lambda m=optimized[recipe], x=pixels: m(pixel_values=x)
         times = harness.interleaved(calls, repeats * (4 if batch == 1 else 1))
         tokens, base = (size // 14) ** 2 + 1, times[harness.BASELINE]
         rows.append(harness.row("vit", name, harness.BASELINE, base, batch=batch, tokens=tokens, load=load))
-        for recipe, keep in (("vit_prune_30", 0.78), ("vit_prune_50", 0.56)):
+        for recipe, (keep, at) in VIT.items():
             rows.append(harness.row(
                 "vit", name, recipe, times[recipe], batch=batch, tokens=tokens, baseline=base, load=load,
                 flop_ratio=tokcompile.report(optimized[recipe]).steps[0].flop_ratio,
-                formula=models.vit_ratio(model, size, [keep] * 3, [0.25, 0.5, 0.75])))
+                formula=models.vit_ratio(model, size, [keep] * 3, at)))
     return rows
 
 
