@@ -181,27 +181,36 @@ def stem_candidates(model: Any, seen: Any, shares: Sequence[float] = (0.1, 0.25,
 
 def moe_candidates(model: Any, seen: Any,
                    budgets: Sequence[tuple[float, int]] = ((0.875, 4), (0.75, 3), (0.5, 1))) -> Candidates:
-    """Routers at each share of the neurons; controls: a random router, and a random split with one."""
+    """Routers at each share of the neurons; CMoE's split and router; controls: a random router on either split, a
+    random split with one, and the neurons of most energy for all tokens."""
+    cmoe = {"split": "activity", "choice": "analytic", "rounds": 1}
     kinds: dict[str, dict[str, Any]] = {"top_k": {}, "relu": {"router": "relu"},
                                         "random router": {"choice": "random"},
+                                        "cmoe top_k": cmoe, "cmoe relu": {**cmoe, "router": "relu"},
+                                        "cmoe random router": {**cmoe, "choice": "random"},
+                                        "cmoe split fitted router": {**cmoe, "choice": "fitted"},
                                         "random split and router": {"choice": "random", "split": "random"}}
     for share, active in budgets:
         for name, more in kinds.items():
             params = MoeFromDense.Params(experts=8, shared=3, active=active, gate="off", **more)
             yield f"moe {name} {share}", partial(in_place.experts_of, model, params, seen)
+        yield f"moe fixed neurons {share}", partial(in_place.fixed_neurons_of, model, share, seen)
 
 
 def quiz_candidates(model: Any, data: Calibration) -> Candidates:
-    """Every kind at one or more budgets, small ones: a prompt has some 60 tokens."""
+    """Every kind at two or more budgets, small ones: a prompt has some 60 tokens."""
     seen = in_place.observed(model, data, MoeFromDense.Params(), Stem.Params())
     for name, one in moe_candidates(model, seen):
-        if name.startswith("moe top_k") or name == "moe random router 0.75":
+        if name.startswith(("moe top_k", "moe relu", "moe random router", "moe cmoe top_k", "moe fixed")):
             yield name, one
-    yield "stem layers=0.1", partial(in_place.tables_of, model, Stem.Params(convert=0.1), seen)
-    for select in ("attention", "random"):
-        params = TokenSparse.Params(keep=0.25, select=select, window=8, least=0)
-        yield f"token_sparse {select} keep=0.25", partial(in_place.sparse_prefill_of, model, params)
-    yield from decode_candidates(model, data[:4], (16,))
+    for name, one in stem_candidates(model, seen, (0.1, 0.25)):
+        if "rows" not in name:
+            yield name, one
+    for share in (0.25, 0.5):
+        for select in ("attention", "random"):
+            params = TokenSparse.Params(keep=share, select=select, window=8, least=0)
+            yield f"token_sparse {select} keep={share}", partial(in_place.sparse_prefill_of, model, params)
+    yield from decode_candidates(model, data[:4], (16, 32))
 
 
 GROUPS: dict[str, tuple[Callable[[Any, Any], Task], Callable[[Any, Calibration], Candidates], tuple[int, int]]] = {
@@ -211,7 +220,8 @@ GROUPS: dict[str, tuple[Callable[[Any, Any], Task], Callable[[Any, Calibration],
 
 
 CONTROLS = {"token_sparse attention ": "token_sparse random ", "fasa ": "random ", "tokenselect ": "random ",
-            "stem ": "random layers stem ", "moe top_k ": "moe random router ", "moe relu ": "moe random router "}
+            "stem ": "random layers stem ", "moe top_k ": "moe random router ", "moe relu ": "moe random router ",
+            "moe cmoe top_k ": "moe cmoe random router ", "moe cmoe relu ": "moe cmoe random router "}
 """How the name of a candidate begins -> how that of its random control at the same budget does."""
 
 

@@ -18,8 +18,9 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -31,7 +32,7 @@ from quality import language  # noqa: E402
 from quality.text_data import articles  # noqa: E402
 
 import tokcompile  # noqa: E402
-from tokcompile.distillation import token_losses  # noqa: E402
+from tokcompile.distillation import SsToken, TokenChoice, token_losses  # noqa: E402
 from tokcompile.recipes import Recipe  # noqa: E402
 from tokcompile.state import NAMESPACE  # noqa: E402
 
@@ -46,19 +47,28 @@ Items = list[dict[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe, what of it is trained, and how fast. ``params`` replaces those of its only step."""
+    """A recipe, what of it is trained, how fast, at which positions, and towards what (the dense model, or as a control
+    the tokens of the text alone). ``params`` replaces those of its only step."""
 
     recipe: str
     lr: float
     params: dict[str, Any] = field(default_factory=dict)
     trainable: tuple[str, ...] = ("prepared",)
+    tokens: str | TokenChoice = "all"
+    labels: bool = False
 
 
 _TABLES = ("prepared", "converted gate_proj", "converted down_proj")
 _EXPERTS = {"gate": "off"}  # eager experts of a small model are slower than its dense layers, which would then stay
+_CMOE = {**_EXPERTS, "split": "activity", "choice": "analytic", "rounds": 1}
 RUNS = {
     "stem_ffn": Run("stem_ffn", 3e-4, {}, _TABLES),
+    "stem_ffn 0.25": Run("stem_ffn", 3e-4, {"convert": 0.25}, _TABLES),
     "moe_from_dense_75": Run("moe_from_dense_75", 2e-4, _EXPERTS),
+    "moe_from_dense_75 cmoe": Run("moe_from_dense_75", 2e-4, _CMOE),
+    "moe_from_dense_75 tip": Run("moe_from_dense_75", 2e-4, _EXPERTS, tokens="tip"),
+    "moe_from_dense_75 sstoken": Run("moe_from_dense_75", 2e-4, _EXPERTS, tokens=SsToken(gamma=1)),
+    "moe_from_dense_75 labels": Run("moe_from_dense_75", 2e-4, _EXPERTS, labels=True),
     "moe_from_dense_50": Run("moe_from_dense_75", 2e-4, {**_EXPERTS, "active": 1}),
     "moe_from_dense_75 random router": Run("moe_from_dense_75", 2e-4, {**_EXPERTS, "choice": "random"}),
     "moe_from_dense_50 random router": Run("moe_from_dense_75", 2e-4, {**_EXPERTS, "active": 1, "choice": "random"}),
@@ -68,8 +78,8 @@ RUNS = {
 @dataclass
 class Point:
     """A row of the CSV. ``kl`` and ``perplexity``: 8 stretches of 256 tokens that nothing was trained on; ``better``:
-    on how many of them the KL is below that of step 0; ``loss``: mean KL on the training text since the row before.
-    Times are wall time of a step with all else that ran (``load``)."""
+    on how many of them the KL is below that of step 0; ``loss``: mean loss on the training text since the row before
+    (KL; cross-entropy where labels train). Times are wall time of a step with all else that ran (``load``)."""
 
     run: str
     trained: str
@@ -145,6 +155,19 @@ def patterns(model: Any, trainable: Sequence[str]) -> list[str]:
     return found
 
 
+class Labels(torch.nn.Module):
+    """A teacher that is sure of the tokens of the text: the divergence from it is the cross-entropy."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        """Logits [B, L, V]: of position i, the token i + 1."""
+        following = torch.nn.functional.pad(input_ids[:, 1:], (0, 1))
+        return SimpleNamespace(logits=1e4 * torch.nn.functional.one_hot(following, self.vocabulary).float())
+
+
 def train(model: Any, dense: Any, run: Run, texts: Items, steps: int, look: Any = None, every: int = 0) -> Any:
     """One call of ``recover``; ``look(step)`` before every n-th step: its data are asked for one step at a time."""
 
@@ -153,9 +176,12 @@ def train(model: Any, dense: Any, run: Run, texts: Items, steps: int, look: Any 
         for step in range(steps):
             if look is not None and step and step % every == 0:
                 look(step)
-            yield texts[order[step % len(order)]]
+            item = texts[order[step % len(order)]]
+            yield {**item, "labels": item["input_ids"]} if run.labels else item  # no token follows the last position
 
-    return tokcompile.recover(model, dense, feed(), steps=steps, trainable=patterns(model, run.trainable), lr=run.lr)
+    teacher = Labels(dense.config.vocab_size) if run.labels else dense
+    return tokcompile.recover(model, teacher, feed(), steps=steps, trainable=patterns(model, run.trainable), lr=run.lr,
+                              tokens=run.tokens)
 
 
 def tune(dense: Any, tokenizer: Any, name: str, rates: Sequence[float], steps: int) -> None:
@@ -169,8 +195,7 @@ def tune(dense: Any, tokenizer: Any, name: str, rates: Sequence[float], steps: i
         with torch.no_grad():
             for n, p in model.named_parameters():
                 p.data = start[n]  # recover trains a copy of it
-        report = train(model, dense, Run(run.recipe, rate, run.params, run.trainable),
-                       stretches(tokenizer, TRAINED, 4), steps)
+        report = train(model, dense, replace(run, lr=rate), stretches(tokenizer, TRAINED, 4), steps)
         after = reading.of(model)[0]
         print(f"{name}: lr {rate:g}: KL {sum(after) / len(after):.4f} after {steps} steps, "
               f"{report.seconds / steps:.1f} s a step", flush=True)

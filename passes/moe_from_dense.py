@@ -4,19 +4,24 @@
     after    x -> shared expert (always) ------------------------------+
              x -> router -> chosen experts -> grouped_ffn ------------ + -> (+ bias of down)
 
-The neurons are split, not changed: with all experts active the layer computes what it did. Calibration notes which
-neurons are the most active ones of each token; neurons that are active again and again are shared, the others are
-clustered into experts of equal size (``tokcompile.moe_split``). An expert is chosen by how active its most typical
-neuron is, so the router is made of the weights of these neurons. Plain (ungated) layers are split in the same way.
+The neurons are split, not changed: with all experts active the layer computes what it did. Calibration keeps inputs of
+the layer. The energy of a neuron at a token is the square of what it adds to the output; the neurons of most energy are
+shared, the others are put into experts of equal size such that a linear router, fitted to the energies of the experts
+by ridge regression, chooses much of it (``tokcompile.moe_split``). Plain (ungated) layers are split in the same way.
+
+``split: activity`` and ``choice: analytic`` are CMoE's: neurons that are among the most active ones of a token again
+and again are shared, the others are clustered by the tokens that they are active for; an expert is chosen by how
+active its most typical neuron is, so the router is made of the weights of these neurons.
 
 Router ``top_k`` activates the same number of experts for every token. Router ``relu`` activates those whose logit is
 above a threshold (set so that calibration activates as many on average): more for some tokens, fewer for others. Both
 give a chosen expert the weight ``1 + scale * share``, ``scale`` [E] a parameter that starts at zero; ``share`` is the
 softmax of the logits, or, as in BlockFFN, their ReLU divided by its root mean square.
 
-Sources: CMoE, "Analytical FFN-to-MoE Restructuring via Activation Pattern Analysis", arXiv 2502.04416 (split, router,
-weights; there the layers are converted one after the other, here all from one run of the dense model); BlockFFN, arXiv
-2507.08771 (ReLU and RMSNorm router; it trains such models from scratch).
+Sources: CMoE, "Analytical FFN-to-MoE Restructuring via Activation Pattern Analysis", arXiv 2502.04416 (form, weights,
+second split and router; there the layers are converted one after the other, here all from one run of the dense model);
+BlockFFN, arXiv 2507.08771 (ReLU and RMSNorm router; it trains such models from scratch). Energy and fit are this
+project's own.
 """
 
 from __future__ import annotations
@@ -33,6 +38,9 @@ from tokcompile.errors import CalibrationError, UnprofitableError
 from tokcompile.plan import Context, Pass, Seen
 from tokcompile.regions.model import Region
 from tokcompile.registry import PassParams, about, register
+
+#: Tokens of the longer of the two calls that the gate times.
+_TIMED = 1024
 
 
 @register
@@ -52,21 +60,27 @@ class MoeFromDense(Pass):
                             json_schema_extra=about(source="CMoE, S3A3E8"))
         router: Literal["top_k", "relu"] = Field("top_k", description="A fixed number of experts for each token, or "
                                                                       "those above a threshold.")
-        split: Literal["activity", "random"] = Field(
-            "activity", description="Which neurons form an expert; random is the control.")
-        choice: Literal["analytic", "random"] = Field(
-            "analytic", description="What the router is made of; random weights are the control.")
+        split: Literal["energy", "activity", "random"] = Field(
+            "energy", description="Which neurons form an expert: by what they add to the output, or (CMoE) by how "
+                                  "often they are among the most active; random is the control.",
+            json_schema_extra=about(source="own; activity: CMoE"))
+        choice: Literal["fitted", "analytic", "random"] = Field(
+            "fitted", description="What the router is made of: a regression of the energy of the experts, or (CMoE) "
+                                  "the weights of a typical neuron; random weights are the control.",
+            json_schema_extra=about(source="own; analytic: CMoE"))
         convert: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=1)] = Field(
             1.0, description="Layers that are converted, of those that target.layers names: those whose output the "
                              "conversion changes least on calibration data.",
             json_schema_extra=about(unit="share, or number of layers"))
-        top: int = Field(10, ge=1, description="Neurons that count as active, for each token.",
+        top: int = Field(10, ge=1, description="Neurons that count as active, for each token (split: activity).",
                          json_schema_extra=about(unit="neurons", source="CMoE"))
-        rounds: int = Field(1, ge=1, description="Rounds of clustering.", json_schema_extra=about(source="CMoE's code"))
-        tokens: int = Field(16384, ge=1, description="Tokens, spread over the calibration data, that the split is made "
-                                                     "from.", json_schema_extra=about(unit="tokens", source="CMoE"))
-        samples: int = Field(1024, ge=1, description="Tokens whose input is kept, to set thresholds and to measure the "
-                                                     "error of each layer.", json_schema_extra=about(unit="tokens"))
+        rounds: int = Field(8, ge=1, description="Rounds of clustering, at most; CMoE's code has 1.")
+        tokens: int = Field(16384, ge=1, description="Tokens, spread over the calibration data, whose active neurons "
+                                                     "are kept (split: activity).",
+                            json_schema_extra=about(unit="tokens", source="CMoE"))
+        samples: int = Field(4096, ge=1, description="Tokens whose input is kept, to fit split and router, to set "
+                                                     "thresholds and to measure the error of each layer.",
+                             json_schema_extra=about(unit="tokens"))
         gate: Literal["auto", "off"] = Field(
             "auto", description="auto: leave a layer dense where the experts cost more than they save on this device.")
         seed: int = Field(0, ge=0, description="Of the controls.")
@@ -87,11 +101,13 @@ class MoeFromDense(Pass):
 
         def add(x: Tensor, ups: Tensor, gates: Tensor) -> None:
             x, ups, gates = (v.reshape(-1, v.shape[-1]) for v in (x, ups, gates))
+            experts.sample(seen.sums, "x", x.cpu(), self.params.samples)
+            if self.params.split != "activity":
+                return
             inner = experts.hidden(ups.narrow(-1, up.start, up.size), None if gate is None else gates.narrow(
                 -1, gate.start, gate.size), formula.activation)
             top = inner.abs().topk(min(self.params.top, formula.width), dim=-1).indices.to(torch.int32)
             experts.sample(seen.sums, "top", top.cpu(), self.params.tokens)
-            experts.sample(seen.sums, "x", x.cpu(), self.params.samples)
 
         ctx.observe(add, up.input, up.node, (gate or up).node)
 
@@ -113,16 +129,20 @@ class MoeFromDense(Pass):
         params, weights, activation = self.params, layer.weights, layer.facts["activation"]
         width, routed = weights["up"].shape[0], params.experts - params.shared
         generator = torch.Generator().manual_seed(seed)
-        if params.split == "activity":
+        x = layer.sums["x"].to(weights["up"])
+        inputs, energy = x.float().cpu(), experts.energy(x, weights, activation).cpu()
+        if params.split == "energy":
+            found = moe_split.energy_split(inputs, energy, params.experts, params.shared, params.active, params.rounds)
+        elif params.split == "activity":
             keys = weights.get("gate", weights["up"]).detach().float().cpu()
             found = moe_split.split(layer.sums["top"], width, params.experts, params.shared, keys, params.rounds)
         else:
             found = moe_split.random_split(width, params.experts, params.shared, generator)
-        t = experts.parts(weights, found)
+        fitted = moe_split.fit(inputs, energy, found.experts) if params.choice == "fitted" else None
+        t = experts.parts(weights, found, fitted)
         if params.choice == "random":
             noise = torch.randn(t["router_in"].shape, generator=generator) * float(t["router_in"].float().std())
             t["router_in"] = noise.to(t["router_in"])
-        x = layer.sums["x"].to(weights["up"])
         t["threshold"] = experts.thresholds(x, t, activation, params.active / routed)
         how = activation, params.router, params.active
         exact = experts.dense(x, weights, activation).float()
@@ -131,7 +151,8 @@ class MoeFromDense(Pass):
         facts = {"split": f"S{params.shared}A{params.active}E{params.experts}", "error": round(error, 6),
                  "neurons_active": round((len(found.shared) + used * found.experts.shape[1]) / width, 4)}
         if params.gate == "auto":
-            facts["speedup"] = {str(n): round(experts.speedup(x[:n], t, weights, *how), 2) for n in {1, len(x)}}
+            facts["speedup"] = {str(n): round(experts.speedup(x[:n], t, weights, *how), 2)
+                                for n in {1, min(len(x), _TIMED)}}
         return {name: nn.Parameter(value) for name, value in t.items()}, facts
 
     def apply(self, ctx: Context, region: Region) -> dict[str, Any]:

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 import tokcompile
 from tests.test_stem import close, gated, output
 from tests.zoo import decoders, encoders, vision
-from tokcompile import experts
+from tokcompile import experts, moe_split
 from tokcompile.errors import CalibrationError, NoMatchError, RecipeError
 from tokcompile.kernels.activation import activate
 
 FAMILIES = {"llama": decoders.llama, "qwen3": decoders.qwen3, "gemma2": decoders.gemma2, "gpt2": decoders.gpt2,
             "vit": vision.vit, "hand_written_gated": gated, "hand_written_plain": encoders.hand_written}
+CMOE = {"split": "activity", "choice": "analytic"}
 BOTH = pytest.mark.parametrize("router", ["top_k", "relu"])
+WAYS = pytest.mark.parametrize("way", [{}, CMOE], ids=["energy", "cmoe"])
 
 
 def recipe(target: dict | None = None, **params) -> dict:
@@ -32,11 +34,12 @@ def result(model: nn.Module, inputs: dict) -> Tensor:
 
 
 @BOTH
+@WAYS
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_experts_active_equal_the_dense_layer(family, router):
+def test_all_experts_active_equal_the_dense_layer(family, way, router):
     dense, inputs = FAMILIES[family]()
-    optimized = tokcompile.optimize(dense, recipe(experts=8, shared=2, active=6, router=router), calibration=[inputs],
-                                    lowering="eager", inputs=inputs)
+    optimized = tokcompile.optimize(dense, recipe(experts=8, shared=2, active=6, router=router, **way),
+                                    calibration=[inputs], lowering="eager", inputs=inputs)
     step = tokcompile.report(optimized).steps[0]
     assert step.status == "matched"
     assert step.matches == 2
@@ -84,11 +87,12 @@ def masked(layer: nn.Module, tensors: dict[str, Tensor], split: tuple[int, int],
 
 
 @BOTH
+@WAYS
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_some_experts_equal_the_dense_layer_with_the_other_neurons_masked(family, router):
+def test_some_experts_equal_the_dense_layer_with_the_other_neurons_masked(family, way, router):
     dense, inputs = FAMILIES[family]()
-    optimized = tokcompile.optimize(dense, recipe(experts=8, shared=2, active=2, router=router), calibration=[inputs],
-                                    lowering="eager", inputs=inputs)
+    optimized = tokcompile.optimize(dense, recipe(experts=8, shared=2, active=2, router=router, **way),
+                                    calibration=[inputs], lowering="eager", inputs=inputs)
     state = optimized.tokcompile
     with torch.no_grad():
         for key in state.keys("moe_from_dense"):
@@ -150,7 +154,7 @@ def test_gradients_reach_the_prepared_parameters_and_training_lowers_a_loss(rout
     before = F.mse_loss(optimized(**inputs).logits, target)
     before.backward()
     for name, parameter in named.items():
-        if not name.endswith(("router_in", "threshold")):  # these act through scale, which starts at zero
+        if not name.endswith((".router", "router_offset", "threshold")):  # act through scale, which starts at zero
             assert parameter.grad is not None, name
             assert float(parameter.grad.abs().sum()) > 0, name
     optimizer = torch.optim.Adam(named.values(), lr=1e-3)
@@ -159,7 +163,7 @@ def test_gradients_reach_the_prepared_parameters_and_training_lowers_a_loss(rout
         F.mse_loss(optimized(**inputs).logits, target).backward()
         optimizer.step()
     assert float(F.mse_loss(optimized(**inputs).logits, target)) < 0.8 * float(before)
-    assert float(named["tokcompile.moe_from_dense.model.layers.0.mlp.router_in"].grad.abs().sum()) > 0
+    assert float(named["tokcompile.moe_from_dense.model.layers.0.mlp.router"].grad.abs().sum()) > 0
 
 
 @pytest.mark.inductor
@@ -183,7 +187,9 @@ def test_layers_that_change_least_are_converted_and_the_controls_do_worse():
     dense, inputs = decoders.llama(4)
     data = [inputs | {"input_ids": torch.randint(4, 120, (4, 16))} | {"attention_mask": torch.ones(4, 16)}]
     errors = {}
-    for name, params in (("cmoe", {}), ("split", {"split": "random"}), ("choice", {"choice": "random"})):
+    for name, params in (("energy", {}), ("energy split", {"split": "random"}), ("energy choice", {"choice": "random"}),
+                         ("cmoe", CMOE), ("split", CMOE | {"split": "random"}),
+                         ("choice", CMOE | {"choice": "random"})):
         state = tokcompile.calibrate(dense, recipe(convert=0.5, active=2, **params), data)
         facts = list(state.facts.values())
         errors[name] = sum(f["error"] for f in facts)
@@ -191,6 +197,7 @@ def test_layers_that_change_least_are_converted_and_the_controls_do_worse():
         assert max(f["error"] for f in facts if f["converted"]) <= min(f["error"] for f in facts if not f["converted"])
     assert errors["cmoe"] < errors["choice"]
     assert errors["cmoe"] < errors["split"]
+    assert errors["energy"] < min(errors["energy split"], errors["energy choice"], errors["cmoe"])
 
 
 def test_samples_are_spread_over_the_stream_and_do_not_depend_on_its_pieces():
@@ -267,3 +274,63 @@ def test_the_router_reads_the_typical_neuron_of_each_expert(name):
     index, weight = experts.route(x, t, name, "top_k", 2)
     assert torch.equal(index.sort(-1).values, inner[:, found.typical].abs().topk(2, -1).indices.sort(-1).values)
     assert torch.equal(weight, torch.ones(50, 2))
+
+
+@pytest.mark.parametrize("gated_layer", [True, False])
+def test_energy_is_what_each_neuron_adds_to_the_output(gated_layer):
+    torch.manual_seed(0)
+    weights = {"up": torch.randn(12, 8), "up_bias": torch.randn(12), "down": torch.randn(8, 12)}
+    if gated_layer:
+        weights |= {"gate": torch.randn(12, 8), "gate_bias": torch.randn(12)}
+    x = torch.randn(5, 8)
+    whole = experts.dense(x, weights, "silu")
+    added = []
+    for neuron in range(12):  # the layer without this neuron
+        down = weights["down"].clone()
+        down[:, neuron] = 0
+        added.append((whole - experts.dense(x, weights | {"down": down}, "silu")).square().sum(-1))
+    expected = torch.stack(added, 1)
+    close(experts.energy(x, weights, "silu"), expected / expected.sum(1, keepdim=True), 1e-5)
+
+
+def test_a_fitted_router_is_the_ridge_regression_of_the_roots_of_the_energies():
+    torch.manual_seed(0)
+    x = torch.randn(60, 8) * torch.rand(8) + torch.randn(8)
+    energy = torch.rand(60, 12)
+    groups = torch.randperm(12).reshape(4, 3)
+    weight, offset = moe_split.fit(x, energy, groups)
+    wanted = torch.stack([energy[:, g].sum(1).sqrt() for g in groups], 1).double()
+    columns = (x.double() - x.double().mean(0)) / x.double().std(0, correction=0)
+    penalty = (0.1 * 60) ** 0.5 * torch.eye(8, dtype=torch.float64)
+    targets = torch.cat([wanted - wanted.mean(0), torch.zeros(8, 4, dtype=torch.float64)])
+    found = torch.linalg.lstsq(torch.cat([columns, penalty]), targets).solution
+    close(x @ weight.T + offset, (columns @ found + wanted.mean(0)).float(), 1e-5)
+
+
+def test_an_energy_split_finds_the_groups_that_the_input_tells_apart():
+    torch.manual_seed(0)
+    kind = torch.randint(4, (400,))
+    x = F.one_hot(kind, 8).float() + 0.1 * torch.randn(400, 8)
+    group = torch.arange(20) % 4
+    group = group[torch.randperm(20)]
+    energy = 0.01 * torch.rand(400, 24)
+    energy[:, :20] += (group == kind[:, None]).float() * (1 + torch.rand(400, 20))
+    energy[:, 20:] += 2  # always active: to be shared
+    found = moe_split.energy_split(x, energy, experts=6, shared=1, active=1)
+    assert set(found.shared.tolist()) == {20, 21, 22, 23}
+    # five experts of four neurons for four groups of five: no expert can hold a group, four hold one group alone
+    owners = [group[e].unique() for e in found.experts]
+    assert sum(len(o) == 1 for o in owners) >= 3
+    weight, offset = moe_split.fit(x, energy, found.experts)
+    chosen = found.experts[(x @ weight.T + offset).argmax(1)]
+    mine = energy.gather(1, chosen).sum(1).mean()
+    assert float(mine) > 0.95 * float(energy[:, :20].topk(4, 1).values.sum(1).mean())
+
+
+def test_rounds_raise_the_energy_that_a_fitted_router_chooses():
+    dense, inputs = decoders.llama()
+    torch.manual_seed(0)
+    data = [inputs | {"input_ids": torch.randint(4, 120, (4, 16)), "attention_mask": torch.ones(4, 16)}]
+    errors = [sum(f["error"] for f in tokcompile.calibrate(dense, recipe(active=1, rounds=r), data).facts.values())
+              for r in (1, 8)]
+    assert errors[1] < errors[0]

@@ -5,7 +5,8 @@ experts of m neurons, s shared neurons, and h = 2 for gated layers, 1 for plain 
 
     shared_in [h s, d], shared_out [d, s]    gate rows in front of up rows
     gate_up [E, h m, d], down [E, d, m]      as ``kernels.grouped_ffn`` takes them
-    router_in [h E, d]                       the rows of one neuron for each expert
+    router_in [h E, d]                       the rows of one neuron for each expert; or, of a fitted router,
+    router [E, d], router_offset [E]         a linear map, in fp32
     scale [E], threshold [E]                 see :func:`route`
     shared_bias, bias, router_bias           where the layer has biases
 """
@@ -39,11 +40,19 @@ def _inner(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, activati
     return hidden(up, gate, activation)
 
 
-def parts(weights: Mapping[str, Tensor], split: Split) -> dict[str, Tensor]:
+def energy(x: Tensor, weights: Mapping[str, Tensor], activation: str) -> Tensor:
+    """Squared norm of what each neuron adds to the output, as a share of the sum over neurons: fp32 [N, f]."""
+    value = _neurons(x, weights, activation).float().square() * weights["down"].float().square().sum(0)
+    return value / value.sum(-1, keepdim=True).clamp(min=1e-30)
+
+
+def parts(weights: Mapping[str, Tensor], split: Split,
+          router: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
     """The tensors of a layer whose neurons are split.
 
     Args:
         weights: up, gate (of gated layers) [f, d], down [d, f], up_bias, gate_bias [f]; see ``ffn.Formula.weights``.
+        router: weight and offset of a fitted one, see ``moe_split.fit``; without, it is made of the typical neurons.
     """
     names = ["gate", "up"] if "gate" in weights else ["up"]
     rows = [weights[n].detach() for n in names]
@@ -53,13 +62,17 @@ def parts(weights: Mapping[str, Tensor], split: Split) -> dict[str, Tensor]:
     at = rows[0].device
     shared, experts, typical = (i.to(at) for i in (split.shared, split.experts, split.typical))
     down = weights["down"].detach()
-    made = {"gate_up": torch.cat([r[experts] for r in rows], 1), "down": down.T[experts].transpose(1, 2).contiguous(),
-            "router_in": torch.cat([r[typical] for r in rows])}
+    made = {"gate_up": torch.cat([r[experts] for r in rows], 1), "down": down.T[experts].transpose(1, 2).contiguous()}
+    if router is None:
+        made["router_in"] = torch.cat([r[typical] for r in rows])
+    else:
+        made["router"], made["router_offset"] = (v.float().to(at) for v in router)
     if len(shared):
         made |= {"shared_in": torch.cat([r[shared] for r in rows]), "shared_out": down[:, shared].contiguous()}
     if biased:
-        made |= {"bias": torch.cat([b[experts] for b in biases], 1),
-                 "router_bias": torch.cat([b[typical] for b in biases])}
+        made["bias"] = torch.cat([b[experts] for b in biases], 1)
+        if router is None:
+            made["router_bias"] = torch.cat([b[typical] for b in biases])
         if len(shared):
             made["shared_bias"] = torch.cat([b[shared] for b in biases])
     made["scale"] = torch.zeros(len(experts), device=at)
@@ -68,7 +81,9 @@ def parts(weights: Mapping[str, Tensor], split: Split) -> dict[str, Tensor]:
 
 
 def logits(x: Tensor, t: Mapping[str, Tensor], activation: str) -> Tensor:
-    """How active the typical neuron of each expert is: fp32 [N, E], at least 0."""
+    """How active the typical neuron of each expert is, or what a fitted router predicts: fp32 [N, E], at least 0."""
+    if "router" in t:
+        return functional.linear(x.float(), t["router"].float(), t["router_offset"].float()).sigmoid()
     value = functional.linear(x, t["router_in"], t.get("router_bias")).float()
     gate, up = value.chunk(2, dim=-1) if t["router_in"].shape[0] == 2 * t["scale"].shape[0] else (None, value)
     return hidden(up, gate, activation).abs()
@@ -113,9 +128,12 @@ def run(x: Tensor, t: Mapping[str, Tensor], activation: str, router: str, active
 
 def dense(x: Tensor, weights: Mapping[str, Tensor], activation: str) -> Tensor:
     """The layer as it was, without the bias of its down-projection."""
+    return functional.linear(_neurons(x, weights, activation), weights["down"])
+
+
+def _neurons(x: Tensor, weights: Mapping[str, Tensor], activation: str) -> Tensor:
     gate = functional.linear(x, weights["gate"], weights.get("gate_bias")) if "gate" in weights else None
-    up = functional.linear(x, weights["up"], weights.get("up_bias"))
-    return functional.linear(hidden(up, gate, activation), weights["down"])
+    return hidden(functional.linear(x, weights["up"], weights.get("up_bias")), gate, activation)
 
 
 def thresholds(x: Tensor, t: Mapping[str, Tensor], activation: str, share: float) -> Tensor:

@@ -1,10 +1,15 @@
 """Split the neurons of a trained feed-forward layer into shared and routed experts, without training.
 
-Neurons that are among the most active ones of a token again and again are shared; the others are clustered into experts
-of equal size, such that neurons of an expert are active for the same tokens. Each expert is stood for by its most
-typical neuron, and the router is made of the weights of these neurons.
+By energy (:func:`energy_split`, this project's own): the energy of a neuron at a token is the square of what it adds to
+the output, ``h_j^2 * |down_j|^2``, as a share of all neurons' at this token. The neurons of most energy are shared. The
+others go to the expert with which most of their energy is chosen, by the router that can be fitted to these experts
+(:func:`fit`); then the router is fitted anew, and so on.
 
-Source: CMoE, "Analytical FFN-to-MoE Restructuring via Activation Pattern Analysis", arXiv 2502.04416.
+By activity (:func:`split`, CMoE): neurons that are among the most active ones of a token again and again are shared;
+the others are clustered into experts of equal size, such that neurons of an expert are active for the same tokens. Each
+expert is stood for by its most typical neuron, and the router is made of the weights of these neurons.
+
+Source of the second: CMoE, "Analytical FFN-to-MoE Restructuring via Activation Pattern Analysis", arXiv 2502.04416.
 """
 
 from __future__ import annotations
@@ -14,11 +19,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 #: Weight of the distance of the neurons' weights beside that of their activity (whole numbers): it decides ties.
 _TIE = 1e-3
 #: A sum of costs below this is an improvement.
 _IMPROVES = -1e-9
+#: Weight of the penalty in :func:`fit`, for columns of unit variance and a mean over tokens.
+_RIDGE = 0.1
 
 
 @dataclass
@@ -28,7 +36,7 @@ class Split:
     Attributes:
         shared: int64 [s], neurons of the shared expert, most active first; the remainder of the division among them.
         experts: int64 [E, m], neurons of the routed experts.
-        typical: int64 [E], the neuron that stands for an expert.
+        typical: int64 [E], the neuron that stands for an expert (by energy: the one of most).
     """
 
     shared: Tensor
@@ -59,9 +67,9 @@ def split(top: Tensor, neurons: int, experts: int, shared: int, keys: Tensor, ro
     first = neurons - routed * size
     common, rest = by_rate[:first], by_rate[first:].sort().values
     centres = by_rate[first: first + routed]  # the most active neurons that are left
-    activity = torch.nn.functional.one_hot(torch.arange(routed), routed).float()
+    activity = functional.one_hot(torch.arange(routed), routed).float()
     member = torch.zeros(neurons, routed).index_copy_(0, centres, activity)
-    directions = torch.nn.functional.normalize(keys.float(), dim=-1)
+    directions = functional.normalize(keys.float(), dim=-1)
     closeness = directions[rest] @ directions[centres].T
     labels = torch.empty(0, dtype=torch.int64)
     for _ in range(max(1, rounds)):
@@ -72,6 +80,69 @@ def split(top: Tensor, neurons: int, experts: int, shared: int, keys: Tensor, ro
     groups = torch.stack([rest[labels == expert] for expert in range(routed)])
     typical = torch.stack([rest[labels == e][final[labels == e, e].argmin()] for e in range(routed)])
     return Split(common, groups, typical)
+
+
+def energy_split(x: Tensor, energy: Tensor, experts: int, shared: int, active: int, rounds: int = 8) -> Split:
+    """Split neurons such that a fitted router chooses much of their energy.
+
+    Args:
+        x: [q, d], inputs of the layer.
+        energy: float [q, f], what each neuron adds to the output at each token.
+        experts, shared: as of :func:`split`.
+        active: routed experts that a token uses.
+        rounds: fits of the router, each followed by the best assignment under what this router chooses.
+    """
+    neurons = energy.shape[1]
+    size, routed = neurons // experts, experts - shared
+    by_mean = torch.sort(energy.mean(0), descending=True, stable=True).indices
+    first = neurons - routed * size
+    common, rest = by_mean[:first], by_mean[first:]
+    labels = torch.arange(len(rest)) % routed
+    regression = _Regression(x)
+    for _ in range(rounds):
+        groups = torch.stack([rest[labels == expert] for expert in range(routed)])
+        weight, offset = regression.fit(_norms(energy, groups))
+        best = functional.linear(x.float(), weight, offset).topk(min(active, routed), dim=-1).indices
+        chosen = torch.zeros(len(x), routed).scatter_(1, best, 1.0)
+        before, labels = labels, torch.from_numpy(assign(-(energy[:, rest].T @ chosen).double().numpy(), size))
+        if torch.equal(labels, before):
+            break
+    groups = torch.stack([rest[labels == expert] for expert in range(routed)])
+    return Split(common, groups, groups[:, 0].clone())
+
+
+def fit(x: Tensor, energy: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """A linear router that predicts the root of the energy of each expert: ridge regression.
+
+    Args:
+        x: [q, d], inputs of the layer. energy: float [q, f]. groups: int64 [E, m], neurons of the experts.
+
+    Returns:
+        weight fp32 [E, d] and offset fp32 [E].
+    """
+    return _Regression(x).fit(_norms(energy, groups))
+
+
+def _norms(energy: Tensor, groups: Tensor) -> Tensor:
+    return torch.stack([energy[:, group].sum(-1) for group in groups], 1).sqrt()
+
+
+class _Regression:
+    """Least squares of several targets on the same inputs ``x [q, d]``, standardised, with a penalty."""
+
+    def __init__(self, x: Tensor) -> None:
+        x = x.float()
+        self.mean, deviation = x.mean(0), x.std(0, correction=0)
+        self.deviation = deviation.clamp(min=max(1e-6, 1e-3 * float(deviation.mean())))  # a column may be constant
+        self.columns = (x - self.mean) / self.deviation
+        square = self.columns.T @ self.columns / len(x)
+        self.factor = torch.linalg.cholesky(square + _RIDGE * torch.eye(len(square)))
+
+    def fit(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight [n, d] and offset [n] for targets [q, n]."""
+        mean = target.mean(0)
+        found = torch.cholesky_solve(self.columns.T @ (target - mean) / len(target), self.factor).T / self.deviation
+        return found.contiguous(), mean - found @ self.mean
 
 
 def random_split(neurons: int, experts: int, shared: int, generator: torch.Generator) -> Split:

@@ -206,6 +206,19 @@ def experts_of(model: Any, params: MoeFromDense.Params, seen: dict[str, Seen]) -
 
 
 @torch.no_grad()
+def fixed_neurons_of(model: Any, share: float, seen: dict[str, Seen]) -> InPlace:
+    """A control of experts: this share of the neurons of each layer, those of most energy, the same for all tokens."""
+    found: dict[int, FeedForward] = {}
+    for key, layer in seen.items():
+        weights = layer.weights
+        energy = experts.energy(layer.sums["x"], weights, "silu").mean(0)
+        kept = energy.topk(round(share * len(energy))).indices
+        less = {"gate": weights["gate"][kept], "up": weights["up"][kept], "down": weights["down"][:, kept]}
+        found[int(key)] = lambda x, ids, w=less: experts.dense(x, w, "silu")
+    return InPlace(model, None, found)
+
+
+@torch.no_grad()
 def tables_of(model: Any, params: Stem.Params, seen: dict[str, Seen], random_layers: int | None = None,
               random_rows: int | None = None, first_dense: bool = False) -> InPlace:
     """Tables in the place of up-projections; ids without a row keep theirs.
