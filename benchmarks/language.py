@@ -220,9 +220,10 @@ GROUPS: dict[str, tuple[Callable[[Any, Any], Task], Callable[[Any, Calibration],
 
 
 CONTROLS = {"token_sparse attention ": "token_sparse random ", "fasa ": "random ", "tokenselect ": "random ",
-            "stem ": "random layers stem ", "moe top_k ": "moe random router ", "moe relu ": "moe random router ",
-            "moe cmoe top_k ": "moe cmoe random router ", "moe cmoe relu ": "moe cmoe random router "}
-"""How the name of a candidate begins -> how that of its random control at the same budget does."""
+            "stem ": "random layers stem ", "moe top_k ": "moe random router ",
+            "moe cmoe top_k ": "moe cmoe random router "}
+"""How the name of a candidate begins -> how that of its random control at the same budget does. None for router relu,
+which uses more neurons than its name says."""
 
 
 def against_random(results: Path) -> None:
