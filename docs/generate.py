@@ -37,7 +37,8 @@ def reference() -> str:
     for name in shipped_passes():
         method = get_pass(name)
         source = pass_source(name)
-        parts.append(f"### `{name}`\n\n{pass_summary(name)} Works on `{method.regions}`.\n"
+        also = "".join(f"; with `target: {{region: {kind}}}` on `{kind}`" for kind in method.also)
+        parts.append(f"### `{name}`\n\n{pass_summary(name)} Works on `{method.regions}`{also}.\n"
                      + (f"\nSource: {source}\n" if source else "") + f"\n{_table(method.Params)}")
     parts.append("## Recipes that ship\n")
     for name in shipped():

@@ -89,7 +89,7 @@ class MoeRouterSmoothing(Pass):
         return False
 
     def _attention(self, ctx: Context, region: Region) -> Region:
-        for stack in (*ctx.regions.of("decoder_stack"), *ctx.regions.of("vision_encoder")):
+        for stack in ctx.regions.stacks:
             for layer in stack.layers:
                 if layer.feed_forward is region and layer.attention is not None:
                     return layer.attention

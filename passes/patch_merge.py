@@ -5,13 +5,14 @@
              mean -> layers on fewer tokens -> ... -> each patch takes the token it is in
 
 Likeness is the cosine of the keys of the last attention, averaged over heads. Patches with an even number may merge
-into patches with an odd number, and several into one, so a stage keeps at least half. A merged token is the mean of all
-patches in it, and with ``size_bias`` later layers attend to it as to that many: the logarithm of the number is added to
-its logits. With ``restore`` what leaves the layers has all patches, each with the token it is in: maps keep their grid,
-and a mean over patches weighs each of them once. Kept ratios are fixed, so shapes stay static; nothing is trained.
+into patches with an odd number, and several into one, so a stage keeps at least half; with ``reach: 1`` into neighbours
+only (frames of speech, say). A merged token is the mean of all patches in it, and with ``size_bias`` later layers
+attend to it as to that many: the logarithm of the number is added to its logits. With ``restore`` what leaves the
+layers has all patches, each with the token it is in: maps keep their grid, and a mean over patches, or the cross
+attention of a decoder, weighs each of them once. Kept ratios are fixed, so shapes stay static; nothing is trained.
 
 Source: bipartite matching and proportional attention of "Token Merging: Your ViT But Faster", ICLR 2023, arXiv
-2210.09461.
+2210.09461; neighbours only as in "Accelerating Transducers through Adjacent Token Merging", arXiv 2306.16009.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tokcompile.attention_form import AttentionForm, read_attention
 from tokcompile.plan import Context
 from tokcompile.pruning import PatchParams, PatchSelection
 from tokcompile.regions.model import Layer, Region
-from tokcompile.registry import register
+from tokcompile.registry import about, register
 from tokcompile.selection import keep_mask, segment_positions
 
 
@@ -36,11 +37,15 @@ class PatchMerge(PatchSelection):
     """Replace pairs of patches that are alike by their mean."""
 
     name = "patch_merge"
+    changes_tokens = True
 
     class Params(PatchParams):
         size_bias: bool = Field(True, description="Attend to a merged token as to the number of patches in it.")
         restore: bool = Field(True, description="Give each patch the token it is in where tokens leave the layers; "
                                                 "else fewer tokens leave.")
+        reach: int | None = Field(None, ge=1, description="Merge with patches at most so many places away, along the "
+                                                          "axis as it is at that stage; left out, with any.",
+                                  json_schema_extra=about(unit="places", source="1 in arXiv 2306.16009, for speech"))
 
         @model_validator(mode="after")
         def _half(self) -> PatchMerge.Params:
@@ -76,7 +81,7 @@ class PatchMerge(PatchSelection):
     def score(self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int,
               *inputs: Tensor) -> tuple[Tensor, ...]:
         key, *sizes = inputs
-        return merged(tokens, key.to(torch.float32).mean(1), segment, budget, *sizes)
+        return merged(tokens, key.to(torch.float32).mean(1), segment, budget, *sizes, reach=self.params.reach)
 
     def below(self, ctx: Context, region: Region, layers: Sequence[Layer], kept: fx.Node, *values: fx.Node) -> None:
         sizes = ctx.emit(lambda size, index: size.gather(1, index), *values, kept, before=ctx.after(*values, kept))
@@ -101,12 +106,13 @@ def _bias(ctx: Context, form: AttentionForm, sizes: fx.Node) -> None:
 
 
 def merged(tokens: Tensor, like: Tensor, segment: Tensor, budget: Tensor,
-           sizes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+           sizes: Tensor | None = None, *, reach: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Average what is to go into what stays.
 
     Args:
         tokens: ``[B, S, D]``. like: ``[B, S, E]``, compared by cosine. segment, budget: as in ``PatchSelection.score``.
         sizes: fp32 ``[B, S]``, how many patches each token stands for; default: one.
+        reach: partners are at most so many places apart; default: any.
 
     Returns:
         The new tokens; scores ``[B, S]``, larger is kept first; int64 ``[B, S]``, the place of the token that each is
@@ -116,8 +122,10 @@ def merged(tokens: Tensor, like: Tensor, segment: Tensor, budget: Tensor,
     odd = torch.remainder(segment_positions(segment), 2)
     gives, takes = torch.logical_and(segment >= 0, odd == 0), torch.logical_and(segment >= 0, odd == 1)
     cosine = torch.matmul(like, like.transpose(1, 2)).masked_fill(torch.logical_not(takes)[:, None], -2.0)
-    best = cosine.amax(2)
     index = torch.arange(tokens.shape[1], device=tokens.device)
+    if reach is not None:
+        cosine = cosine.masked_fill((index[:, None] - index).abs() > reach, -2.0)
+    best = cosine.amax(2)
     partner = torch.where(cosine == best[..., None], index, tokens.shape[1] - 1).amin(2)  # of equals, the first
     scores = torch.where(gives, -best, 2.0)
     goes = torch.logical_not(keep_mask(scores, segment, budget))

@@ -21,6 +21,7 @@ class PatchPool(PatchSelection):
     """Replace groups of neighbouring patches by their mean."""
 
     name = "patch_pool"
+    changes_tokens = True
 
     class Params(PatchParams):
         restore: bool = Field(False, description="Give each patch the token it is in where tokens leave the layers.")

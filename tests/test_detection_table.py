@@ -13,7 +13,7 @@ import torch
 import transformers
 from packaging.version import Version
 
-from tests.zoo import Family, capture_graphs, decoders, encoders, seq2seq, vision
+from tests.zoo import Family, audio, capture_graphs, decoders, encoders, seq2seq, vision
 from tests.zoo.vlm import VLMS
 from tokcompile.regions import KINDS, Region, Regions, find_regions
 from tokcompile.regions.flow import Flow
@@ -21,10 +21,11 @@ from tokcompile.regions.flow import Flow
 
 @dataclass
 class Row:
-    """One family: counts (vision encoder, merge point, decoder stack, attention, feed-forward, MoE) and variants."""
+    """One family: counts (vision encoder, audio encoder, merge point, decoder stack, attention, feed-forward, MoE) and
+    variants."""
 
     family: Family
-    counts: tuple[int, int, int, int, int, int]
+    counts: tuple[int, ...]
     attention: dict[str, str] = field(default_factory=dict)
     feed_forward: dict[str, str] = field(default_factory=dict)
     causal: str | None = None
@@ -33,17 +34,19 @@ class Row:
     dynamic: bool = True
 
 
-DECODER = (0, 0, 1, 2, 2, 0)
-MIXTURE = (0, 0, 1, 2, 0, 2)
-VISION = (1, 0, 0, 2, 2, 0)
-SEQ2SEQ = (0, 0, 2, 6, 4, 0)
+DECODER = (0, 0, 0, 1, 2, 2, 0)
+MIXTURE = (0, 0, 0, 1, 2, 0, 2)
+VISION = (1, 0, 0, 0, 2, 2, 0)
+SEQ2SEQ = (0, 0, 0, 2, 6, 4, 0)
+AUDIO = (0, 1, 0, 0, 2, 2, 0)
+HEARS = (0, 1, 0, 1, 6, 4, 0)
 
 GQA = {"heads": "gqa", "rope": "yes", "projection": "separate", "cross": "self", "form": "sdpa", "cache": "no"}
 MHA = {"heads": "mha", "rope": "no", "cross": "self", "cache": "no"}
 SWIGLU = {"form": "gated", "activation": "silu"}
 HEADS = {"H": 4, "Hkv": 2, "Dh": 16}
 
-d, e, v, s = decoders, encoders, vision, seq2seq
+d, e, v, s, a = decoders, encoders, vision, seq2seq, audio
 TABLE = [
     Row(d.llama, DECODER, GQA | {"qk_norm": "no", "softcap": "no"}, SWIGLU, "yes", HEADS),
     Row(d.mistral, DECODER, GQA, SWIGLU, "yes", HEADS),
@@ -100,7 +103,7 @@ TABLE = [
     Row(d.qwen3_moe, MIXTURE, GQA | {"qk_norm": "yes"}, {}, "yes", HEADS),
     Row(d.qwen2_moe, MIXTURE, GQA, {}, "yes", HEADS),  # the shared expert belongs to the mixture
     Row(d.olmoe, MIXTURE, GQA | {"qk_norm": "yes"}, {}, "yes", HEADS),
-    Row(d.deepseek_v3, (0, 0, 1, 2, 1, 1), {"heads": "mha", "rope": "yes", "cross": "self"}, SWIGLU, "yes"),
+    Row(d.deepseek_v3, (0, 0, 0, 1, 2, 1, 1), {"heads": "mha", "rope": "yes", "cross": "self"}, SWIGLU, "yes"),
     Row(d.gpt_oss, MIXTURE, GQA | {"form": "eager", "mask": "tensor"}, {}, "yes", HEADS),
     Row(e.bert, DECODER, MHA | {"projection": "separate"}, {"form": "mlp", "activation": "gelu"}, "no"),
     Row(e.bert_classifier, DECODER, MHA, {"form": "mlp"}, "no"),
@@ -135,11 +138,13 @@ TABLE = [
         v.clip_vision, VISION, MHA, {"form": "mlp", "activation": "quick_gelu"}, encoder={"N": 17, "P": 16, "prefix": 1}
     ),
     # one more attention and feed-forward: the pooling head, which is outside the encoder's stream
-    Row(v.siglip, (1, 0, 0, 3, 3, 0), {"heads": "mha"}, {"form": "mlp"}, encoder={"prefix": 0}),
+    Row(v.siglip, (1, 0, 0, 0, 3, 3, 0), {"heads": "mha"}, {"form": "mlp"}, encoder={"prefix": 0}),
     Row(v.beit, VISION, MHA | {"mask": "tensor"}, {"form": "mlp"}, encoder={"prefix": 1}),
-    Row(v.swin, (1, 0, 0, 4, 4, 0), MHA, {"form": "mlp"}, encoder={"N": 64, "prefix": 0, "layers": 4}, dynamic=False),
+    Row(v.swin, (1, 0, 0, 0, 4, 4, 0), MHA, {"form": "mlp"}, encoder={"N": 64, "prefix": 0, "layers": 4},
+        dynamic=False),
     Row(
-        v.hiera, (1, 0, 0, 3, 3, 0), {"projection": "fused_qkv"}, {"form": "mlp"}, encoder={"layers": 3}, dynamic=False
+        v.hiera, (1, 0, 0, 0, 3, 3, 0), {"projection": "fused_qkv"}, {"form": "mlp"}, encoder={"layers": 3},
+        dynamic=False,
     ),
     Row(v.videomae, VISION, MHA, {"form": "mlp"}, encoder={"prefix": 0}),
     Row(v.segformer, VISION, MHA, {"form": "mlp", "convolution": "yes"}, encoder={"prefix": 0}, dynamic=False),
@@ -148,7 +153,11 @@ TABLE = [
     Row(s.t5_gated, SEQ2SEQ, {"heads": "mha"}, {"form": "gated", "activation": "gelu_tanh"}),
     Row(s.bart, SEQ2SEQ, {"heads": "mha"}, {"form": "mlp"}),
     Row(s.marian, SEQ2SEQ, {"heads": "mha"}, {"form": "mlp"}),
-    Row(s.whisper, SEQ2SEQ, {"heads": "mha"}, {"form": "mlp"}),
+    Row(s.whisper, HEARS, {"heads": "mha"}, {"form": "mlp"}, encoder={"N": 16, "D": 64, "prefix": 0}),
+    Row(a.speech_to_text, HEARS, {"heads": "mha"}, {"form": "mlp"}, encoder={"D": 32, "prefix": 0}),
+    Row(a.wav2vec2, AUDIO, MHA, {"form": "mlp"}, encoder={"D": 32, "prefix": 0}),
+    Row(a.hubert_large, AUDIO, MHA, {"form": "mlp"}, encoder={"D": 32, "prefix": 0}),
+    Row(a.hand_written, AUDIO, MHA, {"form": "mlp"}, encoder={"D": 32, "prefix": 1}),
 ]
 
 
@@ -177,7 +186,7 @@ def test_family(row: Row) -> None:
     for region in regions.of("decoder_stack"):
         assert row.causal is None or region.variant["causal"] == row.causal
         check_layers(captured.graph, region, 2)
-    for region in regions.of("vision_encoder"):
+    for region in (*regions.of("vision_encoder"), *regions.of("audio_encoder")):
         check(region, {}, {k: n for k, n in row.encoder.items() if k != "layers"})
         assert ("class_token" in region.roles) == (region.shapes["prefix"] != 0)
         check_layers(captured.graph, region, row.encoder.get("layers", 2))
@@ -220,18 +229,19 @@ def connects(flow: Flow, start: torch.fx.Node, end: torch.fx.Node, without: torc
 def test_seq2seq_roles(row: Family) -> None:
     (captured,) = capture_graphs(*row())
     regions = find_regions(captured)
-    encoder, decoder = regions.of("decoder_stack")
-    assert (encoder.variant["causal"], decoder.variant["causal"]) == ("no", "yes")
+    *encoders, decoder = regions.of("decoder_stack")
+    assert [stack.variant["causal"] for stack in (*encoders, decoder)] == ["no"] * (row is not s.whisper) + ["yes"]
     assert [r.variant["cross"] for r in regions.of("attention")] == ["self"] * 2 + ["self", "cross"] * 2
     assert all(layer.attention is not None and layer.attention.variant["cross"] == "self" for layer in decoder.layers)
 
 
 #: Encode first, as ``generate()`` does: counts of the prefill graph, then of the decode graph.
-GENERATED = {"llava": [(0, 1, 1, 4, 4, 0), (0, 0, 1, 4, 4, 0)], "qwen3_vl": [(0, 1, 1, 4, 4, 0), (0, 0, 1, 4, 4, 0)]}
+STEPS = [(0, 0, 1, 1, 4, 4, 0), (0, 0, 0, 1, 4, 4, 0)]
+GENERATED = {"llava": STEPS, "qwen3_vl": STEPS}
 #: All in one graph. LLaVA takes the features of the last but one layer and, from transformers 5.24 on, returns the last
 #: layer's output too, so that this layer stays in the graph.
-LLAVA = (1, 1, 1, 6, 6, 0) if Version(transformers.__version__) < Version("5.24") else (1, 1, 1, 7, 7, 0)
-DIRECT = {"llava": LLAVA, "plain_cat": (1, 1, 1, 6, 6, 0), "plain_index_put": (1, 1, 1, 6, 6, 0)}
+LLAVA = (1, 0, 1, 1, 6, 6, 0) if Version(transformers.__version__) < Version("5.24") else (1, 0, 1, 1, 7, 7, 0)
+DIRECT = {"llava": LLAVA, "plain_cat": (1, 0, 1, 1, 6, 6, 0), "plain_index_put": (1, 0, 1, 1, 6, 6, 0)}
 
 
 @pytest.mark.parametrize("name", GENERATED)

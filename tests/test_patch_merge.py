@@ -17,15 +17,15 @@ from tokcompile.recipes import Recipe
 from tokcompile.selection import keep_mask
 
 
-def by_hand(tokens: Tensor, like: Tensor, prefix: int, keep: int,
-            sizes: Tensor | None = None) -> tuple[Tensor, list[list[int]], Tensor]:
+def by_hand(tokens: Tensor, like: Tensor, prefix: int, keep: int, sizes: Tensor | None = None,
+            reach: int = 1000) -> tuple[Tensor, list[list[int]], Tensor]:
     """One row, in plain loops: ``tokens [S, D]``, ``like [S, E]`` -> tokens that are left, what is in each, sizes."""
     sizes = torch.ones(len(tokens)) if sizes is None else sizes
     like = nn.functional.normalize(like, dim=-1)
     gives, takes = range(prefix, len(tokens), 2), range(prefix + 1, len(tokens), 2)
     pairs = []
     for a in gives:
-        likest = max(takes, key=lambda b: (float(like[a] @ like[b]), -b))
+        likest = max((b for b in takes if abs(a - b) <= reach), key=lambda b: (float(like[a] @ like[b]), -b))
         pairs.append((float(like[a] @ like[likest]), a, likest))
     pairs.sort(key=lambda pair: -pair[0])
     groups = {i: [i] for i in range(len(tokens))}
@@ -35,16 +35,17 @@ def by_hand(tokens: Tensor, like: Tensor, prefix: int, keep: int,
     return torch.stack(left), list(groups.values()), torch.stack([sizes[group].sum() for group in groups.values()])
 
 
+@pytest.mark.parametrize("reach", [1, 3, None])
 @pytest.mark.parametrize(("prefix", "size", "keep"), [(0, 12, 6), (1, 17, 9), (2, 15, 7), (1, 9, 8)])
-def test_the_likest_pairs_become_their_mean(prefix: int, size: int, keep: int) -> None:
+def test_the_likest_pairs_become_their_mean(prefix: int, size: int, keep: int, reach: int | None) -> None:
     generator = torch.Generator().manual_seed(size)
     tokens, like = torch.randn(3, size, 5, generator=generator), torch.randn(3, size, 4, generator=generator)
     segment = torch.where(torch.arange(size) >= prefix, 0, -1)[None].expand(3, size)
     budget = torch.where(segment >= 0, keep, 0)
-    new, scores, into, _ = merged(tokens, like, segment, budget)
+    new, scores, into, _ = merged(tokens, like, segment, budget, reach=reach)
     kept = keep_mask(scores, segment, budget)
     for row in range(3):
-        wanted, groups, _ = by_hand(tokens[row], like[row], prefix, keep)
+        wanted, groups, _ = by_hand(tokens[row], like[row], prefix, keep, reach=reach or size)
         assert torch.where(kept[row])[0].tolist() == [group[0] for group in groups]
         assert all(into[row, group].tolist() == [group[0]] * len(group) for group in groups)
         torch.testing.assert_close(new[row][kept[row]], wanted)

@@ -375,6 +375,27 @@ def test_convolutional_backbone_is_a_near_miss() -> None:
     assert "convolutional backbone" in reason(regions, "vision_encoder")
 
 
+def test_convolutions_over_embeddings_or_in_causal_order_make_no_audio_encoder() -> None:
+    def text(m: Any, ids: torch.Tensor) -> torch.Tensor:
+        return encode(m, m.mix(m.table(ids).transpose(1, 2)).transpose(1, 2))
+
+    def causal(m: Any, x: torch.Tensor) -> torch.Tensor:
+        x = m.mix(x.transpose(1, 2)).transpose(1, 2)
+        x = x + attend(m, x, is_causal=True)
+        return x + feed(m, x)
+
+    def point(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return encode(m, m.mix(x.transpose(1, 2)).transpose(1, 2))
+
+    mix = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+    for call, given, conv in ((text, IDS, mix), (causal, TOKENS, mix), (point, TOKENS, nn.Conv1d(WIDTH, WIDTH, 1))):
+        regions = regions_of(call, given, mix=conv, table=nn.Embedding(50, WIDTH), **projections())
+        assert counts(regions) == {"decoder_stack": 1, "attention": 1, "feed_forward": 1}
+        assert (call is causal) == ("audio_encoder" in {miss.kind for miss in regions.near_misses})
+    (region,) = regions_of(point, TOKENS, mix=mix, **projections()).of("audio_encoder")
+    assert region.variant == {"convolutions": "1"}
+
+
 def _merge(form: str) -> Callable[..., torch.Tensor]:
     def call(m: Any, ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         x, image = m.table(ids), ids == 3

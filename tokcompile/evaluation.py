@@ -62,9 +62,10 @@ Progress = Callable[[str, int, int], None]
 Role = Literal["dense", "method", "random", "pool"]
 
 DENSE = "dense"
-#: Region kind that a pass targets -> the passes that are its controls.
+#: Region kind that a step targets -> the passes that are its controls.
 CONTROLS = {"merge_point": {"random": "random", "pool": "pool"},
-            "vision_encoder": {"random": "patch_random", "pool": "patch_pool"}}
+            "vision_encoder": {"random": "patch_random", "pool": "patch_pool"},
+            "audio_encoder": {"random": "patch_random", "pool": "patch_pool"}}
 
 
 # ------------------------------------------------------------------------------------------------------------ tasks
@@ -148,12 +149,12 @@ def controls(recipe: Recipe, seeds: Sequence[int] = (0, 1, 2)) -> list[Candidate
     A control takes the parameters that it shares with the method (``keep``, ``at``). None for a recipe with no such
     step, with several, or that is a control itself.
     """
-    steps = [(i, s) for i, s in enumerate(recipe.steps) if CONTROLS.get(get_pass(s.pass_).regions)
+    steps = [(i, s) for i, s in enumerate(recipe.steps) if CONTROLS.get(s.region)
              and "keep" in get_pass(s.pass_).Params.model_fields]
     if len(steps) != 1:
         return []
     index, step = steps[0]
-    kinds = CONTROLS[get_pass(step.pass_).regions]
+    kinds = CONTROLS[step.region]
     if step.pass_ in kinds.values():
         return []
     document = _document(recipe)

@@ -16,6 +16,7 @@ from tokcompile.narrow import Cut, check, inline, narrow
 from tokcompile.regions.model import KINDS, Layer, Region, Regions
 from tokcompile.selection import kept_size
 from tokcompile.state import PreparedState
+from tokcompile.token_axis import is_token
 
 aten = torch.ops.aten
 
@@ -29,18 +30,20 @@ class Pass:
     Attributes:
         name: the name in recipes.
         regions: the region kind that it works on by default.
+        also: further kinds, for a recipe that names one of them (``target.region``).
         Params: pydantic model of its parameters.
     """
 
     name: ClassVar[str]
     regions: ClassVar[str]
+    also: ClassVar[tuple[str, ...]] = ()
 
     #: Whether the pass needs :func:`tokcompile.calibrate`: "none", "optional" or "required".
     calibration: ClassVar[Literal["none", "optional", "required"]] = "none"
     #: "decode": acts in decode steps only, so a prefill without a match is no mistake.
     #: "prefill": has nothing to do in decode steps.
     stage: ClassVar[Literal["any", "decode", "prefill"]] = "any"
-    #: Whether it keeps the ``ctx.leading_tokens`` of a vision encoder.
+    #: Whether it keeps the ``ctx.leading_tokens`` of an encoder.
     protects_leading: ClassVar[bool] = False
 
     class Params(BaseModel):
@@ -149,7 +152,7 @@ def region_keys(regions: Regions) -> dict[Region, str]:
 def layer_of(regions: Regions, region: Region) -> tuple[int, int] | None:
     """Which layer of its stack ``region`` is in: -> (index, number of layers), or None outside of stacks."""
     near: tuple[int, tuple[int, int]] | None = None
-    for stack in (*regions.of("decoder_stack"), *regions.of("vision_encoder")):
+    for stack in regions.stacks:
         for layer in stack.layers:
             place = layer.index, len(stack.layers)
             if region in (layer.attention, layer.feed_forward):
@@ -211,7 +214,7 @@ class Context:
         always_ragged: the graph must serve rows that keep different numbers of tokens, whatever ``args`` keep.
         places: region key -> its layer, in the graph as it was found.
         streams: for each stack what enters it and what leaves its layers, likewise.
-        leading_tokens: how many tokens at the head of a vision encoder the recipe protects; None: those that are found.
+        leading_tokens: how many tokens at the head of an encoder the recipe protects; None: those that are found.
         shared: what passes emit once for several regions, by a key of their own.
     """
 
@@ -409,10 +412,14 @@ class Context:
             raise self.refuse(leaving[0], "the model breaks into several graphs here, and a value that carries tokens "
                                           "leaves this one; compile with fullgraph=True, or use tokcompile.optimize")
         if not self.captured.graph.find_nodes(op="call_function", target=torch.ops.tokcompile.held.default):
-            keys = {r.roles["key"] for r in self.regions.of("attention")}
+            attentions = self.regions.of("attention")
+            # a cross attention reads its cache whole, wherever its tokens came from
+            crossed = {r.roles[n] for r in attentions if r.variant["cross"] == "cross" for n in ("key", "value")}
+            keys = {r.roles["key"] for r in attentions}
             keys |= ancestors(keys)
             for result in leaving:
-                if result in keys and result.meta["val"].dim() == 4:
+                if result in keys - crossed and result.meta["val"].dim() == 4 and any(
+                        is_token(dim) for dim in flow.labels[result]):
                     raise self.refuse(result, "keys of an attention layer leave the graph as a cache that cannot say "
                                               "which tokens it holds; use tokcompile.optimize, or pass use_cache=False")
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, fx
 
+from tokcompile.attention_form import read_attention
 from tokcompile.capture import ancestors
 from tokcompile.errors import NarrowError
 from tokcompile.plan import Context, Pass
@@ -72,7 +73,7 @@ class VisualSelection(Pass):
 
 
 class PatchParams(PassParams):
-    """Parameters that every selection of patches inside a vision encoder has."""
+    """Parameters that every selection of patches (or frames) inside an encoder has."""
 
     keep: list[Budget] = Field(min_length=1, description="Patches kept at each stage: ratio of those before the "
                                                          "stage, in (0, 1], or a count.")
@@ -90,7 +91,9 @@ class PatchParams(PassParams):
 
 
 class PatchSelection(Pass):
-    """Keeps a budget of the patches at a few depths of a vision encoder. Class and register tokens always stay.
+    """Keeps a budget of the patches at a few depths of an encoder. Class and register tokens always stay.
+
+    Patches of an image, or frames of an audio encoder: an axis of tokens, with or without class tokens in front.
 
         before   [class | patches] -> layer 0 .. L-1 -> head
         after    [class | patches] -> layers -> score -> keep -> layers on fewer tokens -> ... -> head
@@ -102,7 +105,10 @@ class PatchSelection(Pass):
     """
 
     regions = "vision_encoder"
+    also = ("audio_encoder",)
     protects_leading = True
+    #: Whether :meth:`score` gives new tokens, which padding among the frames of a signal would spoil.
+    changes_tokens: ClassVar[bool] = False
 
     def inputs(self, ctx: Context, layer: Layer, prefix: int) -> list[fx.Node]:
         """What :meth:`score` reads besides the tokens, from the layer above the cut."""
@@ -141,6 +147,10 @@ class PatchSelection(Pass):
         try:
             for stage in stages:
                 self.check_layer(ctx, region.layers[stage - 1])
+                if self.changes_tokens and region.kind == "audio_encoder" and _mask(ctx, region.layers[stage - 1]):
+                    raise ctx.refuse(region.layers[stage - 1].output, "the frames have a mask, and means would mix "
+                                     "padding into them; give clips of one length without attention_mask, or use "
+                                     "class_attention")
                 ctx.check(region.layers[stage - 1].output, prefix=front)
         except NarrowError:
             if restored is not None:
@@ -176,20 +186,26 @@ class PatchSelection(Pass):
              restored: _Restored | None) -> int:
         layer = region.layers[stage - 1]
         node, inputs = layer.output, self.inputs(ctx, layer, prefix)
+        mask = _mask(ctx, layer) if region.kind == "audio_encoder" else None
+        padding = () if mask is None else (mask,)
 
         def choose(x: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            inputs, padding = inputs[:given], inputs[given:]
             position = torch.arange(x.shape[1], device=x.device)
             segment = segments((position >= front)[None].expand(x.shape[0], x.shape[1]))
             budget = budgets_count(segment, keep.num) if keep.is_count else budgets(segment, keep.num, keep.den)
             result = self.score(x, segment, budget, prefix, stage, *inputs)
             x, scores, *more = result if isinstance(result, tuple) else (x, result)
+            for mask in padding:
+                scores = scores.masked_fill(_unseen(mask).expand(x.shape[0], x.shape[1]), torch.finfo(scores.dtype).min)
             return x, keep_mask(scores, segment, budget), *more
 
-        tokens, mask, *more = ctx.emit(choose, node, *inputs, before=ctx.after(node, *inputs))
+        given = len(inputs)
+        tokens, chosen, *more = ctx.emit(choose, node, *inputs, *padding, before=ctx.after(node, *inputs, *padding))
         count = node.meta["val"].shape[1]
         size: Any = keep.count(count - front) + front if isinstance(count, int) else ctx.emit(
             lambda x: keep.count(x.shape[1] - front) + front, node, before=ctx.after(node))
-        kept = ctx.cut(node, mask, size, stack=region.path or "encoder", layer=region.layers[stage], index=stage,
+        kept = ctx.cut(node, chosen, size, stack=region.path or "encoder", layer=region.layers[stage], index=stage,
                        prefix=front, value=None if tokens is node else tokens)
         if more:
             into, *values = more
@@ -251,6 +267,18 @@ class _Restored:
                                      self.places[index], before=self.ctx.after(full, self.places[index]))
             mark.replace_all_uses_with(full)
             self.ctx.captured.graph.erase_node(mark)
+
+
+def _mask(ctx: Context, layer: Layer) -> fx.Node | None:
+    """The mask of a layer's attention as it is in the graph now."""
+    return None if layer.attention is None or "mask" not in layer.attention.roles else read_attention(
+        ctx, layer.attention).mask
+
+
+def _unseen(mask: Tensor) -> Tensor:
+    """bool ``[B or 1, S]``: tokens that no query of any head looks at, from a mask of ``[B, H, S, S]``: padding."""
+    hidden = torch.logical_not(mask) if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min / 2
+    return hidden.all(2).all(1)
 
 
 def drop_visual(ctx: Context, merge: Region, stack: Region, layer: int) -> dict[str, Any]:

@@ -211,7 +211,7 @@ class Protect(_Model):
     paths: list[str] = Field(default_factory=list, description="Globs on module paths; what matches is left alone, "
                                                                "with all that is inside it.")
     leading_tokens: int | None = Field(
-        None, ge=0, description="Tokens kept at the head of a vision encoder's axis; left out, as found in the graph."
+        None, ge=0, description="Tokens kept at the head of an encoder's axis; left out, as found in the graph."
     )
 
     def covers(self, path: str) -> bool:

@@ -84,6 +84,8 @@ def register(pass_class: PassClass) -> PassClass:
         raise TypeError(
             f"{who}.regions: expected one of {', '.join(KINDS)}, found {getattr(pass_class, 'regions', None)!r}"
         )
+    if unknown := sorted(set(getattr(pass_class, "also", ())) - set(KINDS)):
+        raise TypeError(f"{who}.also: expected some of {', '.join(KINDS)}, found {', '.join(unknown)}")
     params = getattr(pass_class, "Params", None)
     if not (isinstance(params, type) and issubclass(params, BaseModel)):
         raise TypeError(f"{who}.Params: expected a pydantic model (see PassParams), found {params!r}")

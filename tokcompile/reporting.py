@@ -210,7 +210,7 @@ class LayerTokens:
 
     def __init__(self, regions: Regions, stage: str) -> None:
         self.found: list[tuple[Layer, dict[str, Any]]] = []
-        for stack in (*regions.of("vision_encoder"), *regions.of("decoder_stack")):
+        for stack in regions.stacks:
             for layer in stack.layers:
                 second = layer.feed_forward
                 self.found.append((layer, {

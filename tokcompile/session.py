@@ -13,13 +13,14 @@ from torch import fx
 
 from tokcompile.canonical import canonicalise
 from tokcompile.capture import ASSERTIONS, Captured, ancestors, extract, fold_constants, from_dynamo, propagate
-from tokcompile.errors import NarrowError, NoMatchError, RecipeError, UnprofitableError
+from tokcompile.errors import NarrowError, NoMatchError, RecipeError, TokcompileError, UnprofitableError
 from tokcompile.flops import graph_flops, node_flops
 from tokcompile.lower import Guard, lower
 from tokcompile.narrow import Cut, narrow
 from tokcompile.plan import Context, HostSize, Kept, Pass, Seen, StateInput, layer_of, region_keys
 from tokcompile.recipes import Recipe, Step
 from tokcompile.regions import find_regions
+from tokcompile.regions.flow import Flow
 from tokcompile.regions.model import KINDS, Region, Regions
 from tokcompile.registry import get_pass
 from tokcompile.reporting import LayerTokens, Report, StageReport, StepReport, path_globs
@@ -126,6 +127,8 @@ class Session:
         self.stage = "forward"
         self.scored_features = False
         self.tracks_cache = False
+        #: an encoder that runs ahead of the decoder hands on fewer tokens than it had
+        self.pruned_encoder = False
         self.recordings: list[Recording] = []
         self.graphs: list[CompiledGraph] = []
         self.report = Report(model=model, recipe=recipe.name if recipe is not None else "")
@@ -174,14 +177,16 @@ class Session:
         _narrow_pruned_cache(ctx.captured)
         ctx.regions = find_regions(ctx.captured.graph)
         ctx.places = {key: layer_of(ctx.regions, region) for region, key in region_keys(ctx.regions).items()}
-        stacks = [*ctx.regions.of("vision_encoder"), *ctx.regions.of("decoder_stack")]
-        ctx.streams = [[s.layers[0].input, *(layer.output for layer in s.layers)] for s in stacks if s.layers]
+        ctx.streams = [[s.layers[0].input, *(layer.output for layer in s.layers)] for s in ctx.regions.stacks
+                       if s.layers]
         protect = self.recipe.protect if self.recipe is not None else None
         if protect is not None:
             ctx.leading_tokens = protect.leading_tokens
             self._covering.update(*(protect.covering(region.path) for region in ctx.regions.regions))
         before = graph_flops(ctx.captured.graph)
         self._note_regions(ctx.regions, stage)
+        if self.pruned_encoder and stage != "encoder":
+            _check_readers(ctx)
         layers = LayerTokens(ctx.regions, stage)
         for node in ctx.captured.graph.find_nodes(op="call_function", target=FEATURE_SCORES):
             self._score_features(ctx, node)
@@ -303,6 +308,8 @@ class Session:
         if near is not None:
             place = ", ".join(p for p in (near.path, near.source) if p)
             text += f"; nearest miss: {near.reason} [node {near.node.name}{', ' + place if place else ''}]"
+        elif others := [k for k in get_pass(step.pass_).also if step.target.region is None and regions.of(k)]:
+            text += f"; say target: {{region: {others[0]}}} to act there"
         elif kind == "merge_point":
             text += "; call with an image (pixel_values), or use a recipe for models without images"
         return text
@@ -381,18 +388,40 @@ def _check_supported(recipe: Recipe) -> None:
     problems = []
     for number, step in enumerate(recipe.steps):
         where, method = f"steps[{number}] ({step.pass_})", get_pass(step.pass_)
-        if step.region != method.regions:
-            problems.append(f"{where}: works on {method.regions}, not on {step.region}; leave target.region out")
+        if step.region not in (method.regions, *method.also):
+            known = " or ".join((method.regions, *method.also))
+            problems.append(f"{where}: works on {known}, not on {step.region}; leave target.region out")
         if step.target.layers is not None and method.regions not in LOCAL:
             problems.append(f"{where}: takes no target.layers; its own parameters say at which depth it acts")
         if step.target.modality is not None and method.regions != "merge_point":
             problems.append(f"{where}: images and video are told apart at merge points only; leave target.modality out")
     if recipe.protect is not None and recipe.protect.leading_tokens is not None and not any(
             get_pass(step.pass_).protects_leading for step in recipe.steps):
-        problems.append("protect.leading_tokens: no pass of this recipe removes tokens inside a vision encoder; "
+        problems.append("protect.leading_tokens: no pass of this recipe removes tokens inside an encoder; "
                         "leave it out")
     if problems:
         raise RecipeError("\n".join(problems))
+
+
+def _check_readers(ctx: Context) -> None:
+    """Refuse a decoder that counts the tokens of a pruned encoder: it cannot know which ones are left.
+
+    Raises:
+        TokcompileError: a cross attention has a mask over them, or its weights are given back.
+    """
+    flow = Flow(ctx.captured.graph)
+    results = {flow.canonical(node) for node in ctx.captured.graph.output_node().all_input_nodes}
+    for region in ctx.regions.of("attention"):
+        if region.variant["cross"] != "cross":
+            continue
+        reason = "", ""
+        if "mask" in region.roles:
+            reason = "masks", "leave the encoder's attention_mask out, or call forward without encoder_outputs"
+        elif region.roles.get("softmax") in results:
+            reason = "gives back the weights of", "leave output_attentions and token timestamps out"
+        if reason[0]:
+            raise TokcompileError(f"cross attention '{region.path}' [{region.source}] {reason[0]} the tokens of an "
+                                  f"encoder that ran before it and lost some of them; {reason[1]}")
 
 
 def hoist(captured: Captured, indices: Sequence[fx.Node]) -> tuple[fx.GraphModule, list[int]] | None:
@@ -478,6 +507,7 @@ class CompiledGraph:
                       prepared=session.prepared, counting=lambda: session.counting)
         session.rewrite(ctx, self.stage)
         if ctx.kept:
+            session.pruned_encoder |= self.stage == "encoder"
             output = next(iter(captured.graph.find_nodes(op="output")))
             output.args = ((*output.args[0], *(k.node for k in ctx.kept)),)
         inputs = [ctx.inputs[node] for node in captured.placeholders[len(args):]]

@@ -77,11 +77,22 @@ def install(model: nn.Module, session: Session) -> None:
         model.add_module(NAMESPACE, session.prepared)
     object.__setattr__(model, SESSION, session)
     _settle(model)
+    encoder = _own_encoder(model)
+    if encoder is not None:
+        object.__setattr__(encoder, "forward", _SequenceEncoder(model, type(encoder).forward, session))
     base = getattr(model, "base_model", None)
     if stages.takes_features and base is not None:
         for name in ("get_image_features", "get_video_features"):
             if getattr(base, name, None) is not None:
                 object.__setattr__(base, name, _Encoder(base, name, session))
+
+
+def _own_encoder(model: Any) -> nn.Module | None:
+    """The encoder of an encoder-decoder model: ``generate()`` calls it by itself, ahead of every forward."""
+    if "encoder_outputs" not in inspect.signature(type(model).forward).parameters or not hasattr(model, "get_encoder"):
+        return None
+    encoder = model.get_encoder()
+    return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
 
 
 def _settle(model: nn.Module) -> None:
@@ -103,6 +114,9 @@ def _settle(model: nn.Module) -> None:
 
 
 def uninstall(model: nn.Module) -> None:
+    encoder = _own_encoder(model)
+    if encoder is not None:
+        encoder.__dict__.pop("forward", None)
     for owner in (model, getattr(model, "base_model", None)):
         for name in ("forward", "get_image_features", "get_video_features", SESSION):
             if owner is not None:
@@ -214,6 +228,35 @@ class _Encoder:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Encoder, (self.base, self.name, self.session)
+
+
+class _SequenceEncoder:
+    """The encoder of an encoder-decoder model, called by itself, as a stage of its own.
+
+    Inside a forward it is a part of that graph. Runs uncompiled where it cannot be captured.
+    """
+
+    def __init__(self, model: Any, original: Callable[..., Any], session: Session) -> None:
+        self.model, self.original, self.session = model, original, session
+        functools.update_wrapper(self, types.MethodType(original, model))  # for the signature
+
+        def encode(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return original(model.get_encoder(), *args, **kwargs)
+
+        self.compiled: Callable[..., Any] | None = _compiled(encode, session)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and self.compiled is not None:
+            try:
+                with self.session.at_stage("encoder"):
+                    return self.compiled(self.model, args, kwargs)
+            except _CAPTURE_FAILURES as error:
+                self.session.note_uncaptured("encoder", error)
+                self.compiled = None
+        return self.original(self.model.get_encoder(), *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _SequenceEncoder, (self.model, self.original, self.session)
 
 
 def _attach(result: Any, scores: torch.Tensor) -> None:
@@ -379,8 +422,9 @@ def _encode_first(model: Any, kwargs: dict[str, Any], cache_name: str) -> dict[s
 
 
 def _tokens(kwargs: Mapping[str, Any]) -> torch.Tensor:
-    """What is ``[B, S, ...]`` among the arguments: ids, or embeddings."""
-    found = next((t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None)
+    """What is ``[B, S, ...]`` among the arguments of a decoder: ids, or embeddings."""
+    names = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+    found = next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
     if found is None:
         raise TokcompileError("forward got neither input_ids nor inputs_embeds")
     return found

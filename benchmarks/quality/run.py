@@ -92,7 +92,7 @@ def long_text(run: Run) -> None:
 def whisper(run: Run) -> None:
     """Whisper tiny.en: word error rate."""
     model, tokenizer, features = speech.load()
-    run.measure(model, "Whisper tiny.en", [speech.task(tokenizer, features, run.full)], speech.recipes())
+    run.measure(model, "Whisper tiny.en", speech.tasks(tokenizer, features, run.full), speech.recipes())
 
 
 GROUPS: dict[str, Callable[[Run], None]] = {

@@ -25,7 +25,19 @@ from .sources import MissingError, debian_path, package_file
 from .text_data import articles
 
 RATE = 16_000
-BECKETT = ("Ever tried. Ever failed. No matter. Try again. Fail again. Fail better.")
+WINDOW = 30 * RATE
+BECKETT = "Ever tried. Ever failed. No matter. Try again. Fail again. Fail better."
+DICKENS = (
+    "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, it "
+    "was the epoch of belief, it was the epoch of incredulity, it was the season of Light, it was the season of "
+    "Darkness, it was the spring of hope, it was the winter of despair, we had everything before us, we had nothing "
+    "before us, we were all going direct to Heaven, we were all going direct the other way",
+    "in short, the period was so far like the present period, that some of its noisiest authorities insisted on its "
+    "being received, for good or for evil, in the superlative degree of comparison only.")
+#: Pages whose sentences are asked, and those on which the depths of the cuts were chosen.
+TEST, CHOICE = (60, 106), (0, 60)
+#: Share of the tokens that reach the decoder -> kept at each stage, and the depths.
+BUDGETS = {"50 %": ([0.5], [0.5]), "25 %": ([0.5, 0.5], [0.5, 0.75]), "12.5 %": ([0.5] * 3, [0.25, 0.5, 0.75])}
 _TYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
 _PREFIX = [50257, 50362]
 
@@ -155,50 +167,97 @@ def errors(said: Sequence[str], wanted: Sequence[str]) -> int:
     return row[-1]
 
 
-@functools.cache
-def clips(count: int) -> list[tuple[Array, str]]:
-    """(samples, text): one real clip, and ``count`` sentences by espeak-ng. Raises MissingError."""
+def spoken(sentence: str) -> Array:
+    """What espeak-ng says. Raises MissingError."""
     debian_path("/usr/bin/espeak-ng", "espeak-ng")
-    found = [(read_wave(package_file("moonshine_voice", "assets/beckett.wav", "moonshine-voice")), BECKETT)]
-    sentences = [s for _, text in articles()[60:] for s in re.findall(r"(?<=[.] )[A-Z][a-z ,']{50,110}[.]", text)[:2]]
     with tempfile.TemporaryDirectory() as folder:
-        for number, sentence in enumerate(sentences[:count]):
-            path = Path(folder) / f"{number}.wav"
-            subprocess.run(["espeak-ng", "-v", "en-us", "-s", "140", "-w", str(path), sentence], check=True)
-            found.append((read_wave(path), sentence))
+        path = Path(folder) / "spoken.wav"
+        subprocess.run(["espeak-ng", "-v", "en-us", "-s", "140", "-w", str(path), sentence], check=True)
+        return read_wave(path)
+
+
+def _sentences(pages: tuple[int, int], which: slice) -> list[str]:
+    return [s for _, text in articles()[slice(*pages)]
+            for s in re.findall(r"(?<=[.] )[A-Z][a-z ,']{50,110}[.]", text)[which]]
+
+
+def _recorded(name: str) -> Array:
+    return read_wave(package_file("moonshine_voice", f"assets/{name}.wav", "moonshine-voice"))
+
+
+@functools.cache
+def clips(count: int, pages: tuple[int, int] = TEST) -> list[tuple[Array, str]]:
+    """(samples, text) of ``count`` sentences by espeak-ng; those of the test follow a recorded clip."""
+    found = [(_recorded("beckett"), BECKETT)] if pages == TEST else []
+    return found + [(spoken(s), s) for s in _sentences(pages, slice(2))[:count]]
+
+
+@functools.cache
+def windows(count: int, pages: tuple[int, int] = TEST) -> list[tuple[Array, str]]:
+    """(samples, text) that nearly fill the 30 s window: the recorded Dickens in two parts, and ``count`` by espeak-ng.
+
+    Those are sentences of encyclopedia pages, other ones than in :func:`clips`, one after the other.
+    """
+    found = []
+    if pages == TEST:
+        samples = _recorded("two_cities")
+        pause = int(28.7 * RATE)
+        found = [(samples[:pause], DICKENS[0]), (samples[pause:], DICKENS[1])]
+    sentences, said = iter(_sentences(pages, slice(2, 10))), []
+    texts: list[str] = []
+    while len(found) < count + (2 if pages == TEST else 0):
+        sentence = next(sentences)
+        part = spoken(sentence)
+        if sum(map(len, said)) + len(part) > WINDOW:
+            found.append((np.concatenate(said), " ".join(texts)))
+            said, texts = [], []
+        said.append(part)
+        texts.append(sentence)
     return found
 
 
-def task(tokenizer: Any, features: Any, full: bool) -> Task:
-    """Word error rate, greedy. Raises MissingError."""
-    items = clips(40 if full else 8)
+def transcribe(model: Any, tokenizer: Any, features: Any, samples: Array) -> list[str]:
+    """The words that the model hears, greedy, at most 140 tokens; the encoder runs once."""
+    from transformers import GenerationMixin
 
+    inputs = features(samples.astype(np.float32), sampling_rate=RATE, return_tensors="pt").input_features
+    # Whisper's own generate() needs a generation config that these weights come without
+    ids = GenerationMixin.generate(model, inputs, decoder_input_ids=torch.tensor([_PREFIX]), max_new_tokens=140,
+                                   do_sample=False)
+    return words(tokenizer.decode(ids[0, len(_PREFIX):], skip_special_tokens=True))
+
+
+def _task(name: str, items: list[tuple[Array, str]], tokenizer: Any, features: Any, note: str) -> Task:
     def observe(model: Any, item: tuple[Array, str]) -> list[str]:
-        samples, _ = item
-        inputs = features(samples.astype(np.float32), sampling_rate=RATE, return_tensors="pt").input_features
-        ids = torch.tensor([_PREFIX])
-        encoded = model.get_encoder()(inputs) if not hasattr(model, "_tokcompile_session") else None
-        for _ in range(60):
-            kwargs = {"encoder_outputs": encoded} if encoded is not None else {"input_features": inputs}
-            following = int(model(**kwargs, decoder_input_ids=ids, use_cache=False).logits[0, -1].argmax())
-            if following == 50256:
-                break
-            ids = torch.cat([ids, torch.tensor([[following]])], 1)
-        return words(tokenizer.decode(ids[0, len(_PREFIX):], skip_special_tokens=True))
+        return transcribe(model, tokenizer, features, item[0])
 
     def judge(observed: Sequence[Any], dense: Sequence[Any]) -> Array:
         wanted = [words(text) for _, text in items]
         return np.array([[errors(said, want), len(want)] for said, want in zip(observed, wanted, strict=True)],
                         dtype=np.float64)
 
-    return Task("speech", items, observe, [Measure("WER", judge, ratio_percent, higher_is_better=False)],
-                version=f"1/{len(items)}", note="mostly synthetic speech")
+    return Task(name, items, observe, [Measure("WER", judge, ratio_percent, higher_is_better=False)],
+                version=f"2/{len(items)}", note=note)
+
+
+def tasks(tokenizer: Any, features: Any, full: bool) -> list[Task]:
+    """Word error rate, greedy: of single sentences, and of windows that are full. Raises MissingError."""
+    return [_task("speech", clips(24 if full else 8), tokenizer, features, "one sentence in 30 s; mostly synthetic"),
+            _task("speech, full window", windows(6 if full else 2), tokenizer, features, "mostly synthetic speech")]
+
+
+def step(name: str, keep: Sequence[float], at: Sequence[float], **params: Any) -> dict[str, Any]:
+    """A recipe with one step in the audio encoder."""
+    return {"recipe_version": 1, "steps": [{"pass": name, "target": {"region": "audio_encoder"},
+                                            "params": {"keep": list(keep), "at": list(at), **params}}]}
 
 
 def recipes() -> dict[str, Any]:
-    """Half of the encoder's tokens dropped in two stages, where the compiler can cut there."""
-    return {"class_attention 50 %": {"recipe_version": 1, "steps": [
-        {"pass": "class_attention", "params": {"keep": [0.7, 0.7], "at": [0.5, 0.75]}}]}}
+    """Encoder tokens merged and dropped: what reaches the decoder is 50, 25 and 12.5 %."""
+    methods: dict[str, dict[str, Any]] = {"patch_merge": {"reach": 1, "restore": False}, "class_attention": {}}
+    return {f"{name} {budget}": step(name, keep, at, **params) for name, params in methods.items()
+            for budget, (keep, at) in BUDGETS.items()}
 
 
-__all__ = ["MissingError", "clips", "errors", "load", "read_ctranslate2", "recipes", "task", "words"]
+__all__ = ["MissingError", "clips", "errors", "load", "read_ctranslate2", "recipes", "step", "tasks", "transcribe",
+           "windows", "words"]

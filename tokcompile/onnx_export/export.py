@@ -295,7 +295,7 @@ class _Job:
     # .. what is said about it
 
     def _note_kept(self, name: str, ctx: Any) -> None:
-        for region in (*ctx.regions.of("vision_encoder"), *ctx.regions.of("decoder_stack")):
+        for region in ctx.regions.stacks:
             path = region.path or name
             cuts = {k.layer: k for k in ctx.kept if not region.layers or any(
                 k.path == layer.path for layer in region.layers)}

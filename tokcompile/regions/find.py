@@ -9,6 +9,7 @@ from torch import fx
 
 from ..capture import Captured, source_line
 from .attention import find_attention
+from .audio import find_audio_encoders
 from .causal import is_causal
 from .feed_forward import common_path, find_feed_forward
 from .flow import Flow
@@ -22,7 +23,7 @@ from .vision import find_vision_encoders
 
 
 def find_regions(captured: Captured | fx.GraphModule | fx.Graph) -> Regions:
-    """Find attention, feed-forward, mixture-of-experts, vision-encoder, decoder-stack and merge-point regions.
+    """Find attention, feed-forward, mixture-of-experts, encoder, decoder-stack and merge-point regions.
 
     Detection reads dataflow only; module paths and source lines name what was found.
 
@@ -44,6 +45,8 @@ def find_regions(captured: Captured | fx.GraphModule | fx.Graph) -> Regions:
     blocks += _attention_blocks(flow, attentions)
     streams = [s for s in find_streams(flow, blocks) if _is_stack(s)]
     encoders, others = find_vision_encoders(flow, streams, misses)
+    hearing, others = find_audio_encoders(flow, others, misses)
+    encoders += hearing
     stacks = [_decoder_stack(flow, stream) for stream in others]
     merges = find_merge_points(flow, others, encoders, misses)
     regions = [*encoders, *merges, *stacks, *attentions, *(b.region for b in feeds), *(b.region for b in mixtures)]

@@ -8,7 +8,9 @@ from typing import Any
 from torch import fx
 
 #: The kinds of region, in the order in which reports show them.
-KINDS = ("vision_encoder", "merge_point", "decoder_stack", "attention", "feed_forward", "moe")
+KINDS = ("vision_encoder", "audio_encoder", "merge_point", "decoder_stack", "attention", "feed_forward", "moe")
+#: The kinds that have layers.
+STACKS = ("vision_encoder", "audio_encoder", "decoder_stack")
 
 
 @dataclass(eq=False)
@@ -22,7 +24,7 @@ class Region:
         shapes: dimension name -> size, an int or a SymInt (B, S, H, Hkv, Dh, D, F, N ...).
         variant: which alternative was taken (for example ``{"form": "sdpa", "heads": "gqa"}``).
         source: ``file:line``.
-        layers: for ``decoder_stack`` and ``vision_encoder``: the layers along the residual stream, in order.
+        layers: for the kinds of :data:`STACKS`: the layers along the residual stream, in order.
     """
 
     kind: str
@@ -84,6 +86,11 @@ class Regions:
 
     def of(self, kind: str) -> list[Region]:
         return [region for region in self.regions if region.kind == kind]
+
+    @property
+    def stacks(self) -> list[Region]:
+        """The regions that have layers."""
+        return [region for kind in STACKS for region in self.of(kind)]
 
     def nearest_miss(self, kind: str) -> NearMiss | None:
         misses = [miss for miss in self.near_misses if miss.kind == kind]

@@ -156,17 +156,20 @@ def _describe(flow: Flow, stream: Stream, patches: Patches) -> Region:
         "P": count,
         "N": sizes[1] * sizes[2] if grid else sizes[-2],
     }
-    prefix, token = _prefix(flow, stream.start, patches.node)
+    prefix, token = tokens_in_front(flow, stream.start, patches.node)
     shapes["prefix"] = prefix
     if token is not None:
         roles["class_token"] = token
     variant = {"patches": patches.form, "stages": "1", "tokens": "grid" if grid else "sequence"}
     layers = list(stream.layers)
     path = module_path(patches.node)
-    common = [
-        a for a, b in zip(path.split("."), (layers[0].path if layers else path).split("."), strict=False) if a == b
-    ]
-    return Region("vision_encoder", ".".join(common), roles, shapes, variant, source_line(patches.node), layers)
+    path = common_prefix(path, layers[0].path if layers else path)
+    return Region("vision_encoder", path, roles, shapes, variant, source_line(patches.node), layers)
+
+
+def common_prefix(path: str, other: str) -> str:
+    """The modules that two paths have in common."""
+    return ".".join(a for a, b in zip(path.split("."), other.split("."), strict=False) if a == b)
 
 
 def _patch_count(flow: Flow, patches: Patches) -> Any:
@@ -177,8 +180,8 @@ def _patch_count(flow: Flow, patches: Patches) -> Any:
     return sizes[0] if isinstance(space, int) and space == 1 else space
 
 
-def _prefix(flow: Flow, start: fx.Node, patches: fx.Node) -> tuple[Any, fx.Node | None]:
-    """Tokens in front of the patches, and the (last) ``cat`` that put them there."""
+def tokens_in_front(flow: Flow, start: fx.Node, patches: fx.Node) -> tuple[Any, fx.Node | None]:
+    """Tokens in front of those that ``patches`` makes, and the (last) ``cat`` that put them there."""
     count: Any = 0
     token: fx.Node | None = None
     node = start
