@@ -176,7 +176,8 @@ def stem_candidates(model: Any, seen: Any, shares: Sequence[float] = (0.1, 0.25,
         if share <= 0.25:
             yield f"random layers stem layers={share}", partial(make, random_layers=0)
             yield f"random rows stem layers={share}", partial(make, random_rows=0)
-            yield f"first token dense stem layers={share}", partial(make, first_dense=True)
+        yield f"first token too stem layers={share}", partial(
+            in_place.tables_of, model, Stem.Params(convert=share, dense_first=0), seen)
 
 
 def moe_candidates(model: Any, seen: Any,

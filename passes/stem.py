@@ -10,7 +10,9 @@ token. A context-free table can only hold what depends on the token itself, so f
 converted is decided by how much of the up-projection the table explains on held-out calibration sequences.
 
 Tokens without a row (ids that calibration never met, images, empty slots) take the dense up-projection
-(``fallback: dense``), or a mean row (``fallback: mean``; images stay dense).
+(``fallback: dense``), or a mean row (``fallback: mean``; images stay dense). The first tokens of a text stay dense too
+(``dense_first``): all others use them as attention sink, and what they carry depends on their place more than on their
+id.
 
 Source: "STEM: Scaling Transformers with Embedding Modules", arXiv 2601.10639, trains such models from scratch. Making
 the tables from a trained model by calibration is this project's own (see ``tokcompile.token_table``); expect it to hurt
@@ -34,7 +36,7 @@ from tokcompile.kernels.embedding_gate import embedding_gate, linear_where, rows
 from tokcompile.plan import Context, Pass, Seen
 from tokcompile.regions.model import Region
 from tokcompile.registry import PassParams, about, register
-from tokcompile.token_ids import ids_for
+from tokcompile.token_ids import first_for, ids_for
 
 
 @register
@@ -61,11 +63,16 @@ class Stem(Pass):
         max_rows: int = Field(65536, ge=1, description="Most ids that calibration keeps sums for, by first occurrence.")
         fallback: Literal["dense", "mean"] = Field(
             "dense", description="What a token without a row gets: its dense up-projection, or the mean row.")
+        dense_first: int = Field(
+            1, ge=0, description="First visible tokens of a row, which keep their dense up-projection.",
+            json_schema_extra=about(unit="tokens"))
 
     def observe(self, ctx: Context, region: Region, seen: Seen) -> None:
         formula = self._formula(ctx, region)
         assert formula.gate is not None
         ids, table, _ = ids_for(ctx, region, formula.up.node)
+        if self.params.dense_first:
+            first_for(ctx, region, self.params.dense_first)  # refuses now what apply would refuse
         seen.weights = {"embedding": ctx.real(table), **formula.weights(ctx)}
         seen.facts["activation"] = formula.activation
         vocabulary, every = seen.weights["embedding"].shape[0], self.params.held_out
@@ -110,7 +117,7 @@ class Stem(Pass):
 
     def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
         formula = self._formula(ctx, region)
-        ids, embedding, visual = ids_for(ctx, region, formula.up.node)
+        ids, embedding, visual = self._ids(ctx, region, formula)
         state, facts = ctx.state(self.name, region)
         if not facts["converted"]:
             raise UnprofitableError(
@@ -121,10 +128,10 @@ class Stem(Pass):
             raise ctx.refuse(formula.up.node, f"vocabulary mismatch: the table was made for {vocabulary} ids and "
                                               f"{width} neurons, this model has {embedding.meta['val'].shape[0]} and "
                                               f"{formula.width}; calibrate again with this model")
-        inner = self._emit(ctx, formula, state, ids, visual is not None)
+        inner = self._emit(ctx, formula, state, ids, visual is not None or self.params.dense_first > 0)
         formula.down.node.replace_input_with(formula.inner, inner)
         erase(formula.inner)
-        return {"fallback": self.params.fallback, **{name: facts[name] for name in (
+        return {"fallback": self.params.fallback, "dense_first": self.params.dense_first, **{name: facts[name] for name in (
             "explained", "rows", "tokens", "shrinkage", "prior")}}
 
     def _formula(self, ctx: Context, region: Region) -> ffn.Formula:
@@ -134,15 +141,29 @@ class Stem(Pass):
                                               "gate; STEM needs a gated one (moe_from_dense takes both)")
         return formula
 
+    def _ids(self, ctx: Context, region: Region, formula: ffn.Formula) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+        """As :func:`ids_for`; -1 at the first tokens too."""
+        ids, table, visual = ids_for(ctx, region, formula.up.node)
+        if self.params.dense_first == 0:
+            return ids, table, visual
+        first = first_for(ctx, region, self.params.dense_first)
+        place = ("without first", ids, first)
+        if place not in ctx.shared:
+            ctx.shared[place] = ctx.emit(_without, ids, first, before=ctx.after(ids, first))
+        return ctx.shared[place], table, visual
+
     def _emit(self, ctx: Context, formula: ffn.Formula, state: dict[str, fx.Node], ids: fx.Node,
-              visual: bool) -> fx.Node:
-        """The product of the activated gate and the rows, in front of the down-projection."""
+              dense: bool) -> fx.Node:
+        """The product of the activated gate and the rows, in front of the down-projection.
+
+        ``dense``: some tokens take the dense up-projection whatever the fallback is.
+        """
         gate, up, fallback = formula.gate, formula.up, self.params.fallback
         assert gate is not None
         fused, shape = gate.node is up.node, formula.inner.meta["val"].dim()
         nodes = {"x": up.input, "gate": gate.weight if fused else gate.node, "gate_bias": gate.bias if fused else None,
                  "up": up.weight, "up_bias": up.bias, "ids": ids, **state}
-        if fallback == "mean" and not visual:
+        if fallback == "mean" and not dense:
             del nodes["up"], nodes["up_bias"]
         given = {name: node for name, node in nodes.items() if node is not None}
 
@@ -166,6 +187,11 @@ class Stem(Pass):
             return found.reshape(-1, found.shape[-1])  # the down-projection of some models reads a list of tokens
 
         return ctx.emit(block, *given.values(), before=formula.down.node)  # type: ignore[no-any-return]
+
+
+def _without(ids: Tensor, first: Tensor) -> Tensor:
+    """``ids``, [B, S] or its rows end to end, with -1 where ``first`` [B or 1, S] is true."""
+    return torch.where(first, -1, ids.reshape(-1, first.shape[1])).reshape(ids.shape)
 
 
 def _score(table: token_table.Table) -> float:

@@ -16,6 +16,7 @@ from tests.zoo import decoders, vlm
 from tests.zoo.vision import vit
 from tokcompile.errors import CalibrationError, NoMatchError, RecipeError, TokcompileError
 from tokcompile.kernels.embedding_gate import rows as rows_of
+from tokcompile.passes.stem import Stem
 
 VOCABULARY = 128
 
@@ -71,7 +72,7 @@ def without_mixing(model: nn.Module) -> nn.Module:
 
 
 def recipe(target: dict | None = None, **params) -> dict:
-    params = {"held_out": 0, "shrinkage": 0.0} | params
+    params = {"held_out": 0, "shrinkage": 0.0, "dense_first": 0} | params
     return {"recipe_version": 1, "description": "test",
             "steps": [{"pass": "stem", "target": target or {}, "params": params}]}
 
@@ -224,6 +225,122 @@ def test_bf16_equals_fp32_to_its_rounding():
     close(output(dense, inputs), expected, 1.5e-2)
 
 
+# .. the first tokens
+
+
+def without_first(ids: Tensor, mask: Tensor, count: int) -> Tensor:
+    """``ids`` with -1 at the first ``count`` tokens of each row that are no padding, one by one."""
+    ids = ids.clone()
+    for row in range(ids.shape[0]):
+        left = count
+        for place in range(ids.shape[1]):
+            if mask[row, place] and left > 0:
+                ids[row, place] = -1
+                left -= 1
+    return ids
+
+
+@pytest.mark.parametrize("fallback", ["dense", "mean"])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_visible_tokens_stay_dense(family, count, fallback):
+    dense, inputs = FAMILIES[family]()
+    mask = torch.ones_like(inputs["input_ids"])
+    if "attention_mask" in inputs:
+        mask[0, :4] = 0
+        inputs = inputs | {"attention_mask": mask}
+    optimized = tokcompile.optimize(dense, recipe(dense_first=count, fallback=fallback), calibration=[inputs],
+                                    lowering="eager")
+    assert output(optimized, inputs).shape == output(dense, inputs).shape
+    assert tokcompile.report(optimized).steps[0].details["dense_first"] == count
+    other = inputs | {"input_ids": inputs["input_ids"].roll(1, 1)}  # ids that have rows come first
+    ids = without_first(other["input_ids"], mask, count)
+    with looked_up(dense, tables(optimized), ids, fallback):
+        expected = output(dense, other)
+    assert all(int(t["remap"][other["input_ids"][1, 0]]) >= 0 for t in tables(optimized).values())
+    with looked_up(dense, tables(optimized), other["input_ids"], fallback):
+        assert not torch.allclose(output(dense, other)[mask.bool()], expected[mask.bool()], atol=1e-4)
+    close(output(optimized, other)[mask.bool()], expected[mask.bool()])
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize(("length", "padding"), [(3, 2), (1, 0)])
+def test_decode_steps_know_how_many_tokens_came_before(length, padding, cache):
+    """With one visible token in a prompt of row 0 and three in that of row 1, its first step is a second token."""
+    from transformers import StaticCache
+
+    dense, inputs = decoders.llama()
+    optimized = tokcompile.optimize(dense, recipe(dense_first=2), calibration=[inputs], lowering="eager")
+    ids = inputs["input_ids"].roll(3, 1)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    with looked_up(dense, tables(optimized), without_first(ids, mask, 2)):
+        expected = output(dense, {"input_ids": ids, "attention_mask": mask, "position_ids": places})
+    past = StaticCache(dense.config, max_cache_len=12) if cache == "static" else None
+    with torch.no_grad():
+        for start, stop in [(0, length), *((i, i + 1) for i in range(length, 9))]:
+            out = optimized(input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=past,
+                            position_ids=places[:, start:stop], use_cache=True)
+            past = out.past_key_values
+            real = mask[:, start:stop].bool()
+            close(out.logits[real], expected[:, start:stop][real])
+
+
+def test_every_text_in_a_row_has_a_first_token():
+    dense, inputs = decoders.llama()
+    optimized = tokcompile.optimize(dense, recipe(dense_first=1), calibration=[inputs], lowering="eager")
+    ids = inputs["input_ids"][:1].roll(3, 1)
+    packed = {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]), "use_cache": False}
+    marked = ids.clone()
+    marked[0, [0, 4]] = -1
+    with looked_up(dense, tables(optimized), marked):
+        expected = output(dense, packed)
+    close(output(optimized, packed), expected)
+
+
+def test_first_tokens_follow_a_pruning_step():
+    case = vlm.VLMS["llava"]()
+    inputs = case.inputs(batch=2, left_padding=3)
+    both = recipe({"path": "*language_model*"}, dense_first=1)
+    both["steps"].insert(0, {"pass": "random", "params": {"keep": 0.25}})
+    optimized = tokcompile.optimize(case.model, both, calibration=[inputs], lowering="eager", inputs=inputs)
+    assert [s.status for s in tokcompile.report(optimized).steps] == ["matched", "matched"]
+    with tokcompile.record(optimized) as recording:
+        found = output(optimized, inputs)
+    kept = recording.kept[-1].indices
+    dropped = pruning.hidden(recording, inputs["input_ids"].shape[1], len(case.decoder_layers))
+    ids = torch.where(case.visual_mask(inputs), -1, inputs["input_ids"])
+    left = torch.zeros_like(inputs["attention_mask"]).scatter_(1, kept.clamp(min=0), (kept >= 0).long())
+    with looked_up(case.model, tables(optimized), without_first(ids, left * inputs["attention_mask"], 1)):
+        expected = oracle.masked_forward(case, inputs, dropped)
+    real = (kept >= 0) & inputs["attention_mask"].bool().gather(1, kept.clamp(min=0))
+    rows = torch.arange(2)[:, None].expand_as(kept)
+    close(found[real], expected[rows[real], kept[real]])
+
+
+def test_without_an_order_of_tokens_none_is_first():
+    class Both(Gated):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            x = self.embed(input_ids)
+            for layer in self.layers:
+                q, k, v = layer.mix(layer.one(x)).view(*x.shape[:2], 3, layer.heads, -1).permute(2, 0, 3, 1, 4)
+                x = x + layer.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+                up, gate = layer.wide(layer.two(x)).chunk(2, dim=-1)
+                x = x + layer.narrow(up * F.gelu(gate))
+            return self.head(x)
+
+    dense, inputs = Both().eval(), {"input_ids": decoders.text()["input_ids"]}
+    with pytest.raises(CalibrationError, match=r"see later ones too.*dense_first: 0"):
+        tokcompile.optimize(dense, recipe(dense_first=1), calibration=[inputs])
+    assert not hasattr(dense, "tokcompile")
+    tokcompile.optimize(dense, recipe(dense_first=0), calibration=[inputs], lowering="eager", inputs=inputs)
+
+
+def test_the_first_token_is_dense_by_default():
+    assert Stem.Params().dense_first == 1
+
+
 @pytest.mark.inductor
 def test_inductor_computes_the_same():
     dense, inputs = decoders.llama()
@@ -329,7 +446,7 @@ def test_a_state_for_another_vocabulary_is_refused():
 
 
 @pytest.mark.parametrize("params", [{"convert": 0}, {"convert": 0.0}, {"convert": 1.5}, {"max_rows": 0},
-                                    {"shrinkage": -1.0}, {"fallback": "zero"}])
+                                    {"shrinkage": -1.0}, {"fallback": "zero"}, {"dense_first": -1}])
 def test_bad_parameters(params):
     dense, inputs = decoders.llama()
     with pytest.raises(RecipeError, match=next(iter(params))):

@@ -1,4 +1,4 @@
-"""Which input of a graph holds the ids of the tokens that a layer works on."""
+"""Which input of a graph holds the ids of the tokens that a layer works on, and which of these come first in a text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from tokcompile.attention_form import HIDDEN, AttentionForm, read_attention
+from tokcompile.errors import NarrowError
+from tokcompile.mask_form import MaskForm, read_mask
 from tokcompile.plan import Context
+from tokcompile.regions.causal import is_causal
 from tokcompile.regions.flow import Flow
 from tokcompile.regions.model import Layer, Region
 from tokcompile.regions.ops import LAYOUT, TRIVIAL
@@ -83,6 +87,74 @@ def ids_for(ctx: Context, region: Region, like: fx.Node) -> tuple[fx.Node, fx.No
         raise ctx.refuse(like, f"the ids are {tuple(masked.meta['val'].shape)}, the tokens here "
                                f"{tuple(like.meta['val'].shape[:-1])}")
     return masked, table, visual[0] if visual else None
+
+
+def first_for(ctx: Context, region: Region, count: int) -> fx.Node:
+    """bool [B or 1, S]: the first ``count`` visible tokens of each row, of those that a layer works on.
+
+    Read off the mask of the attention beside it (or of another one over the same tokens): such a token sees at most
+    ``count`` keys, itself included. So padding in front of a row does not count, a token behind a cache of ``count`` or
+    more keys is none of them, and each of several texts in one row has its own.
+
+    Raises:
+        NarrowError: no attention over these tokens shows which keys a token sees.
+    """
+    found = layer_with(ctx, region)
+    where = region.roles["input"]
+    if found is None:
+        raise ctx.refuse(where, "the layer belongs to no stack of layers over tokens, so none of these comes first")
+    stack, layer = found
+    flow = Flow(ctx.captured.graph)
+    sizes = flow.dims(layer.input)
+    beside = [layer, *(other for other in stack.layers if other is not layer)]
+    reasons = []
+    for attention in (other.attention for other in beside if flow.dims(other.input) == sizes):
+        try:
+            if attention is not None:
+                return _first(ctx, flow, attention, count)
+        except NarrowError as error:
+            reasons.append(error.reason)
+    raise ctx.refuse(where, "no attention over these tokens shows which of them comes first: "
+                            f"{reasons[0] if reasons else 'none is left in the graph'}; set dense_first: 0, or put this "
+                            "step in front of those that rewrite attention")
+
+
+def _first(ctx: Context, flow: Flow, attention: Region, count: int) -> fx.Node:
+    form = read_attention(ctx, attention)
+    queries, keys = (_dims(n)[2] for n in (form.query, form.key))
+    place = ("first", form.mask, form.causal, queries, keys, count)
+    if place not in ctx.shared:
+        mask = read_mask(ctx, form)
+        if queries != 1 and not mask.causal and (mask.rest is None or not is_causal(flow, attention)):
+            raise ctx.refuse(form.output, "its tokens see later ones too")
+        if mask.window is not None and mask.window <= count:
+            raise ctx.refuse(form.output, f"its window of {mask.window} keys does not reach beyond the first {count}")
+        ctx.shared[place] = _seen(ctx, form, mask, count)
+    return ctx.shared[place]  # type: ignore[no-any-return]
+
+
+def _seen(ctx: Context, form: AttentionForm, mask: MaskForm, count: int) -> fx.Node:
+    """The queries that see 1 to ``count`` keys, bool [B or 1, S]; a window cuts off none of so few."""
+    given = {"query": form.query, "key": form.key, "keys": mask.keys, "rest": mask.rest}
+    nodes = {name: node for name, node in given.items() if node is not None}
+
+    def first(*values: torch.Tensor) -> torch.Tensor:
+        v = dict(zip(nodes, values, strict=True))
+        queries, length = v["query"].shape[2], v["key"].shape[2]
+        position = torch.arange(length - queries, length, device=v["query"].device)
+        if "rest" in v:
+            rest = v["rest"] if v["rest"].dtype == torch.bool else v["rest"] > HIDDEN
+            visible = rest[(None,) * (4 - rest.ndim)].any(1)
+            if mask.causal:
+                visible = visible & (torch.arange(length, device=rest.device) <= position.unsqueeze(1))
+            number = (visible & v["keys"].unsqueeze(1) if "keys" in v else visible).sum(-1)
+        elif "keys" in v:
+            number = v["keys"].cumsum(1)[:, length - queries:]
+        else:
+            number = (position + 1).unsqueeze(0)
+        return (number > 0) & (number <= count)
+
+    return ctx.emit(first, *nodes.values(), before=ctx.after(*nodes.values()))  # type: ignore[no-any-return]
 
 
 def _masked(ids: torch.Tensor, *visual: torch.Tensor) -> torch.Tensor:

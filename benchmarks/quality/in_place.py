@@ -56,12 +56,16 @@ def attention_of(model: nn.Module, function: Attention) -> Iterator[None]:
 
 
 class InPlace(nn.Module):
-    """A model with another attention, or with other feed-forward layers (layer -> function); its weights are shared."""
+    """A model with another attention, or with other feed-forward layers (layer -> function); its weights are shared.
+
+    The ids that feed-forward layers get are -1 at the first ``dense_first`` tokens of a text.
+    """
 
     def __init__(self, model: Any, attention: Attention | None = None,
-                 feed_forward: Mapping[int, FeedForward] | None = None) -> None:
+                 feed_forward: Mapping[int, FeedForward] | None = None, dense_first: int = 0) -> None:
         super().__init__()
         self.model, self.attention, self.feed_forward = model, attention, feed_forward or {}
+        self.dense_first = dense_first
 
     def forward(self, **kwargs: Any) -> Any:
         """As the model's."""
@@ -78,7 +82,11 @@ class InPlace(nn.Module):
         ids: list[Tensor] = []
 
         def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            ids[:] = [kwargs["input_ids"]]
+            cache = kwargs.get("past_key_values", kwargs.get("cache"))
+            left = max(0, self.dense_first - (cache.get_seq_length() if cache is not None else 0))
+            found = kwargs["input_ids"].clone()
+            found[:, :left] = -1
+            ids[:] = [found]
 
         with ExitStack() as stack:
             stack.callback(self.model.register_forward_pre_hook(note, with_kwargs=True).remove)
@@ -220,13 +228,12 @@ def fixed_neurons_of(model: Any, share: float, seen: dict[str, Seen]) -> InPlace
 
 @torch.no_grad()
 def tables_of(model: Any, params: Stem.Params, seen: dict[str, Seen], random_layers: int | None = None,
-              random_rows: int | None = None, first_dense: bool = False) -> InPlace:
+              random_rows: int | None = None) -> InPlace:
     """Tables in the place of up-projections; ids without a row keep theirs.
 
     Args:
         random_layers: seed of a control: as many layers, drawn instead of chosen.
         random_rows: seed of a control: every id reads the row of some other id.
-        first_dense: the first token of a text keeps its up-projection: it becomes the attention sink.
     """
     made = Stem(params).prepare(seen)
     count = sum(bool(tensors) for tensors, _ in made.values())
@@ -243,12 +250,10 @@ def tables_of(model: Any, params: Stem.Params, seen: dict[str, Seen], random_lay
             tensors = {**tensors, "table": tensors["table"][mixed]}
 
         def run(x: Tensor, ids: Tensor, t: Any = tensors, mlp: Any = model.model.layers[int(key)].mlp) -> Tensor:
-            if first_dense:
-                ids = torch.cat([torch.full_like(ids[:, :1], -1), ids[:, 1:]], 1)
             missing = rows(ids, t["table"].shape[0], t["remap"]) < 0
             other = linear_where(x, mlp.up_proj.weight, None, missing)
             result: Tensor = mlp.down_proj(embedding_gate(mlp.gate_proj(x), t["table"], ids, "silu", t["remap"], other))
             return result
 
         found[int(key)] = run
-    return InPlace(model, None, found)
+    return InPlace(model, None, found, params.dense_first)
