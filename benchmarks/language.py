@@ -152,6 +152,13 @@ def decode_candidates(model: Any, data: Calibration, budgets: Sequence[int] = (6
         yield f"fasa budget={budget}", partial(_fasa, model, fasa, data)
         yield f"tokenselect budget={budget}", partial(
             in_place.sparse_decode_of, model, TokenSelect(TokenSelect.Params(budget=budget)))
+        if budget >= 32:
+            variants: dict[str, dict[str, Any]] = {"reuse": {"reuse": 0.9}}
+            if budget >= 64:
+                variants |= {"latest": {"recent": 16}, "latest reuse": {"recent": 16, "reuse": 0.9}}
+            for name, more in variants.items():
+                yield f"tokenselect {name} budget={budget}", partial(
+                    in_place.sparse_decode_of, model, TokenSelect(TokenSelect.Params(budget=budget, **more)))
         for choose in ("random", "window"):
             yield f"{choose} budget={budget}", partial(
                 in_place.sparse_decode_of, model, DecodeControl(DecodeControl.Params(budget=budget, choose=choose)))
@@ -220,7 +227,7 @@ GROUPS: dict[str, tuple[Callable[[Any, Any], Task], Callable[[Any, Calibration],
 """Name -> task, candidates, and how many sequences of which length calibrate."""
 
 
-CONTROLS = {"token_sparse attention ": "token_sparse random ", "fasa ": "random ", "tokenselect ": "random ",
+CONTROLS = {"token_sparse attention ": "token_sparse random ", "fasa ": "random ", "tokenselect b": "random b",
             "stem ": "random layers stem ", "moe top_k ": "moe random router ",
             "moe cmoe top_k ": "moe cmoe random router "}
 """How the name of a candidate begins -> how that of its random control at the same budget does. None for router relu,
@@ -354,8 +361,11 @@ def main(argv: list[str] | None = None) -> int:
             for title, made in candidates(model, data):  # one by one: tables and experts of many would fill the memory
                 if title in known:
                     continue
-                evaluate(model, [task], {title: made()}, label=MODEL, with_controls=False,
+                changed = made()
+                evaluate(model, [task], {title: changed}, label=MODEL, with_controls=False,
                          results=options.results, progress=_progress)
+                if reused := getattr(changed, "reused", None):
+                    print(f"{title}: {sum(reused) / len(reused):.1%} of the lists were reused", file=sys.stderr)
     page(options.results, DOCS if options.results == RESULTS else None)
     print(options.results)
     return 0

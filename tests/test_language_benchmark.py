@@ -60,6 +60,9 @@ def test_in_place_equals_optimize() -> None:
     decode = {"budget": 8, "dense_below": 1}
     agree(in_place.sparse_decode_of(model, TokenSelect(TokenSelect.Params(budget=8))),
           optimized(model, "tokenselect", decode, layers=["1--1"]))
+    reuse = TokenSelect(TokenSelect.Params(budget=8, reuse=-1.0))
+    agree(in_place.sparse_decode_of(model, reuse), optimized(model, "tokenselect", {**decode, "reuse": -1.0},
+                                                             layers=["1--1"]))
     method = Fasa(Fasa.Params(budget=8, planes=2))
     agree(in_place.sparse_decode_of(model, method, 1, in_place.fasa_planes(model, method, data)),
           optimized(model, "fasa", {**decode, "planes": 2}, data, ["1--1"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from tests.zoo import decoders
 from tokcompile import sparse_decode
 from tokcompile.errors import CalibrationError, NarrowError, NoMatchError, RecipeError
 from tokcompile.kernels.token_list_attention import op as kernel
+from tokcompile.passes.tokenselect import TokenSelect
 from tokcompile.recipe import Budget
 from tokcompile.sparse_decode import ends, least_length, listed
 
@@ -333,6 +335,172 @@ def test_inductor() -> None:
     with masked(model, Masked("fasa", dict(fast.state_dict()))):
         expected = generate(model, inputs)
     assert_same(generate(fast, inputs), expected)
+
+
+# .. reuse of a choice
+
+
+class Cached(Masked):
+    """Algorithm 1 of TokenSelect, row by row: a list is taken again while the query resembles the one it was for."""
+
+    def __init__(self, reuse: float) -> None:
+        super().__init__("tokenselect", {})
+        self.reuse, self.kept, self.reused = reuse, {}, []
+
+    def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                 *args: Any, **kwargs: Any) -> Any:
+        if query.shape[2] > 1:
+            self.kept.clear()
+        self.query = query
+        return super().__call__(module, query, key, value, attention_mask, *args, **kwargs)
+
+    def scores(self, module: nn.Module, query: Tensor, key: Tensor, seen: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        votes = super().scores(module, query, key, seen, kwargs).clone()
+        rows = []
+        for row in range(query.shape[0]):
+            now, place = query[row].flatten(), (module.layer_idx, row)
+            before, keys = self.kept.get(place, (None, None))
+            rows.append(before is not None and float(F.cosine_similarity(now, before, 0)) >= self.reuse)
+            if not rows[-1]:
+                places = [i for i in range(key.shape[2]) if seen[row, 0, 0, i]]
+                middle = places[SHARED["sinks"]: len(places) - SHARED["recent"]]
+                order = sorted(middle, key=lambda i: (-float(votes[row, 0, i]), i))
+                keys = order[:BUDGET - SHARED["sinks"] - SHARED["recent"]]
+                self.kept[place] = now.clone(), keys
+            hidden = torch.ones(key.shape[2], dtype=torch.bool)
+            hidden[keys] = False
+            votes[row, :, hidden] = -1.0
+        self.reused.append(rows)
+        return votes
+
+
+def reused(recording: Any) -> list[list[bool]]:
+    return [entry.rows.tolist() for entry in recording.reused]
+
+
+@pytest.mark.parametrize(("family", "cache"), [
+    ("llama", None), ("llama", "static"), ("gpt2", None), pytest.param("qwen3", None, marks=pytest.mark.slow)])
+def test_reuse_follows_the_algorithm(family: str, cache: str | None) -> None:
+    model, inputs = MODELS[family](), prompt()
+    fast, more = optimized(model, "tokenselect", reuse=0.5), {"cache_implementation": cache} if cache else {}
+    with tokcompile.record(fast) as recording:
+        result = generate(fast, inputs, **more)
+    function = Cached(0.5)
+    with masked(model, function), torch.no_grad():
+        expected = generate(model, inputs, **more)
+    assert reused(recording) == function.reused
+    flags = [flag for rows in function.reused for flag in rows]
+    assert 0.1 < sum(flags) / len(flags) < 0.9  # both branches
+    assert any(rows[0] != rows[1] for rows in function.reused)  # each row decides for itself
+    assert_same(result, expected)
+    entry = recording.reused[1]
+    assert (entry.step, entry.name, entry.layer) == (0, "tokenselect", 1)
+    step = tokcompile.report(fast).steps[0]
+    assert (step.status, step.matches, step.details["reuse"]) == ("matched", 2, 0.5)
+
+
+def test_reuse_at_its_ends() -> None:
+    model, inputs = MODELS["llama"](), prompt()
+    off = generate(optimized(model, "tokenselect"), inputs)
+    never = optimized(model, "tokenselect", reuse=1.5)
+    with tokcompile.record(never) as recording:
+        found = generate(never, inputs)
+    assert torch.equal(found.sequences, off.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(found.logits, off.logits, strict=True))
+    assert not any(flag for rows in reused(recording) for flag in rows)
+    always = optimized(model, "tokenselect", reuse=-1.0)
+    for _ in range(2):  # a new prompt chooses anew
+        with tokcompile.record(always) as recording:
+            generate(always, inputs)
+        rows = reused(recording)
+        assert rows[:2] == [[False, False]] * 2
+        assert rows[2:] == [[True, True]] * (2 * (STEPS - 2))
+
+
+@torch.no_grad()
+def test_a_cache_that_was_changed_has_no_lists() -> None:
+    model = MODELS["llama"]()
+    fast = optimized(model, "tokenselect", reuse=-1.0)
+    token = torch.full((2, 1), 7)
+
+    def step(cache: Any) -> list[list[bool]]:
+        with tokcompile.record(fast) as recording:
+            rows = cache.layers[0].keys.shape[0]
+            fast(input_ids=token[:1].expand(rows, 1), past_key_values=cache, use_cache=True)
+        return reused(recording)
+
+    def started(rows: int = 2) -> Any:
+        cache = fast(**prompt(0, rows), use_cache=True).past_key_values
+        assert step(cache) == [[False] * rows] * 2
+        assert step(cache) == [[True] * rows] * 2
+        return cache
+
+    cache = started()
+    for change in (lambda c: c.reorder_cache(torch.tensor([1, 0])), lambda c: c.crop(-2),
+                   lambda c: c.batch_repeat_interleave(2), lambda c: c.batch_select_indices(torch.tensor([0, 3])),
+                   lambda c: fast(input_ids=token.expand(2, 3), past_key_values=c),
+                   lambda c: [layer.keys.mul_(2) for layer in c.layers]):
+        change(cache)
+        rows = cache.layers[0].keys.shape[0]
+        assert step(cache) == [[False] * rows] * 2
+        assert step(cache) == [[True] * rows] * 2
+    other = started(3)  # each cache has lists of its own
+    assert step(cache) == [[True] * 2] * 2
+    assert step(other) == [[True] * 3] * 2
+    remembered = fast._tokcompile_session.remembered._of
+    gc.collect()
+    assert len(remembered) == 4  # two layers of each, and nothing of earlier steps
+    del cache, other
+    gc.collect()
+    assert len(remembered) == 0
+
+
+def test_a_kept_list_never_shows_a_hidden_key() -> None:
+    g = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 4, 1, 8, generator=g), torch.randn(2, 2, 12, 8, generator=g)
+    method = TokenSelect(TokenSelect.Params(budget=8, sinks=2, recent=1, reuse=0.9))
+    before, kept = query.flatten(1).clone(), torch.tensor([[3, 5, 7, 4, -1], [2, 3, 4, 5, 6]])
+    candidate = torch.ones(2, 12, dtype=torch.bool)
+    candidate[0, [5, 4]] = False
+    candidate[1, 6] = False
+    key[:] = torch.nan  # and no key is read
+    best, *_, rows = method.select(query, key, candidate, 1.0, 0.0, before, kept)
+    assert rows.tolist() == [True, True]
+    assert best.tolist() == [[[3, -1, 7, -1, -1]], [[2, 3, 4, 5, -1]]]
+
+
+def test_reuse_says_where_it_does_not_hold() -> None:
+    model, inputs = MODELS["gemma2"](), prompt()
+    fast = optimized(model, "tokenselect", reuse=-1.0)
+    with tokcompile.record(fast) as recording:
+        result = generate(fast, inputs, 4)
+    assert {entry.layer for entry in recording.reused} == {1}  # layer 0 has a window, its cache forgets
+    details = tokcompile.report(fast).steps[0].details["reuse"]
+    assert details["model.layers.1.self_attn"] == -1.0
+    assert "sliding window" in details["model.layers.0.self_attn"]
+    assert result.sequences.shape[1] == PROMPT + 4
+    for params, message in (({"reuse": 0.9, "budget": 0.5}, "budget as a number of keys"), ({"reuse": -2}, "reuse")):
+        with pytest.raises(RecipeError, match=message):
+            optimized(model, "tokenselect", **params)
+
+
+@torch.no_grad()
+def test_reuse_under_inference_mode() -> None:
+    model, inputs = MODELS["llama"](), prompt()
+    expected = generate(optimized(model, "tokenselect", reuse=0.5), inputs)
+    fast = optimized(model, "tokenselect", reuse=0.5)
+    with torch.inference_mode():
+        assert_same(generate(fast, inputs), expected)
+
+
+@pytest.mark.inductor
+def test_reuse_with_inductor() -> None:
+    model, inputs = MODELS["llama"](), prompt()
+    expected = generate(optimized(model, "tokenselect", reuse=0.5), inputs)
+    fast = tokcompile.optimize(model, recipe("tokenselect", reuse=0.5))
+    with tokcompile.record(fast) as recording:
+        assert_same(generate(fast, inputs), expected)
+    assert any(flag for rows in reused(recording) for flag in rows)
 
 
 # .. a decoder of no library

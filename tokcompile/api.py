@@ -97,7 +97,10 @@ def report(model: nn.Module) -> Report:
 
 @contextlib.contextmanager
 def record(model: nn.Module) -> Iterator[Recording]:
-    """Collect what each cut of each prefill keeps: ``with record(model) as rec: ...; rec.kept``."""
+    """Collect what each cut of each prefill keeps, and which rows of a decode step reused an earlier choice of keys.
+
+    ``with record(model) as rec: ...; rec.kept, rec.reused``.
+    """
     session, recording = session_of(model), Recording()
     session.recordings.append(recording)
     try:

@@ -138,6 +138,41 @@ class StateInput:
     name: str
 
 
+@dataclass(eq=False)
+class Memory:
+    """What a layer hands on from one decode step to the next; it belongs to the cache that holds the layer's keys.
+
+    A cache that another one was made of (rows reordered or repeated, tokens cropped off) has none, nor has one that
+    was written to in between: the next step starts from ``fresh``.
+
+    Attributes:
+        step, path, layer: which region has it, for recordings.
+        past: input of the graph: the keys so far. grown: output of the graph: these and the new one; None where they
+            are written into ``past``.
+        fresh: the keys so far -> the values of a cache that has none yet.
+        inputs: placeholders of the values. outputs: nodes of the new values, in the same order; set by the pass.
+        reused: node, bool [B]: rows that made use of the old values.
+    """
+
+    step: int
+    path: str
+    layer: int
+    past: fx.Node
+    grown: fx.Node | None
+    fresh: Callable[[torch.Tensor], list[torch.Tensor]]
+    inputs: list[fx.Node] = field(default_factory=list)
+    outputs: list[fx.Node] = field(default_factory=list)
+    reused: fx.Node | None = None
+
+
+@dataclass(eq=False)
+class MemoryInput:
+    """A value of a :class:`Memory` that a graph takes as one more input."""
+
+    memory: Memory
+    place: int
+
+
 def region_keys(regions: Regions) -> dict[Region, str]:
     """region -> a name that is the same in every graph of the model: module path, numbered where it is not unique."""
     keys: dict[Region, str] = {}
@@ -216,6 +251,7 @@ class Context:
         streams: for each stack what enters it and what leaves its layers, likewise.
         leading_tokens: how many tokens at the head of an encoder the recipe protects; None: those that are found.
         shared: what passes emit once for several regions, by a key of their own.
+        memories: what decode steps hand on; None where nothing can (a graph that is exported).
     """
 
     captured: Captured
@@ -235,7 +271,8 @@ class Context:
     indices: list[fx.Node] = field(default_factory=list)
     prepared: PreparedState | None = None
     counting: Callable[[], bool] = lambda: True
-    inputs: dict[fx.Node, HostSize | StateInput] = field(default_factory=dict)
+    inputs: dict[fx.Node, HostSize | StateInput | MemoryInput] = field(default_factory=dict)
+    memories: list[Memory] | None = None
     _positions: dict[str, fx.Node] = field(default_factory=dict)
     _masks: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
@@ -264,6 +301,27 @@ class Context:
             self.inputs[node] = StateInput(pass_name, key, name)
             nodes[name] = node
         return nodes, self.prepared.facts[pass_name, key]
+
+    def remember(self, region: Region, past: fx.Node, grown: fx.Node | None,
+                 fresh: Callable[[torch.Tensor], list[torch.Tensor]],
+                 *forms: tuple[Sequence[Any], torch.dtype]) -> Memory:
+        """A memory of ``region``; the caller sets its ``outputs`` and ``reused``.
+
+        Args:
+            past, grown, fresh: see :class:`Memory`.
+            forms: shape (numbers, or sizes in the graph) and type of each value.
+        """
+        assert self.memories is not None
+        memory = Memory(self.step, region.path, (self.layer(region) or (0, 0))[0], past, grown, fresh)
+        for place, (shape, dtype) in enumerate(forms):
+            with self.captured.graph.inserting_after(self.captured.placeholders[-1]):
+                node = self.captured.graph.placeholder(f"memory_{len(self.memories)}_{place}")
+            with self.captured.fake_mode:
+                node.meta["val"] = torch.empty(tuple(shape), dtype=dtype, device=past.meta["val"].device)
+            self.inputs[node] = MemoryInput(memory, place)
+            memory.inputs.append(node)
+        self.memories.append(memory)
+        return memory
 
     def key(self, region: Region) -> str:
         """See :func:`region_keys`."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.weak import WeakIdKeyDictionary
 
 from tokcompile.canonical import canonicalise
 from tokcompile.capture import ASSERTIONS, Captured, ancestors, extract, fold_constants, from_dynamo, propagate
@@ -17,7 +18,18 @@ from tokcompile.errors import NarrowError, NoMatchError, RecipeError, Tokcompile
 from tokcompile.flops import graph_flops, node_flops
 from tokcompile.lower import Guard, lower
 from tokcompile.narrow import Cut, narrow
-from tokcompile.plan import Context, HostSize, Kept, Pass, Seen, StateInput, layer_of, region_keys
+from tokcompile.plan import (
+    Context,
+    HostSize,
+    Kept,
+    Memory,
+    MemoryInput,
+    Pass,
+    Seen,
+    StateInput,
+    layer_of,
+    region_keys,
+)
 from tokcompile.recipes import Recipe, Step
 from tokcompile.regions import find_regions
 from tokcompile.regions.flow import Flow
@@ -51,10 +63,51 @@ class KeptEntry:
 
 
 @dataclass
+class ReusedEntry:
+    """Whether one layer reused an earlier choice in one decode step.
+
+    Attributes:
+        step: index of the recipe step. name: its pass.
+        path: module path of the region. layer: its index in the stack.
+        rows: bool ``[B]``.
+    """
+
+    step: int
+    name: str
+    path: str
+    layer: int
+    rows: torch.Tensor
+
+
+@dataclass
 class Recording:
-    """Collects :class:`KeptEntry` objects, in the order in which the cuts ran."""
+    """Collects :class:`KeptEntry` and :class:`ReusedEntry` objects, in the order in which cuts and layers ran."""
 
     kept: list[KeptEntry] = field(default_factory=list)
+    reused: list[ReusedEntry] = field(default_factory=list)
+
+
+class Memories:
+    """Values that decode steps hand on, by the tensor that holds the keys of a layer (see :class:`plan.Memory`).
+
+    They live as long as that tensor, and count as long as nobody else wrote to it. Tensors of inference mode do not
+    tell; with these, values are kept only where every step makes a new tensor of keys.
+    """
+
+    def __init__(self) -> None:
+        self._of: Any = WeakIdKeyDictionary()
+
+    def get(self, keys: torch.Tensor) -> list[torch.Tensor] | None:
+        version, values = self._of.get(keys, (None, None))
+        return values if version == _version(keys) else None  # type: ignore[no-any-return]
+
+    def put(self, keys: torch.Tensor, values: list[torch.Tensor], in_place: bool) -> None:
+        if not (in_place and keys.is_inference()):
+            self._of[keys] = _version(keys), values
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 @dataclass(eq=False)
@@ -67,8 +120,11 @@ class Variant:
     ragged: list[bool]
     kept: list[Kept]
     prologue: tuple[fx.GraphModule, list[int]] | None = None
-    inputs: list[HostSize | StateInput] = field(default_factory=list)
+    inputs: list[HostSize | StateInput | MemoryInput] = field(default_factory=list)
     prepared: PreparedState | None = None
+    #: each with the number of the argument that holds the keys so far, and of the result that holds the grown ones
+    memories: list[tuple[Memory, int, int | None]] = field(default_factory=list)
+    remembered: Memories = field(default_factory=Memories)
 
     def __post_init__(self) -> None:
         self.forms = [_form(self._state(item)) for item in self.inputs if isinstance(item, StateInput)]
@@ -83,7 +139,10 @@ class Variant:
                 size.static not in (None, n) for size, (n, _) in zip(self.sizes, found, strict=True)):
             return None
         numbers = {id(size): n for size, (n, _) in zip(self.sizes, found, strict=True)}
-        more = [numbers[id(item)] if isinstance(item, HostSize) else self._state(item) for item in self.inputs]
+        values = {id(memory): self.remembered.get(args[past]) or memory.fresh(args[past])
+                  for memory, past, _ in self.memories}
+        more = [numbers[id(item)] if isinstance(item, HostSize) else self._state(item) if isinstance(item, StateInput)
+                else values[id(item.memory)][item.place] for item in self.inputs]
         # Dynamo guards on the parameters that the model uses, and knows nothing of these
         if [_form(v) for v, item in zip(more, self.inputs, strict=True) if isinstance(item, StateInput)] != self.forms:
             return None
@@ -130,6 +189,7 @@ class Session:
         #: an encoder that runs ahead of the decoder hands on fewer tokens than it had
         self.pruned_encoder = False
         self.recordings: list[Recording] = []
+        self.remembered = Memories()
         self.graphs: list[CompiledGraph] = []
         self.report = Report(model=model, recipe=recipe.name if recipe is not None else "")
         self.report.steps = [StepReport(pass_name=step.pass_, status="structure_miss", matches=0, regions=[],
@@ -488,10 +548,18 @@ class CompiledGraph:
 
     def _run(self, variant: Variant, args: Sequence[Any], extra: list[int]) -> Any:
         results = variant.run(*args, *extra)
-        if not variant.kept:
+        if not variant.kept and not variant.memories:
             return results
         count = len(variant.kept)
-        results, kept = results[:-count], results[-count:]
+        own = len(results) - count - sum(len(memory.outputs) + 1 for memory, _, _ in variant.memories)
+        results, kept, handed = results[:own], results[own: own + count], list(results[own + count:])
+        for memory, past, grown in variant.memories:
+            values, reused = handed[:len(memory.outputs)], handed[len(memory.outputs)]
+            handed = handed[len(memory.outputs) + 1:]
+            self.session.remembered.put(args[past] if grown is None else results[grown], values, grown is None)
+            for recording in self.session.recordings:
+                name = self.session.passes[memory.step][0].pass_
+                recording.reused.append(ReusedEntry(memory.step, name, memory.path, memory.layer, reused))
         for recording in self.session.recordings:
             for item, indices in zip(variant.kept, kept, strict=True):
                 name = self.session.passes[item.step][0].pass_
@@ -504,12 +572,17 @@ class CompiledGraph:
         captured = from_dynamo(self.graph_module, args)
         # the first compilation of a graph of static sizes is static throughout, as torch.compile does it
         ctx = Context(captured, Regions(), args, whole=self.whole, static=not captured.symbols and not self.variants,
-                      prepared=session.prepared, counting=lambda: session.counting)
+                      prepared=session.prepared, counting=lambda: session.counting, memories=[])
         session.rewrite(ctx, self.stage)
         if ctx.kept:
             session.pruned_encoder |= self.stage == "encoder"
-            output = next(iter(captured.graph.find_nodes(op="output")))
-            output.args = ((*output.args[0], *(k.node for k in ctx.kept)),)
+        output = next(iter(captured.graph.find_nodes(op="output")))
+        results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+        memories = [(m, captured.placeholders.index(m.past), None if m.grown is None else results.index(m.grown))
+                    for m in ctx.memories or ()]
+        handed = [n for m, _, _ in memories for n in (*m.outputs, m.reused)]
+        if ctx.kept or handed:
+            output.args = ((*results, *(k.node for k in ctx.kept), *handed),)
         inputs = [ctx.inputs[node] for node in captured.placeholders[len(args):]]
         prologue = hoist(captured, ctx.indices)
         captured.graph.eliminate_dead_code(
@@ -521,7 +594,8 @@ class CompiledGraph:
         if session.lowering == "eager":
             propagate(captured)  # Inductor traces the graph anyway, and so derives every shape
         run, compiled = lower(captured, session.lowering, ctx.streams)
-        variant = Variant(run, Guard(captured), ctx.sizes, ctx.ragged, ctx.kept, prologue, inputs, session.prepared)
+        variant = Variant(run, Guard(captured), ctx.sizes, ctx.ragged, ctx.kept, prologue, inputs, session.prepared,
+                          memories, session.remembered)
         self.variants.append(variant)
         session.report.stages.append(StageReport(
             name=self.stage, captured=True, nodes=len(captured.graph.nodes), compiled=compiled,

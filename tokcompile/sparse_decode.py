@@ -16,6 +16,7 @@ apart.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -28,7 +29,9 @@ from tokcompile.kernels.token_list_attention import token_list_attention
 from tokcompile.mask_form import read_mask
 from tokcompile.plan import Context, Pass
 from tokcompile.recipe import Budget
+from tokcompile.regions.flow import Flow
 from tokcompile.regions.model import Region
+from tokcompile.regions.ops import LAYOUT, TRIVIAL, is_in_place, op_name
 from tokcompile.registry import PassParams, about
 
 #: Bytes that dense attention moves in the time that a choice takes whatever its length (a dozen small operations), by
@@ -97,18 +100,33 @@ class SparseDecode(Pass):
         threshold = self._gate(ctx, region, form)
         ends = _ends(ctx, form, visible, self.params.sinks, self.params.recent)
         sink = [] if form.sink is None else [form.sink]
-        layer = (ctx.layer(region) or (0, 0))[0]
+        best, choice = self.choose(ctx, region, form, ends, more)
 
-        def attention(query: Tensor, key: Tensor, value: Tensor, candidate: Tensor, oldest: Tensor, newest: Tensor,
-                      *rest: Tensor) -> Tensor:
-            scores = self.score(query, key, candidate, form.scale, form.softcap, layer, *rest[len(sink):])
-            index = listed(scores, candidate, oldest, newest, self.params.budget.count(key.shape[2]))
+        def attention(query: Tensor, key: Tensor, value: Tensor, best: Tensor, oldest: Tensor, newest: Tensor,
+                      *sink: Tensor) -> Tensor:
+            index = joined(best, oldest, newest)
             index = index.expand(query.shape[0], key.shape[1], index.shape[2])
             output, lse = token_list_attention(query, key, value, index, None, form.scale, False, form.softcap)
-            return with_sink(output, lse, rest[0]) if sink else output
+            return with_sink(output, lse, sink[0]) if sink else output
 
-        form.replace(ctx, attention, form.query, form.key, form.value, *ends, *sink, *more)
-        return {"budget": str(self.params.budget), "dense_below": threshold, **details}
+        form.replace(ctx, attention, form.query, form.key, form.value, best, *ends[1:], *sink)
+        return {"budget": str(self.params.budget), "dense_below": threshold, **details, **choice}
+
+    def choose(self, ctx: Context, region: Region, form: AttentionForm, ends: tuple[fx.Node, ...],
+               more: Sequence[fx.Node]) -> tuple[fx.Node, dict[str, Any]]:
+        """Node of the best candidates, int64 [B or 1, M, .], and details for the report.
+
+        Args:
+            ends: nodes of :func:`ends`. more: of :meth:`inputs`.
+        """
+        layer = (ctx.layer(region) or (0, 0))[0]
+
+        def best(query: Tensor, key: Tensor, candidate: Tensor, oldest: Tensor, newest: Tensor,
+                 *more: Tensor) -> Tensor:
+            scores = self.score(query, key, candidate, form.scale, form.softcap, layer, *more)
+            return chosen(scores, candidate, self.params.budget.count(key.shape[2]) - _width(oldest, newest))
+
+        return ctx.emit(best, form.query, form.key, *ends, *more, before=form.output), {}
 
     def _gate(self, ctx: Context, region: Region, form: AttentionForm) -> int:
         """Raise where the dense attention serves caches of this length better; puts a guard on the length.
@@ -201,6 +219,59 @@ def visible_keys(ctx: Context, form: AttentionForm) -> fx.Node | None:
     return ctx.emit(inside, *nodes, before=ctx.after(*nodes))  # type: ignore[no-any-return]
 
 
+#: In-place operations that put new keys into a buffer and leave the others where they are.
+_WRITES = {"index_copy", "index_put"}
+
+
+@dataclass(frozen=True)
+class Followed:
+    """Where the keys of a layer come from and go to, from one decode step to the next.
+
+    Attributes:
+        past: input of the graph. grown: output of the graph, the keys so far and the new one; None: written in place.
+        rows: axis of ``past`` that is the batch; None: the batch is a number in the graph.
+    """
+
+    past: fx.Node
+    grown: fx.Node | None
+    rows: int | None
+
+
+def followed_keys(ctx: Context, form: AttentionForm) -> Followed | None:
+    """How a next step finds the keys of this one, each at its place; None: it does not (a window drops old ones)."""
+    flow, outputs = Flow(ctx.captured.graph), set(ctx.captured.graph.output_node().all_input_nodes)
+    total, node, grown = _expr(form.key.meta["val"].shape[2]), form.key, None
+    while node.op != "placeholder":
+        op, source = op_name(node), node.args[0] if node.args else None
+        if op in ("cat", "concat") and grown is None and node in outputs:
+            axis = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+            if _expr(node.meta["val"].shape[axis]) != total:
+                return None
+            grown, source = node, source[0]  # type: ignore[index]
+        elif op not in (TRIVIAL | LAYOUT) - {"roll"} and not (op in _WRITES and is_in_place(node)) and not (
+                op == "slice" and isinstance(source, fx.Node) and _sizes(source) == _sizes(node)):
+            return None
+        if not isinstance(source, fx.Node):
+            return None
+        node = source
+    writes = {op_name(n) for n in flow.writes(node, form.output)}
+    if writes - _WRITES or bool(writes) == (grown is not None):  # a buffer that is rolled is copied to
+        return None
+    rows = form.query.meta["val"].shape[0]
+    if isinstance(rows, int):
+        return Followed(node, grown, None)
+    sizes = _sizes(node)
+    return Followed(node, grown, sizes.index(_expr(rows))) if _expr(rows) in sizes else None
+
+
+def _sizes(node: fx.Node) -> list[Any]:
+    return [_expr(size) for size in node.meta["val"].shape]
+
+
+def _expr(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else int(size)
+
+
 def _ends(ctx: Context, form: AttentionForm, visible: fx.Node | None, sinks: int, recent: int) -> tuple[fx.Node, ...]:
     """Nodes of :func:`ends`; once for all layers that see the same keys."""
     if visible is None:
@@ -248,7 +319,15 @@ def listed(scores: Tensor, candidate: Tensor, oldest: Tensor, newest: Tensor, co
     Returns:
         int64 [B or 1, M, count]; -1: an empty slot.
     """
-    best = chosen(scores, candidate, count - oldest.shape[1] - newest.shape[1])
+    return joined(chosen(scores, candidate, count - _width(oldest, newest)), oldest, newest)
+
+
+def _width(oldest: Tensor, newest: Tensor) -> Any:
+    return oldest.shape[1] + newest.shape[1]
+
+
+def joined(best: Tensor, oldest: Tensor, newest: Tensor) -> Tensor:
+    """The list of the first keys, the best ones [B or 1, M, .] and the last ones, int64 [B or 1, M, .]."""
     rows, lists = best.shape[:2]
     return torch.cat([oldest.unsqueeze(1).expand(rows, lists, oldest.shape[1]), best,
                       newest.unsqueeze(1).expand(rows, lists, newest.shape[1])], 2)

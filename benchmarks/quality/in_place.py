@@ -22,8 +22,9 @@ from tokcompile.passes.fasa import Fasa
 from tokcompile.passes.moe_from_dense import MoeFromDense
 from tokcompile.passes.stem import Stem
 from tokcompile.passes.token_sparse import TokenSparse
+from tokcompile.passes.tokenselect import TokenSelect
 from tokcompile.plan import Seen
-from tokcompile.sparse_decode import SparseDecode, ends, listed
+from tokcompile.sparse_decode import SparseDecode, ends, joined, listed
 
 NAME = "tokcompile_in_place"
 Attention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor | None]
@@ -119,22 +120,39 @@ def sparse_prefill_of(model: Any, params: TokenSparse.Params) -> InPlace:
     return InPlace(model, attention)
 
 
-def sparse_decode_of(model: Any, method: SparseDecode, first: int = 1,
+def sparse_decode_of(model: Any, method: SparseDecode | TokenSelect, first: int = 1,
                      state: Mapping[int, Tensor] | None = None) -> InPlace:
-    """Decode steps of the layers ``first`` and up. ``state``: layer -> what :meth:`SparseDecode.score` takes more."""
+    """Decode steps of the layers ``first`` and up. ``state``: layer -> what :meth:`SparseDecode.score` takes more.
+
+    With ``reuse`` the model has a list ``reused``: whether each row reused its list, by step and layer.
+    """
     p: Any = method.params
+    memory: dict[int, Any] = {}
+    reused: list[bool] = []
 
     def attention(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:
         if layer < first or query.shape[2] != 1:
             return None
         candidate, oldest, newest = ends(None, key.shape[2], p.sinks, p.recent, key.device)
         more = () if state is None else (state[layer],)
-        scores = method.score(query, key, candidate, scale, 0.0, layer, *more)
-        index = listed(scores, candidate, oldest, newest, p.budget.count(key.shape[2]))
+        if getattr(p, "reuse", None) is None:
+            scores = method.score(query, key, candidate, scale, 0.0, layer, *more)
+            index = listed(scores, candidate, oldest, newest, p.budget.count(key.shape[2]))
+        else:
+            length, before, kept = memory.get(layer, (0, None, None))
+            if length + 1 != key.shape[2]:  # another text
+                before = query.new_full((query.shape[0], query[0].numel()), torch.nan)
+                kept = torch.full((query.shape[0], p.budget.num - p.sinks - p.recent), -1)
+            best, before, kept, rows = method.select(query, key, candidate, scale, 0.0, before, kept)
+            memory[layer] = key.shape[2], before, kept
+            reused.extend(rows.tolist())
+            index = joined(best, oldest, newest)
         index = index.expand(query.shape[0], key.shape[1], index.shape[2])
         return token_list_attention(query, key, value, index, None, scale, False, 0.0)[0]
 
-    return InPlace(model, attention)
+    made = InPlace(model, attention)
+    made.reused = reused
+    return made
 
 
 @torch.no_grad()
