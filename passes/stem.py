@@ -14,6 +14,10 @@ Tokens without a row (ids that calibration never met, images, empty slots) take 
 (``dense_first``): all others use them as attention sink, and what they carry depends on their place more than on their
 id.
 
+With ``table: host`` the tables stay in host memory wherever the model is moved. The ids of a call are copied to the
+host once, each layer's rows start on their way as soon as the ids are known, and a layer waits for its own where it
+needs them (``tokcompile.kernels.host_rows``). Such tables are not trained.
+
 Source: "STEM: Scaling Transformers with Embedding Modules", arXiv 2601.10639, trains such models from scratch. Making
 the tables from a trained model by calibration is this project's own (see ``tokcompile.token_table``); expect it to hurt
 without training afterwards.
@@ -33,6 +37,7 @@ from tokcompile.attention_form import erase
 from tokcompile.errors import CalibrationError, UnprofitableError
 from tokcompile.kernels.activation import activate
 from tokcompile.kernels.embedding_gate import embedding_gate, linear_where, rows
+from tokcompile.kernels.host_rows import await_rows, fetch_rows, unique_ids
 from tokcompile.plan import Context, Pass, Seen
 from tokcompile.regions.model import Region
 from tokcompile.registry import PassParams, about, register
@@ -66,6 +71,9 @@ class Stem(Pass):
         dense_first: int = Field(
             1, ge=0, description="First visible tokens of a row, which keep their dense up-projection.",
             json_schema_extra=about(unit="tokens"))
+        table: Literal["model", "host"] = Field(
+            "model", description="Where the tables are: with the model, or in host memory, from where the rows of a "
+                                 "call are copied while other layers compute; such tables cannot be trained.")
 
     def observe(self, ctx: Context, region: Region, seen: Seen) -> None:
         formula = self._formula(ctx, region)
@@ -105,13 +113,17 @@ class Stem(Pass):
         result: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
         for key, table in fitted.items():
             like = seen[key].weights["up"]
-            facts = {"explained": None if math.isnan(table.score) else round(table.score, 4), "prior": table.prior,
-                     "shrinkage": table.shrinkage, "tokens": table.tokens, "rows": len(table.rows),
-                     "converted": key in chosen, "of": len(chosen)}
+            facts: dict[str, Any] = {
+                "explained": None if math.isnan(table.score) else round(table.score, 4), "prior": table.prior,
+                "shrinkage": table.shrinkage, "tokens": table.tokens, "rows": len(table.rows),
+                "converted": key in chosen, "of": len(chosen)}
             tensors: dict[str, Tensor] = {}
             if key in chosen:
                 tensors = {"table": nn.Parameter(table.rows.to(like)), "remap": table.remap.to(like.device),
                            "mean": nn.Parameter(table.mean.to(like))}
+                if self.params.table == "host":
+                    tensors |= {"table": table.rows.to("cpu", like.dtype), "remap": table.remap.cpu()}
+                    facts["host"] = ["table", "remap"]
             result[key] = tensors, facts
         return result
 
@@ -128,10 +140,13 @@ class Stem(Pass):
             raise ctx.refuse(formula.up.node, f"vocabulary mismatch: the table was made for {vocabulary} ids and "
                                               f"{width} neurons, this model has {embedding.meta['val'].shape[0]} and "
                                               f"{formula.width}; calibrate again with this model")
+        if "host" in facts:
+            state |= self._fetched(ctx, state, ids)
         inner = self._emit(ctx, formula, state, ids, visual is not None or self.params.dense_first > 0)
         formula.down.node.replace_input_with(formula.inner, inner)
         erase(formula.inner)
-        return {"fallback": self.params.fallback, "dense_first": self.params.dense_first, **{name: facts[name] for name in (
+        return {"fallback": self.params.fallback, "dense_first": self.params.dense_first,
+                "table": "host" if "host" in facts else "model", **{name: facts[name] for name in (
             "explained", "rows", "tokens", "shrinkage", "prior")}}
 
     def _formula(self, ctx: Context, region: Region) -> ffn.Formula:
@@ -151,6 +166,15 @@ class Stem(Pass):
         if place not in ctx.shared:
             ctx.shared[place] = ctx.emit(_without, ids, first, before=ctx.after(ids, first))
         return ctx.shared[place], table, visual
+
+    def _fetched(self, ctx: Context, state: dict[str, fx.Node], ids: fx.Node) -> dict[str, fx.Node]:
+        """``table`` and ``index``: rows that are on their way from where the ids are known, and which is whose."""
+        place = ("unique ids", ids)
+        if place not in ctx.shared:
+            ctx.shared[place] = ctx.emit(unique_ids, ids, before=ctx.after(ids))
+        nodes = [state["table"], state["remap"], *ctx.shared[place], ids]
+        table, index = ctx.emit(fetch_rows, *nodes, before=ctx.after(*nodes))
+        return {"table": table, "index": index}
 
     def _emit(self, ctx: Context, formula: ffn.Formula, state: dict[str, fx.Node], ids: fx.Node,
               dense: bool) -> fx.Node:
@@ -174,14 +198,17 @@ class Stem(Pass):
                 value = nn.functional.linear(
                     v["x"], gate.matrix(value), gate.offset(v["gate_bias"]) if "gate_bias" in v else None)
             other: Tensor = v["mean"]
+            index, remap = v["ids"], None if "index" in v else v["remap"]
+            if "index" in v:
+                index = await_rows(v["table"], v["index"]).view(index.shape)
             if "up" in v:
-                place = rows(v["ids"], v["table"].shape[0], v["remap"])
+                place = rows(index, v["table"].shape[0], remap)
                 mask = place < 0 if fallback == "dense" else v["ids"] < 0
                 other = linear_where(v["x"], up.matrix(v["up"]), up.offset(v["up_bias"]) if "up_bias" in v else None,
                                      mask)
                 if fallback == "mean":
                     other = torch.where(mask.unsqueeze(-1), other, v["mean"])
-            found = embedding_gate(value, v["table"], v["ids"], formula.activation, v["remap"], other)
+            found = embedding_gate(value, v["table"], index, formula.activation, remap, other)
             if found.ndim == shape:
                 return found
             return found.reshape(-1, found.shape[-1])  # the down-projection of some models reads a list of tokens

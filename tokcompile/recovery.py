@@ -186,7 +186,13 @@ def _chosen(model: nn.Module, trainable: str | Sequence[str]) -> dict[str, nn.Pa
     """The parameters by name, floating ones only."""
     every = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
     chosen: dict[str, nn.Parameter] = {}
+    fixed = [f"{name}.{buffer}" for name, module in model.named_modules() for buffer in getattr(module, "host", ())
+             if name.startswith(f"{NAMESPACE}.")]
     for wish in [trainable] if isinstance(trainable, str) else trainable:
+        for name in fixed:
+            if wish in ("prepared", "all") or fnmatch.fnmatchcase(name, wish):
+                raise RecoveryError(f"trainable={wish!r}: {name} stays in host memory and cannot be trained; make the "
+                                    "model with table: model, or choose parameters by patterns that leave it out")
         if wish == "all":
             found = every
         elif wish == "prepared":

@@ -6,7 +6,7 @@ see it. A tensor has the name ``tokcompile.<pass>.<module path>.<name>``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,20 @@ _ROOT = "_root"
 
 
 class _Scope(nn.Module):
-    """One component of a module path."""
+    """One component of a module path; the buffers ``host`` stay in host memory wherever the module is moved."""
+
+    host: Sequence[str] = ()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Scope:
+        kept = {name: self._buffers[name] for name in self.host if name in self._buffers}
+        for name in kept:
+            self._buffers[name] = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in kept.items():
+            assert tensor is not None
+            form = fn(tensor[:0])
+            self._buffers[name] = fn(tensor) if form.is_meta else tensor.to(form.dtype)
+        return self
 
 
 class PreparedState(nn.Module):
@@ -39,7 +52,7 @@ class PreparedState(nn.Module):
 
         Args:
             tensors: name -> tensor; an :class:`~torch.nn.Parameter` can be trained, anything else is a buffer.
-            facts: JSON values.
+            facts: JSON values. ``host``, where given: names of buffers that stay in host memory.
         """
         scope: nn.Module = self
         for part in _parts(pass_name, key):
@@ -52,6 +65,7 @@ class PreparedState(nn.Module):
             else:
                 scope.register_buffer(name, tensor)
         self.facts[pass_name, key] = dict(facts or {})
+        scope.host = tuple(self.facts[pass_name, key].get("host", ()))  # type: ignore[assignment]
 
     def has(self, pass_name: str, key: str) -> bool:
         return (pass_name, key) in self.facts
