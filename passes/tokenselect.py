@@ -12,9 +12,10 @@ read to choose (the Selection Cache, Algorithm 1)::
 
 Compared are the queries of all heads of a layer as one vector, in each row of the batch. Sinks and recent keys are not
 part of a kept list, they are those of the step; keys of it that are hidden by now are left out. A list belongs to the
-cache: one that was reordered (beam search), cropped or otherwise changed between two steps has none. It is off by
-default: on SmolLM2-135M a threshold of 0.9 spares 18 % of the choices and costs 1.4 of perplexity (docs/language.md).
-``tokcompile.record`` says which rows reused theirs.
+cache: one that was reordered (beam search), cropped or otherwise changed between two steps has none.
+``tokcompile.record`` says which rows reused theirs. A key that came after the list was chosen is attended to only as
+long as it is recent, so ``recent`` has to be more than the token itself: on SmolLM2-135M a threshold of 0.9 spares 18 %
+of the choices; that costs 1.4 of perplexity with ``recent: 1``, and nothing with 16 (docs/language.md).
 
 Source: "TokenSelect: Efficient Long-Context Inference and Length Extrapolation for LLMs via Dynamic Token-Level KV
 Cache Selection", arXiv 2411.02886. The paper votes with keys that are not rotated, to go beyond the trained length;
@@ -51,7 +52,7 @@ class TokenSelect(SparseDecode):
             json_schema_extra=about(source="arXiv 2411.02886 votes with bare products"))
         reuse: float | None = Field(
             None, ge=-1, description="Least cosine of a query and the one that the last list was chosen for at which "
-                                     "that list is taken again; null: every step chooses.",
+                                     "that list is taken again; null: every step chooses. Raise recent with it.",
             json_schema_extra=about(source="arXiv 2411.02886: 0.9"))
 
         def model_post_init(self, context: Any) -> None:

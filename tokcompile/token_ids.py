@@ -108,18 +108,18 @@ def first_for(ctx: Context, region: Region, count: int) -> fx.Node:
     sizes = flow.dims(layer.input)
     beside = [layer, *(other for other in stack.layers if other is not layer)]
     reasons = []
-    for attention in (other.attention for other in beside if flow.dims(other.input) == sizes):
+    for other in (other for other in beside if flow.dims(other.input) == sizes):
         try:
-            if attention is not None:
-                return _first(ctx, flow, attention, count)
+            if other.attention is not None:
+                return _first(ctx, flow, other, other.attention, count)
         except NarrowError as error:
             reasons.append(error.reason)
     raise ctx.refuse(where, "no attention over these tokens shows which of them comes first: "
-                            f"{reasons[0] if reasons else 'none is left in the graph'}; set dense_first: 0, or put this "
-                            "step in front of those that rewrite attention")
+                            f"{reasons[0] if reasons else 'none is left in the graph'}; set dense_first: 0, or put "
+                            "this step in front of those that rewrite attention")
 
 
-def _first(ctx: Context, flow: Flow, attention: Region, count: int) -> fx.Node:
+def _first(ctx: Context, flow: Flow, layer: Layer, attention: Region, count: int) -> fx.Node:
     form = read_attention(ctx, attention)
     queries, keys = (_dims(n)[2] for n in (form.query, form.key))
     place = ("first", form.mask, form.causal, queries, keys, count)
@@ -129,24 +129,28 @@ def _first(ctx: Context, flow: Flow, attention: Region, count: int) -> fx.Node:
             raise ctx.refuse(form.output, "its tokens see later ones too")
         if mask.window is not None and mask.window <= count:
             raise ctx.refuse(form.output, f"its window of {mask.window} keys does not reach beyond the first {count}")
-        ctx.shared[place] = _seen(ctx, form, mask, count)
+        ctx.shared[place] = _seen(ctx, form, mask, layer.input, count)
     return ctx.shared[place]  # type: ignore[no-any-return]
 
 
-def _seen(ctx: Context, form: AttentionForm, mask: MaskForm, count: int) -> fx.Node:
-    """The queries that see 1 to ``count`` keys, bool [B or 1, S]; a window cuts off none of so few."""
-    given = {"query": form.query, "key": form.key, "keys": mask.keys, "rest": mask.rest}
+def _seen(ctx: Context, form: AttentionForm, mask: MaskForm, tokens: fx.Node, count: int) -> fx.Node:
+    """The tokens [B, S, .] that see 1 to ``count`` keys, bool [B or 1, S]; a window cuts off none of so few."""
+    given = {"tokens": tokens, "keys": mask.keys, "rest": mask.rest}
+    if mask.keys is None and mask.rest is None and _dims(form.key)[2] != _dims(form.query)[2]:
+        given["key"] = form.key  # else the graph need not come to the keys first
     nodes = {name: node for name, node in given.items() if node is not None}
 
     def first(*values: torch.Tensor) -> torch.Tensor:
         v = dict(zip(nodes, values, strict=True))
-        queries, length = v["query"].shape[2], v["key"].shape[2]
-        position = torch.arange(length - queries, length, device=v["query"].device)
+        queries, device = v["tokens"].shape[1], v["tokens"].device
+        length = v["keys"].shape[1] if "keys" in v else v["rest"].shape[-1] if "rest" in v else (
+            v["key"].shape[2] if "key" in v else queries)
+        position = torch.arange(length - queries, length, device=device)
         if "rest" in v:
             rest = v["rest"] if v["rest"].dtype == torch.bool else v["rest"] > HIDDEN
             visible = rest[(None,) * (4 - rest.ndim)].any(1)
             if mask.causal:
-                visible = visible & (torch.arange(length, device=rest.device) <= position.unsqueeze(1))
+                visible = visible & (torch.arange(length, device=device) <= position.unsqueeze(1))
             number = (visible & v["keys"].unsqueeze(1) if "keys" in v else visible).sum(-1)
         elif "keys" in v:
             number = v["keys"].cumsum(1)[:, length - queries:]
