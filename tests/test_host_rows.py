@@ -225,7 +225,8 @@ def test_the_copy_runs_on_another_stream() -> None:
     assert unique.device.type == place.device.type == "cpu"
     stream, current = side_stream(ids.device), torch.cuda.current_stream()
     assert stream != current
-    current.synchronize()
+    await_rows(*fetch_rows(table, remap, unique, place, ids))
+    torch.cuda.synchronize()  # from here on no memory is allocated, which would wait for the device
     with torch.cuda.stream(stream):
         torch.cuda._sleep(500_000_000)  # a fraction of a second: the copy queues up behind it
     rows, index = fetch_rows(table, remap, unique, place, ids)
