@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from quality import in_place
 
+from tokcompile.distillation import token_losses
 from tokcompile.passes.fasa import Fasa
 from tokcompile.passes.moe_from_dense import MoeFromDense
 from tokcompile.passes.stem import Stem
@@ -75,3 +77,35 @@ def test_in_place_equals_optimize() -> None:
           optimized(model, "moe_from_dense", split, data))
     agree(in_place.tables_of(model, Stem.Params(convert=0.5), seen), optimized(model, "stem", {"convert": 0.5}, data))
     assert torch.equal(decoded(model, ids), dense)  # the model is as it was
+
+
+@torch.no_grad()
+def test_fixed_neurons_are_those_of_most_energy() -> None:
+    model, _ = tiny_llm()
+    ids, data = texts(1)[0]["input_ids"], texts(9)
+    seen = in_place.observed(model, data, MoeFromDense.Params(), None)
+    whole = in_place.fixed_neurons_of(model, 1.0, seen)(input_ids=ids).logits
+    torch.testing.assert_close(whole, model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    half = in_place.fixed_neurons_of(model, 0.5, seen)(input_ids=ids).logits
+
+    masked = copy.deepcopy(model)  # neurons that add least on average add nothing
+    for key, layer in seen.items():
+        mlp, x = masked.model.layers[int(key)].mlp, layer.sums["x"]
+        inner = torch.nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
+        added = (inner[:, :, None] * mlp.down_proj.weight.T).square().sum(-1)
+        least = (added / added.sum(1, keepdim=True)).mean(0).argsort()[: added.shape[1] // 2]
+        mlp.down_proj.weight[:, least] = 0
+    torch.testing.assert_close(half, masked(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    assert float((half - whole).abs().max()) > 1e-3
+
+
+def test_the_divergence_from_labels_is_the_cross_entropy() -> None:
+    import recover
+
+    ids = torch.randint(50, (2, 9))
+    student = torch.randn(2, 9, 50)
+    theirs = recover.Labels(50)(ids).logits
+    found = token_losses(student[:, :-1].reshape(-1, 50), theirs[:, :-1].reshape(-1, 50))
+    wanted = torch.nn.functional.cross_entropy(student[:, :-1].reshape(-1, 50), ids[:, 1:].reshape(-1),
+                                               reduction="none")
+    torch.testing.assert_close(found, wanted)
