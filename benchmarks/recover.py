@@ -162,7 +162,7 @@ class Labels(torch.nn.Module):
         super().__init__()
         self.vocabulary = vocabulary
 
-    def forward(self, input_ids: torch.Tensor) -> Any:
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         """Logits [B, L, V]: of position i, the token i + 1."""
         following = torch.nn.functional.pad(input_ids[:, 1:], (0, 1))
         return SimpleNamespace(logits=1e4 * torch.nn.functional.one_hot(following, self.vocabulary).float())
