@@ -337,6 +337,19 @@ def test_without_an_order_of_tokens_none_is_first():
     tokcompile.optimize(dense, recipe(dense_first=0), calibration=[inputs], lowering="eager", inputs=inputs)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_dropout_in_training_does_not_hide_which_token_is_first(attention):
+    dense, inputs = decoders.llama()
+    dense.set_attn_implementation(attention)
+    inputs["attention_mask"][0, :3] = 0
+    optimized = tokcompile.optimize(dense, recipe(dense_first=1), calibration=[inputs], lowering="eager")
+    expected = output(optimized, inputs)
+    for layer in optimized.model.layers:
+        layer.self_attn.attention_dropout = 1e-9  # drops nothing, but the graph cannot know
+    close(output(optimized.train(), inputs)[inputs["attention_mask"].bool()], expected[inputs["attention_mask"].bool()])
+    assert tokcompile.report(optimized).steps[0].matches == 2
+
+
 def test_the_first_token_is_dense_by_default():
     assert Stem.Params().dense_first == 1
 

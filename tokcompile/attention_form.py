@@ -92,13 +92,16 @@ def with_sink(output: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
     return (output * torch.sigmoid(lse.unsqueeze(-1) - sink)).to(output.dtype)
 
 
-def read_attention(ctx: Context, region: Region) -> AttentionForm:
+def read_attention(ctx: Context, region: Region, *, dropout: bool = False) -> AttentionForm:
     """The formula of an attention region. Puts views of the operands into the graph, dead until they are used.
+
+    Args:
+        dropout: read one with dropout on its weights too, for a caller that does not compute it.
 
     Raises:
         NarrowError: it is another one; nothing was rewritten.
     """
-    return _Reader(ctx, region).read()
+    return _Reader(ctx, region, dropout).read()
 
 
 @dataclass
@@ -114,8 +117,8 @@ class _Chain:
 
 
 class _Reader:
-    def __init__(self, ctx: Context, region: Region) -> None:
-        self.ctx, self.region, self.roles = ctx, region, region.roles
+    def __init__(self, ctx: Context, region: Region, dropout: bool) -> None:
+        self.ctx, self.region, self.roles, self.dropout = ctx, region, region.roles, dropout
         self.flow = Flow(ctx.captured.graph)
         self.output = region.roles["output"]
 
@@ -128,7 +131,7 @@ class _Reader:
         node = self.output
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        if given.get("dropout_p"):
+        if given.get("dropout_p") and not self.dropout:
             raise self._refuse(node, f"dropout of {given['dropout_p']} on the attention weights; call model.eval()")
         query, key, value = given["query"], given["key"], given["value"]
         rank, width = query.meta["val"].dim(), query.meta["val"].shape[-1]
@@ -402,7 +405,7 @@ class _Reader:
         return number is not None and number <= HIDDEN
 
     def _check_dropout(self, node: fx.Node) -> None:
-        if "dropout" in self.flow.op[node] and node.args[1] and node.args[2]:
+        if not self.dropout and "dropout" in self.flow.op[node] and node.args[1] and node.args[2]:
             raise self._refuse(node, f"dropout of {node.args[1]} on the attention weights; call model.eval()")
 
     def _same(self, one: Any, other: Any) -> bool:

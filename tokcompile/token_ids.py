@@ -120,7 +120,7 @@ def first_for(ctx: Context, region: Region, count: int) -> fx.Node:
 
 
 def _first(ctx: Context, flow: Flow, layer: Layer, attention: Region, count: int) -> fx.Node:
-    form = read_attention(ctx, attention)
+    form = read_attention(ctx, attention, dropout=True)  # training; which keys are seen is the same
     queries, keys = (_dims(n)[2] for n in (form.query, form.key))
     place = ("first", form.mask, form.causal, queries, keys, count)
     if place not in ctx.shared:
