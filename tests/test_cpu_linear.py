@@ -20,7 +20,7 @@ def _run(model: nn.Module, x: torch.Tensor, lowering: str) -> tuple[torch.Tensor
         def call(*args):  # type: ignore[no-untyped-def]
             nonlocal found
             captured = from_dynamo(graph_module)
-            run = lower(captured, lowering)
+            run, _ = lower(captured, lowering)
             found = len(captured.graph.find_nodes(
                 op="call_function", target=torch.ops.tokcompile.measured_linear.default))
             return run(*args)

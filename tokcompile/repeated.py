@@ -125,9 +125,11 @@ def compile_repeated(captured: Captured, streams: Sequence[Sequence[fx.Node]],
     graph = captured.graph
     present = set(graph.nodes)
     streams = [[n for n in stream if n in present] for stream in streams]
-    if not any(len({tuple(n.meta["val"].shape[:-1]) for n in stream}) > 1 for stream in streams if len(stream) > 3):
-        raise WholeError("no stack of layers loses tokens")
+    if not any(len(stream) > 3 for stream in streams):
+        raise WholeError("it has no stack of layers")
     _check_simple(captured)
+    if not any(len({tuple(n.meta["val"].shape[:-1]) for n in stream}) > 1 for stream in streams):
+        raise WholeError("no stack of layers loses tokens")
     propagate(captured)
     _spell_alike(graph)
     layers = _shared(part for stream in streams for part in _layers(graph, stream))
