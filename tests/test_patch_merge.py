@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
 import tokcompile
+from tests.zoo.vlm import VLMS
 from tokcompile.errors import RecipeError
 from tokcompile.evaluation import controls
 from tokcompile.passes.patch_merge import merged
@@ -177,6 +178,22 @@ def test_a_head_that_reads_the_grid_gets_it() -> None:
         torch.testing.assert_close(found, model.grid(tokens), rtol=1e-5, atol=1e-5)
     with pytest.raises(tokcompile.NoMatchError, match="grid"):
         tokcompile.optimize(model, step(keep=[20], at=[0.5], restore=False), lowering="eager")(pixel_values=pixels)
+
+
+def test_the_tower_of_a_vlm_gives_as_many_features_as_before() -> None:
+    """They leave in front of its last layer; the language model finds one for each of its places."""
+    case = VLMS["llava"]()
+    inputs = case.inputs(batch=2)
+    with torch.no_grad():
+        model = tokcompile.optimize(case.model, step(keep=[0.6], at=[0.34]), lowering="eager")
+        found = model.get_image_features(pixel_values=inputs["pixel_values"])
+        for image in found.pooler_output:
+            assert image.shape[0] == 16
+            assert len(image.unique(dim=0)) == 10
+        said = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        del inputs["pixel_values"]
+        wanted = case.model.generate(**inputs, mm_encoder_outputs={"image": found}, max_new_tokens=4, do_sample=False)
+        assert torch.equal(said, wanted)
 
 
 def test_a_refused_step_leaves_the_graph_to_the_next() -> None:
