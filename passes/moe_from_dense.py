@@ -130,15 +130,15 @@ class MoeFromDense(Pass):
         width, routed = weights["up"].shape[0], params.experts - params.shared
         generator = torch.Generator().manual_seed(seed)
         x = layer.sums["x"].to(weights["up"])
-        inputs, energy = x.float().cpu(), experts.energy(x, weights, activation).cpu()
+        routers = moe_split.Routers(x.cpu(), experts.energy(x, weights, activation).cpu())
         if params.split == "energy":
-            found = moe_split.energy_split(inputs, energy, params.experts, params.shared, params.active, params.rounds)
+            found = moe_split.energy_split(routers, params.experts, params.shared, params.active, params.rounds)
         elif params.split == "activity":
             keys = weights.get("gate", weights["up"]).detach().float().cpu()
             found = moe_split.split(layer.sums["top"], width, params.experts, params.shared, keys, params.rounds)
         else:
             found = moe_split.random_split(width, params.experts, params.shared, generator)
-        fitted = moe_split.fit(inputs, energy, found.experts) if params.choice == "fitted" else None
+        fitted = routers.fit(found.experts) if params.choice == "fitted" else None
         t = experts.parts(weights, found, fitted)
         if params.choice == "random":
             noise = torch.randn(t["router_in"].shape, generator=generator) * float(t["router_in"].float().std())

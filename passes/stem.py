@@ -162,17 +162,11 @@ class Stem(Pass):
         if self.params.dense_first == 0:
             return ids, table, visual
         first = first_for(ctx, region, self.params.dense_first)
-        place = ("without first", ids, first)
-        if place not in ctx.shared:
-            ctx.shared[place] = ctx.emit(_without, ids, first, before=ctx.after(ids, first))
-        return ctx.shared[place], table, visual
+        return ctx.emit_once("ids without first", _without, ids, first), table, visual
 
     def _fetched(self, ctx: Context, state: dict[str, fx.Node], ids: fx.Node) -> dict[str, fx.Node]:
         """``table`` and ``index``: rows that are on their way from where the ids are known, and which is whose."""
-        place = ("unique ids", ids)
-        if place not in ctx.shared:
-            ctx.shared[place] = ctx.emit(unique_ids, ids, before=ctx.after(ids))
-        nodes = [state["table"], state["remap"], *ctx.shared[place], ids]
+        nodes = [state["table"], state["remap"], *ctx.emit_once("unique ids", unique_ids, ids), ids]
         table, index = ctx.emit(fetch_rows, *nodes, before=ctx.after(*nodes))
         return {"table": table, "index": index}
 

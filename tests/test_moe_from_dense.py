@@ -298,7 +298,7 @@ def test_a_fitted_router_is_the_ridge_regression_of_the_roots_of_the_energies():
     x = torch.randn(60, 8) * torch.rand(8) + torch.randn(8)
     energy = torch.rand(60, 12)
     groups = torch.randperm(12).reshape(4, 3)
-    weight, offset = moe_split.fit(x, energy, groups)
+    weight, offset = moe_split.Routers(x, energy).fit(groups)
     wanted = torch.stack([energy[:, g].sum(1).sqrt() for g in groups], 1).double()
     columns = (x.double() - x.double().mean(0)) / x.double().std(0, correction=0)
     penalty = (0.1 * 60) ** 0.5 * torch.eye(8, dtype=torch.float64)
@@ -316,12 +316,13 @@ def test_an_energy_split_finds_the_groups_that_the_input_tells_apart():
     energy = 0.01 * torch.rand(400, 24)
     energy[:, :20] += (group == kind[:, None]).float() * (1 + torch.rand(400, 20))
     energy[:, 20:] += 2  # always active: to be shared
-    found = moe_split.energy_split(x, energy, experts=6, shared=1, active=1)
+    routers = moe_split.Routers(x, energy)
+    found = moe_split.energy_split(routers, experts=6, shared=1, active=1)
     assert set(found.shared.tolist()) == {20, 21, 22, 23}
     # five experts of four neurons for four groups of five: no expert can hold a group, four hold one group alone
     owners = [group[e].unique() for e in found.experts]
     assert sum(len(o) == 1 for o in owners) >= 3
-    weight, offset = moe_split.fit(x, energy, found.experts)
+    weight, offset = routers.fit(found.experts)
     chosen = found.experts[(x @ weight.T + offset).argmax(1)]
     mine = energy.gather(1, chosen).sum(1).mean()
     assert float(mine) > 0.95 * float(energy[:, :20].topk(4, 1).values.sum(1).mean())

@@ -178,10 +178,11 @@ def test_visual_positions_stay_dense(name):
     close(output(optimized, inputs)[real], expected[real])
 
 
-def test_ids_follow_the_tokens_that_a_pruning_step_keeps():
+@pytest.mark.parametrize("dense_first", [0, 1])
+def test_ids_and_first_tokens_follow_what_a_pruning_step_keeps(dense_first):
     case = vlm.VLMS["llava"]()
     inputs = case.inputs(batch=2, left_padding=3)
-    both = recipe({"path": "*language_model*"})
+    both = recipe({"path": "*language_model*"}, dense_first=dense_first)
     both["steps"].insert(0, {"pass": "random", "params": {"keep": 0.25}})
     optimized = tokcompile.optimize(case.model, both, calibration=[inputs], lowering="eager", inputs=inputs)
     assert [s.status for s in tokcompile.report(optimized).steps] == ["matched", "matched"]
@@ -189,7 +190,10 @@ def test_ids_follow_the_tokens_that_a_pruning_step_keeps():
         found = output(optimized, inputs)
     kept = recording.kept[-1].indices
     dropped = pruning.hidden(recording, inputs["input_ids"].shape[1], len(case.decoder_layers))
-    with looked_up(case.model, tables(optimized), torch.where(case.visual_mask(inputs), -1, inputs["input_ids"])):
+    left = torch.zeros_like(inputs["attention_mask"]).scatter_(1, kept.clamp(min=0), (kept >= 0).long())
+    ids = without_first(torch.where(case.visual_mask(inputs), -1, inputs["input_ids"]),
+                        left * inputs["attention_mask"], dense_first)
+    with looked_up(case.model, tables(optimized), ids):
         expected = oracle.masked_forward(case, inputs, dropped)
     real = (kept >= 0) & inputs["attention_mask"].bool().gather(1, kept.clamp(min=0))
     rows = torch.arange(2)[:, None].expand_as(kept)
@@ -297,26 +301,6 @@ def test_every_text_in_a_row_has_a_first_token():
     with looked_up(dense, tables(optimized), marked):
         expected = output(dense, packed)
     close(output(optimized, packed), expected)
-
-
-def test_first_tokens_follow_a_pruning_step():
-    case = vlm.VLMS["llava"]()
-    inputs = case.inputs(batch=2, left_padding=3)
-    both = recipe({"path": "*language_model*"}, dense_first=1)
-    both["steps"].insert(0, {"pass": "random", "params": {"keep": 0.25}})
-    optimized = tokcompile.optimize(case.model, both, calibration=[inputs], lowering="eager", inputs=inputs)
-    assert [s.status for s in tokcompile.report(optimized).steps] == ["matched", "matched"]
-    with tokcompile.record(optimized) as recording:
-        found = output(optimized, inputs)
-    kept = recording.kept[-1].indices
-    dropped = pruning.hidden(recording, inputs["input_ids"].shape[1], len(case.decoder_layers))
-    ids = torch.where(case.visual_mask(inputs), -1, inputs["input_ids"])
-    left = torch.zeros_like(inputs["attention_mask"]).scatter_(1, kept.clamp(min=0), (kept >= 0).long())
-    with looked_up(case.model, tables(optimized), without_first(ids, left * inputs["attention_mask"], 1)):
-        expected = oracle.masked_forward(case, inputs, dropped)
-    real = (kept >= 0) & inputs["attention_mask"].bool().gather(1, kept.clamp(min=0))
-    rows = torch.arange(2)[:, None].expand_as(kept)
-    close(found[real], expected[rows[real], kept[real]])
 
 
 def test_without_an_order_of_tokens_none_is_first():

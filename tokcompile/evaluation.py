@@ -64,8 +64,7 @@ Role = Literal["dense", "method", "random", "pool"]
 DENSE = "dense"
 #: Region kind that a step targets -> the passes that are its controls.
 CONTROLS = {"merge_point": {"random": "random", "pool": "pool"},
-            "vision_encoder": {"random": "patch_random", "pool": "patch_pool"},
-            "audio_encoder": {"random": "patch_random", "pool": "patch_pool"}}
+            **{kind: {"random": "patch_random", "pool": "patch_pool"} for kind in ("vision_encoder", "audio_encoder")}}
 
 
 # ------------------------------------------------------------------------------------------------------------ tasks

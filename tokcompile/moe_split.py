@@ -3,7 +3,7 @@
 By energy (:func:`energy_split`, this project's own): the energy of a neuron at a token is the square of what it adds to
 the output, ``h_j^2 * |down_j|^2``, as a share of all neurons' at this token. The neurons of most energy are shared. The
 others go to the expert with which most of their energy is chosen, by the router that can be fitted to these experts
-(:func:`fit`); then the router is fitted anew, and so on.
+(:class:`Routers`); then the router is fitted anew, and so on.
 
 By activity (:func:`split`, CMoE): neurons that are among the most active ones of a token again and again are shared;
 the others are clustered into experts of equal size, such that neurons of an expert are active for the same tokens. Each
@@ -14,6 +14,7 @@ Source of the second: CMoE, "Analytical FFN-to-MoE Restructuring via Activation 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +26,7 @@ from torch.nn import functional
 _TIE = 1e-3
 #: A sum of costs below this is an improvement.
 _IMPROVES = -1e-9
-#: Weight of the penalty in :func:`fit`, for columns of unit variance and a mean over tokens.
+#: Weight of the penalty in :class:`Routers`, for columns of unit variance and a mean over tokens.
 _RIDGE = 0.1
 
 
@@ -82,28 +83,26 @@ def split(top: Tensor, neurons: int, experts: int, shared: int, keys: Tensor, ro
     return Split(common, groups, typical)
 
 
-def energy_split(x: Tensor, energy: Tensor, experts: int, shared: int, active: int, rounds: int = 8) -> Split:
+def energy_split(routers: Routers, experts: int, shared: int, active: int, rounds: int = 8) -> Split:
     """Split neurons such that a fitted router chooses much of their energy.
 
     Args:
-        x: [q, d], inputs of the layer.
-        energy: float [q, f], what each neuron adds to the output at each token.
+        routers: of the layer.
         experts, shared: as of :func:`split`.
         active: routed experts that a token uses.
         rounds: fits of the router, each followed by the best assignment under what this router chooses.
     """
+    energy = routers.energy
     neurons = energy.shape[1]
     size, routed = neurons // experts, experts - shared
     by_mean = torch.sort(energy.mean(0), descending=True, stable=True).indices
     first = neurons - routed * size
     common, rest = by_mean[:first], by_mean[first:]
     labels = torch.arange(len(rest)) % routed
-    regression = _Regression(x)
     for _ in range(rounds):
         groups = torch.stack([rest[labels == expert] for expert in range(routed)])
-        weight, offset = regression.fit(_norms(energy, groups))
-        best = functional.linear(x.float(), weight, offset).topk(min(active, routed), dim=-1).indices
-        chosen = torch.zeros(len(x), routed).scatter_(1, best, 1.0)
+        best = functional.linear(routers.x, *routers.fit(groups)).topk(min(active, routed), dim=-1).indices
+        chosen = torch.zeros(len(energy), routed).scatter_(1, best, 1.0)
         before, labels = labels, torch.from_numpy(assign(-(energy[:, rest].T @ chosen).double().numpy(), size))
         if torch.equal(labels, before):
             break
@@ -111,38 +110,32 @@ def energy_split(x: Tensor, energy: Tensor, experts: int, shared: int, active: i
     return Split(common, groups, groups[:, 0].clone())
 
 
-def fit(x: Tensor, energy: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """A linear router that predicts the root of the energy of each expert: ridge regression.
+class Routers:
+    """Linear routers that predict the root of the energy of each expert: ridge regression on standardised inputs.
 
     Args:
-        x: [q, d], inputs of the layer. energy: float [q, f]. groups: int64 [E, m], neurons of the experts.
-
-    Returns:
-        weight fp32 [E, d] and offset fp32 [E].
+        x: [q, d], inputs of the layer. energy: float [q, f], what each neuron adds to the output at each token.
     """
-    return _Regression(x).fit(_norms(energy, groups))
 
+    def __init__(self, x: Tensor, energy: Tensor) -> None:
+        self.x, self.energy = x.float(), energy
 
-def _norms(energy: Tensor, groups: Tensor) -> Tensor:
-    return torch.stack([energy[:, group].sum(-1) for group in groups], 1).sqrt()
+    @functools.cached_property
+    def _solver(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean and deviation of the inputs, the standardised inputs, and a Cholesky factor: for all groups the same."""
+        mean, deviation = self.x.mean(0), self.x.std(0, correction=0)
+        deviation = deviation.clamp(min=max(1e-6, 1e-3 * float(deviation.mean())))  # a column may be constant
+        columns = (self.x - mean) / deviation
+        square = columns.T @ columns / len(columns)
+        return mean, deviation, columns, torch.linalg.cholesky(square + _RIDGE * torch.eye(len(square)))
 
-
-class _Regression:
-    """Least squares of several targets on the same inputs ``x [q, d]``, standardised, with a penalty."""
-
-    def __init__(self, x: Tensor) -> None:
-        x = x.float()
-        self.mean, deviation = x.mean(0), x.std(0, correction=0)
-        self.deviation = deviation.clamp(min=max(1e-6, 1e-3 * float(deviation.mean())))  # a column may be constant
-        self.columns = (x - self.mean) / self.deviation
-        square = self.columns.T @ self.columns / len(x)
-        self.factor = torch.linalg.cholesky(square + _RIDGE * torch.eye(len(square)))
-
-    def fit(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight [n, d] and offset [n] for targets [q, n]."""
-        mean = target.mean(0)
-        found = torch.cholesky_solve(self.columns.T @ (target - mean) / len(target), self.factor).T / self.deviation
-        return found.contiguous(), mean - found @ self.mean
+    def fit(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight fp32 [E, d] and offset fp32 [E] for experts of the neurons ``groups``, int64 [E, m]."""
+        mean, deviation, columns, factor = self._solver
+        target = torch.stack([self.energy[:, group].sum(-1) for group in groups], 1).sqrt()
+        centre = target.mean(0)
+        found = torch.cholesky_solve(columns.T @ (target - centre) / len(target), factor).T / deviation
+        return found.contiguous(), centre - found @ mean
 
 
 def random_split(neurons: int, experts: int, shared: int, generator: torch.Generator) -> Split:

@@ -282,6 +282,12 @@ class Context:
         """Trace plain torch code over nodes into the graph, in front of ``before``."""
         return inline(self.captured, function, args, before)
 
+    def emit_once(self, name: str, function: Callable[..., Any], *nodes: fx.Node) -> Any:
+        """As :meth:`emit`, right behind ``nodes``; further calls with this name and these nodes get the same result."""
+        if (name, *nodes) not in self.shared:
+            self.shared[name, *nodes] = self.emit(function, *nodes, before=self.after(*nodes))
+        return self.shared[name, *nodes]
+
     def state(self, pass_name: str, region: Region) -> tuple[dict[str, fx.Node], dict[str, Any]]:
         """The prepared state of a region: name -> input node of the graph, and its facts.
 
@@ -364,12 +370,9 @@ class Context:
 
         The last position is what the next token is read from, so it is never up for removal.
         """
-        mask = self.feature_mask(region)
-        if mask not in self._masks:
-            self._masks[mask] = self.emit(
-                lambda m: m & (torch.arange(m.shape[1], device=m.device) < m.shape[1] - 1), mask,
-                before=self.after(mask))
-        return self._masks[mask]
+        return self.emit_once(  # type: ignore[no-any-return]
+            "visual mask", lambda m: m & (torch.arange(m.shape[1], device=m.device) < m.shape[1] - 1),
+            self.feature_mask(region))
 
     def feature_mask(self, region: Region) -> fx.Node:
         """bool ``[B, S]``: the positions that a merge point fills with image features."""

@@ -277,11 +277,8 @@ def _ends(ctx: Context, form: AttentionForm, visible: fx.Node | None, sinks: int
     if visible is None:
         return tuple(ctx.emit(lambda key: ends(None, key.shape[2], sinks, recent, key.device), form.key,
                               before=form.output))
-    place = ("ends", visible, sinks, recent)
-    if place not in ctx.shared:
-        ctx.shared[place] = tuple(ctx.emit(lambda v: ends(v, v.shape[1], sinks, recent, v.device), visible,
-                                           before=ctx.after(visible)))
-    return ctx.shared[place]  # type: ignore[no-any-return]
+    return tuple(ctx.emit_once(f"ends {sinks} {recent}", lambda v: ends(v, v.shape[1], sinks, recent, v.device),
+                               visible))
 
 
 def ends(visible: Tensor | None, length: Any, sinks: int, recent: int,

@@ -193,8 +193,27 @@ class _Forward:
         return _Forward, (self.owner, self.stages)
 
 
-class _Encoder:
-    """The image encoder ``base.<name>`` as a stage of its own; runs uncompiled where it cannot be captured."""
+class _EncoderStage:
+    """An encoder as a stage of its own; runs uncompiled where it cannot be captured."""
+
+    session: Session
+    compiled: Callable[..., Any] | None
+
+    def captured(self, *args: Any) -> Any:
+        """What the captured encoder gives; None where there is none."""
+        if self.compiled is None:
+            return None
+        try:
+            with self.session.at_stage("encoder"):
+                return self.compiled(*args)
+        except _CAPTURE_FAILURES as error:
+            self.session.note_uncaptured("encoder", error)
+            self.compiled = None
+            return None
+
+
+class _Encoder(_EncoderStage):
+    """The image encoder ``base.<name>``."""
 
     def __init__(self, base: nn.Module, name: str, session: Session) -> None:
         self.base, self.name, self.session = base, name, session
@@ -209,32 +228,24 @@ class _Encoder:
             rows = torch.cat([f.reshape(-1, f.shape[-1]) for f in result.pooler_output])
             return result, torch.ops.tokcompile.feature_scores(rows)
 
-        self.compiled: Callable[..., Any] | None = _compiled(
-            encode_and_score if session.wants_scores else encode, session)
+        self.compiled = _compiled(encode_and_score if session.wants_scores else encode, session)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = _by_name(self.original, self.base, args, kwargs)
-        if self.compiled is not None:
-            try:
-                with self.session.at_stage("encoder"):
-                    result, scores = self.compiled(self.base, kwargs)
-                if self.session.scored_features:
-                    _attach(result, scores)
-                return result
-            except _CAPTURE_FAILURES as error:
-                self.session.note_uncaptured("encoder", error)
-                self.compiled = None
-        return self.original(self.base, **kwargs)
+        found = self.captured(self.base, kwargs)
+        if found is None:
+            return self.original(self.base, **kwargs)
+        result, scores = found
+        if self.session.scored_features:
+            _attach(result, scores)
+        return result
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Encoder, (self.base, self.name, self.session)
 
 
-class _SequenceEncoder:
-    """The encoder of an encoder-decoder model, called by itself, as a stage of its own.
-
-    Inside a forward it is a part of that graph. Runs uncompiled where it cannot be captured.
-    """
+class _SequenceEncoder(_EncoderStage):
+    """The encoder of an encoder-decoder model, called by itself; inside a forward it is a part of that graph."""
 
     def __init__(self, model: Any, original: Callable[..., Any], session: Session) -> None:
         self.model, self.original, self.session = model, original, session
@@ -243,17 +254,11 @@ class _SequenceEncoder:
         def encode(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return original(model.get_encoder(), *args, **kwargs)
 
-        self.compiled: Callable[..., Any] | None = _compiled(encode, session)
+        self.compiled = _compiled(encode, session)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and self.compiled is not None:
-            try:
-                with self.session.at_stage("encoder"):
-                    return self.compiled(self.model, args, kwargs)
-            except _CAPTURE_FAILURES as error:
-                self.session.note_uncaptured("encoder", error)
-                self.compiled = None
-        return self.original(self.model.get_encoder(), *args, **kwargs)
+        found = None if torch.compiler.is_compiling() else self.captured(self.model, args, kwargs)
+        return self.original(self.model.get_encoder(), *args, **kwargs) if found is None else found
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _SequenceEncoder, (self.model, self.original, self.session)
