@@ -124,6 +124,7 @@ class Candidate:
     Attributes:
         name: in the results. recipe: None for a ready model and for the dense one.
         role: "method", or the control that it is. model: a ready model. seed: of a random control.
+        controls: candidates to measure beside it, beyond those that :func:`controls` makes of a recipe.
     """
 
     name: str
@@ -131,6 +132,7 @@ class Candidate:
     role: Role = "method"
     model: Any = None
     seed: int | None = None
+    controls: Sequence[Candidate] = ()
 
     @property
     def key(self) -> str:
@@ -196,10 +198,10 @@ def evaluate(model: nn.Module, tasks: Sequence[Task],
         model: the dense model; it is left as it was.
         tasks: see :class:`Task`.
         candidates: recipes as :func:`tokcompile.optimize` takes them; or name -> recipe; or name -> a model that is
-            ready (what a recipe made, or anything else that ``observe`` can use).
+            ready (what a recipe made, or anything else that ``observe`` can use); or :class:`Candidate` objects.
         label: name of the model in the results; left out, its class.
         with_controls: measure the random (one for each of ``seeds``) and pooling controls of each recipe that chooses
-            tokens, see :func:`controls`.
+            tokens, see :func:`controls`, and those that a candidate names.
         results: CSV file to write after each candidate. Beside it a journal keeps the statistics of items; what it
             holds already is not measured again. Rows of other models and tasks in the file stay.
         lowering: of the recipes. "eager" compiles in seconds and gives the same figures as "inductor" up to rounding.
@@ -223,7 +225,8 @@ def evaluate(model: nn.Module, tasks: Sequence[Task],
         if not task.items or not task.measures:
             raise TokcompileError(f"task {task.name!r} has no items or no measures")
     journal = Journal(None if results is None else journal_path(results))
-    beside = {c.name: controls(c.recipe, seeds) if with_controls and c.recipe is not None else [] for c in named}
+    beside = {c.name: [*c.controls, *(controls(c.recipe, seeds) if c.recipe is not None else ())]
+              if with_controls else [] for c in named}
     all_: dict[str, Candidate] = {}  # controls that methods share are measured once
     for one in [Candidate(DENSE, role="dense"), *named, *(c for group in beside.values() for c in group)]:
         all_.setdefault(one.key, one)

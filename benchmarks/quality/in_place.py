@@ -7,13 +7,15 @@ model changed here gives what :func:`tokcompile.optimize` gives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from tokcompile import experts, sparse_prefill, token_table  # noqa: F401  sparse_prefill registers its operation
 from tokcompile.kernels.embedding_gate import embedding_gate, linear_where, rows
@@ -59,14 +61,15 @@ def attention_of(model: nn.Module, function: Attention) -> Iterator[None]:
 class InPlace(nn.Module):
     """A model with another attention, or with other feed-forward layers (layer -> function); its weights are shared.
 
-    The ids that feed-forward layers get are -1 at the first ``dense_first`` tokens of a text.
+    The ids that feed-forward layers get are -1 at the first ``dense_first`` tokens of a text. A prefill does not differ
+    from the model's in the layers below ``first``, so that :func:`above` can leave them out.
     """
 
     def __init__(self, model: Any, attention: Attention | None = None,
-                 feed_forward: Mapping[int, FeedForward] | None = None, dense_first: int = 0) -> None:
+                 feed_forward: Mapping[int, FeedForward] | None = None, dense_first: int = 0, first: int = 0) -> None:
         super().__init__()
         self.model, self.attention, self.feed_forward = model, attention, feed_forward or {}
-        self.dense_first = dense_first
+        self.dense_first, self.first = dense_first, first
 
     def forward(self, **kwargs: Any) -> Any:
         """As the model's."""
@@ -100,24 +103,113 @@ class InPlace(nn.Module):
             yield
 
 
+# ------------------------------------------------------------------------------------- what candidates have in common
+
+
+class Room(DynamicLayer):
+    """Keys and values with room for ``more`` tokens, which are written in place; a step copies the new ones alone."""
+
+    def __init__(self, keys: Tensor, values: Tensor, more: int) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.room = [torch.cat([t, t.new_empty(*t.shape[:2], more, t.shape[3])], 2) for t in (keys, values)]
+        self.cut(keys.shape[2])
+
+    def cut(self, length: int) -> None:
+        """Leave the first ``length`` tokens."""
+        self.keys, self.values = (t[:, :, :length] for t in self.room)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        for whole, new in zip(self.room, (key_states, value_states), strict=True):
+            whole[:, :, start:end] = new
+        self.cut(end)
+        return self.keys, self.values
+
+
+def roomy(pairs: Iterable[tuple[Tensor, Tensor]], more: int) -> DynamicCache:
+    """A cache of :class:`Room` layers. ``pairs``: keys and values of each layer, [B, Hkv, L, D]."""
+    cache = DynamicCache()
+    cache.layers = [Room(key, value, more) for key, value in pairs]
+    return cache
+
+
+@dataclass(frozen=True)
+class Lower:
+    """What the layers below ``first`` make of a text: hidden states [1, L, d], and their keys and values."""
+
+    first: int
+    hidden: Tensor
+    pairs: list[tuple[Tensor, Tensor]]
+
+
+@torch.no_grad()
+def lower_of(model: Any, ids: Tensor, first: int) -> Lower:
+    """Read ``ids [1, L]`` with the layers below ``first``."""
+    class Enough(Exception):
+        pass
+
+    def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
+        hidden.append(args[0] if args else kwargs["hidden_states"])
+        raise Enough
+
+    hidden: list[Tensor] = []
+    cache = DynamicCache()
+    hook = model.model.layers[first].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+    except Enough:
+        pass
+    finally:
+        hook.remove()
+    return Lower(first, hidden[0], [(layer.keys, layer.values) for layer in cache.layers[:first]])
+
+
+@torch.no_grad()
+def above(model: Any, ids: Tensor, lower: Lower) -> tuple[Tensor, DynamicCache]:
+    """Read ``ids [1, L]`` with the layers from ``lower.first`` on: logits of the last token, and the whole cache.
+
+    ``model`` may be an :class:`InPlace`, with ``first`` no less.
+    """
+    inner = model.model if isinstance(model, InPlace) else model
+    if isinstance(model, InPlace) and model.first < lower.first:
+        raise ValueError(f"the model differs from layer {model.first} on, and the layers below {lower.first} were read")
+    below, cache = inner.model.layers[:lower.first], DynamicCache()
+    for layer in below:
+        layer.forward = lambda *args, **kwargs: lower.hidden
+    try:
+        logits: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    finally:
+        for layer in below:
+            del layer.forward
+    for number, pair in enumerate(lower.pairs):  # afterwards: with keys in layer 0 the text would count as read
+        cache.update(*pair, number)
+    return logits, cache
+
+
 # -------------------------------------------------------------------------------------------------------- attention
 
 
-def sparse_prefill_of(model: Any, params: TokenSparse.Params) -> InPlace:
-    """The upper part of the layers, as :class:`TokenSparse` without calibration."""
+def sparse_prefill_of(model: Any, params: TokenSparse.Params, layers: Collection[int] | None = None,
+                      seed: int = 0) -> InPlace:
+    """These layers sparse; None: the upper part, as :class:`TokenSparse` without calibration.
+
+    ``seed`` is for ``select: random``; with 0 the choice is the pass's.
+    """
     depth = len(model.model.layers)
-    first = depth - max(1, int(params.calm * depth + 0.5))
+    sparse = range(depth - max(1, int(params.calm * depth + 0.5)), depth) if layers is None else layers
 
     def attention(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor | None:
-        if layer < first or query.shape[2] != key.shape[2]:
+        if layer not in sparse or query.shape[2] != key.shape[2]:
             return None
-        seed = layer if params.select == "random" else -1
+        drawn = layer + depth * seed if params.select == "random" else -1
         found: Tensor = torch.ops.tokcompile.token_sparse_attention(
             query, key, value, None, None, scale, 0.0, 0, params.coverage, params.keep or 0.0, params.least,
-            params.window, params.pool, seed)
+            params.window, params.pool, drawn)
         return found
 
-    return InPlace(model, attention)
+    return InPlace(model, attention, first=min(sparse))
 
 
 def sparse_decode_of(model: Any, method: SparseDecode | TokenSelect, first: int = 1,

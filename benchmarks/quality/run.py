@@ -84,9 +84,10 @@ def minilm(run: Run) -> None:
 
 
 def long_text(run: Run) -> None:
-    """SmolLM2-135M at 2K to 8K tokens: a needle, and several keys."""
+    """SmolLM2-135M at 2K to 8K tokens: needles, and keys among others; sparse decode steps and sparse prefill."""
     model, tokenizer = language.load()
-    run.measure(model, "SmolLM2-135M", retrieval.tasks(tokenizer, run.full), retrieval.recipes())
+    for task, candidates in retrieval.measured(model, tokenizer, run.full):
+        run.measure(model, "SmolLM2-135M", [task], candidates)
 
 
 def whisper(run: Run) -> None:
