@@ -11,9 +11,9 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from tokcompile.pruning import VisualSelection
+from tokcompile.pruning import VisualParams, VisualSelection
 from tokcompile.recipes import Budget
-from tokcompile.registry import PassParams, register
+from tokcompile.registry import register
 from tokcompile.selection import pooled
 
 
@@ -23,7 +23,7 @@ class Pool(VisualSelection):
 
     name = "pool"
 
-    class Params(PassParams):
+    class Params(VisualParams):
         keep: Budget = Field(description="Groups of each image: a ratio of its tokens in (0, 1], or a count.")
 
     def score(self, tokens: Tensor, segment: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,9 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from tokcompile.pruning import VisualSelection
+from tokcompile.pruning import VisualParams, VisualSelection
 from tokcompile.recipes import Budget
-from tokcompile.registry import PassParams, register
+from tokcompile.registry import register
 from tokcompile.selection import random_scores
 
 
@@ -23,7 +23,7 @@ class Random(VisualSelection):
 
     name = "random"
 
-    class Params(PassParams):
+    class Params(VisualParams):
         keep: Budget = Field(description="Visual tokens kept of each image: a ratio in (0, 1], or a count.")
         seed: int = Field(0, ge=0, lt=2**31, description="Seed of the draw.")
 

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from tokcompile.kernels.greedy_select import op as _op  # noqa: F401  registers the operator
 from tokcompile.plan import Context
-from tokcompile.pruning import VisualSelection, drop_visual
+from tokcompile.pruning import VisualParams, VisualSelection, drop_visual
 from tokcompile.recipes import Budget
 from tokcompile.regions.model import Region
-from tokcompile.registry import PassParams, about, register
+from tokcompile.registry import about, register
 
 
 @register
@@ -35,7 +35,7 @@ class ToDRE(VisualSelection):
 
     name = "todre"
 
-    class Params(PassParams):
+    class Params(VisualParams):
         keep: Budget = Field(description="Visual tokens kept of each image: a ratio in (0, 1], or a count.",
                              json_schema_extra=about(source="the paper uses 0.25 and 0.10"))
         criterion: Literal["max_sum", "k_center", "herding"] = Field(

@@ -21,10 +21,10 @@ from torch import Tensor, fx
 
 from tokcompile.capture import ancestors
 from tokcompile.plan import Context
-from tokcompile.pruning import VisualSelection
+from tokcompile.pruning import VisualParams, VisualSelection
 from tokcompile.recipes import Budget
 from tokcompile.regions.model import Region
-from tokcompile.registry import PassParams, about, register
+from tokcompile.registry import about, register
 from tokcompile.scores import class_row
 
 
@@ -35,7 +35,7 @@ class VtcCls(VisualSelection):
     name = "vtc_cls"
     scores_features = True
 
-    class Params(PassParams):
+    class Params(VisualParams):
         keep: Budget = Field(description="Visual tokens kept of each image: a ratio in (0, 1], or a count.",
                              json_schema_extra=about(source="the paper uses 256, 128 and 64 of 576"))
         first_layer: float = Field(0.6667, ge=0, lt=1, description="First encoder layer of the sum.",

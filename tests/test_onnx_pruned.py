@@ -90,11 +90,13 @@ def test_a_prompt_without_an_image(two_cuts: Any) -> None:
 @pytest.mark.parametrize(("name", "words"), [
     ("vlm_prune_90_sparse", [r"steps[1] (token_sparse)", "the prefill alone", "leave the step out"]),
     ("llm_sparse_prefill", [r"steps[0] (token_sparse)", "tokcompile.optimize"]),
-    ("decode", ["steps[0] (decode_control)", "decode steps alone", "tokcompile.optimize"])])
+    ("decode", ["steps[0] (decode_control)", "decode steps alone", "tokcompile.optimize"]),
+    ("compact", ["steps[0] (random): positions: compact", "an empty past alone", "positions: keep"])])
 def test_steps_for_one_kind_of_call_are_refused(tmp_path: Path, name: str, words: list[str]) -> None:
     case = llava()
     control = recipe([{"pass": "decode_control", "params": {"budget": 16, "choose": "window"}}])
-    chosen: Any = control if name == "decode" else name
+    compact = recipe([{"pass": "random", "params": {"keep": 0.25, "positions": "compact"}}])
+    chosen: Any = {"decode": control, "compact": compact}.get(name, name)
     with pytest.raises(tokcompile.ExportError) as caught:
         tokcompile.export_onnx(case.model, case.inputs(), tmp_path / "out", recipe=chosen)
     for word in words:

@@ -625,7 +625,8 @@ def test_the_schema_refuses_what_the_reader_refuses(place, value):
 
 
 def test_parameters_say_type_bounds_unit_default_and_source():
-    keep, criterion, drop = pass_parameters("todre")
+    positions, keep, criterion, drop = pass_parameters("todre")
+    assert (positions.type, positions.default) == ("keep | compact", "keep")
     assert (keep.type, keep.required, keep.unit) == (
         "ratio > 0, ≤ 1 or count ≥ 1", True, "share of the tokens, or tokens")  # fmt: skip
     assert (criterion.type, criterion.default, criterion.required) == ("max_sum | k_center | herding", "max_sum", False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -13,17 +13,28 @@ from tokcompile.attention_form import read_attention
 from tokcompile.capture import ancestors
 from tokcompile.errors import NarrowError
 from tokcompile.plan import Context, Pass
+from tokcompile.positions import Compact
 from tokcompile.recipes import Budget
 from tokcompile.regions.model import Layer, Region
 from tokcompile.registry import PassParams, about
 from tokcompile.selection import budgets, budgets_count, keep_mask, kept_rows, segments
 
 
+class VisualParams(PassParams):
+    """Parameters that every selection of visual tokens has, besides ``keep``."""
+
+    positions: Literal["keep", "compact"] = Field(
+        "keep", description="keep: a kept token has the position that it had. compact: the tokens left are without "
+                            "gaps, as if the prompt had been that short; for rotary embeddings of one axis.",
+        json_schema_extra=about(source="compact: the code of VTC-CLS, VisionZip, DivPrune on LLaVA"))
+
+
 class VisualSelection(Pass):
     """Keeps a budget of the tokens of each image where image features enter the language model.
 
-    A method is a subclass with parameters (``keep`` among them) and :meth:`score`. Everything else is here: images
-    are told apart, each keeps its own budget, rows of a batch keep different tokens, text is never touched.
+    A method is a subclass with parameters (:class:`VisualParams` and ``keep``) and :meth:`score`. Everything else is
+    here: images are told apart, each keeps its own budget, rows of a batch keep different tokens, text is never
+    touched.
 
         before   ids -> embedding -> merge(mask, features) -> layers
         after    ids -> embedding -> merge(mask, features) -> score -> keep -> narrow -> layers on fewer tokens
@@ -53,6 +64,7 @@ class VisualSelection(Pass):
         ctx.check(merged, suffix=1)
         mask = ctx.visual_mask(region)
         keep: Budget = self.params.keep
+        compact = Compact(ctx, merged) if getattr(self.params, "positions", "keep") == "compact" else None
 
         def choose(tokens: Tensor, mask: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
             segment = segments(mask)
@@ -66,6 +78,8 @@ class VisualSelection(Pass):
 
         size, ragged = ctx.host_size(mask, rows, "kept")
         tokens, kept = ctx.emit(choose, merged, mask, *inputs, before=ctx.after(merged, mask, *inputs))
+        if compact is not None:
+            compact.move(kept)
         stack = ctx.stack_below(merged)
         ctx.cut(merged, kept, size, ragged=ragged, stack="decoder", layer=stack.layers[0] if stack else None, index=0,
                 suffix=1, value=None if tokens is merged else tokens)

@@ -182,13 +182,17 @@ class _Job:
         self.session.check_matches(None)
 
     def _check_steps(self) -> None:
-        """Refuse steps for one kind of call, where one file serves all of them.
+        """Refuse steps for one kind of call, where one file serves all of them, and positions that it cannot move.
 
         Raises:
             ExportError: names the steps and the way out.
         """
         problems = []
         for number, (step, method) in enumerate(self.session.passes):
+            if getattr(step.params, "positions", "keep") != "keep":
+                problems.append(f"steps[{number}] ({step.pass_}): positions: {step.params.positions} is right in front "
+                                "of an empty past alone, and one exported graph serves a past of any length; use "
+                                "positions: keep, or tokcompile.optimize")
             if method.stage == "any" or (method.stage == "prefill" and self.kind == "single"):
                 continue
             other = "decode steps" if method.stage == "prefill" else "the prefill"
