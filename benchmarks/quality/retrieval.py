@@ -266,8 +266,8 @@ def prefill_candidates(model: Any, tokenizer: Any, shares: Sequence[int | float]
 
 CANDIDATES = {"decode": decode_candidates, "prefill": prefill_candidates}
 FULL: list[tuple[str, int, int, int, tuple[int | float, ...]]] = [
-    ("decode", 2048, 8, 8, (0.25, 256, 64)), ("prefill", 2048, 4, 2, (0, 0.5, 0.25, 0.1)),
-    ("decode", 8192, 3, 8, (256, 64)), ("decode", 4096, 4, 8, (256, 64)), ("prefill", 4096, 4, 2, (0, 0.25))]
+    ("decode", 2048, 8, 8, (0.25, 256, 64)), ("decode", 8192, 3, 8, (256, 64)),
+    ("prefill", 2048, 4, 2, (0, 0.5, 0.25, 0.1)), ("decode", 4096, 4, 8, (256, 64)), ("prefill", 4096, 4, 2, (0, 0.25))]
 """Kind, tokens, haystacks, questions to each, and budgets: about 40 minutes of one core. A prefill of 8K would take
 minutes for each question and candidate."""
 SHORT: list[tuple[str, int, int, int, tuple[int | float, ...]]] = [
