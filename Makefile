@@ -2,7 +2,7 @@
 #   make demo    the demonstration       make test    the fast tests      make check   lint, types and tests
 #   make bench   the benchmarks          make docs    the documentation, into build/docs
 #   make bench-kernels     each kernel against its dense operation, on the GPU where there is one
-#   make quality quality on real weights, ten minutes     make quality-full    all of it, hours, with resume
+#   make quality quality on real weights, short version   make quality-full    all of it, hours, with resume
 #   make clean   remove what was made
 # PYTHON=python3.12 chooses another interpreter, ARGS="-k recipes" is handed to pytest, the demo or the benchmarks.
 

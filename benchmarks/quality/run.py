@@ -1,12 +1,13 @@
 """Measure recipes on real weights and write ``benchmarks/results/quality.csv``, its plots and ``docs/quality.md``.
 
-    python benchmarks/quality/run.py                 # about ten minutes on an idle core or two
+    python benchmarks/quality/run.py                 # the short version, about ten minutes of one core
     python benchmarks/quality/run.py --full          # everything, hours
     python benchmarks/quality/run.py --only vit,vlm  # some groups
     python benchmarks/quality/run.py --page          # only the plots and the page, from the CSV
 
 A run that was cut off goes on where it stopped (``quality.local.jsonl`` beside the CSV). A group whose weights or data
-are not installed is skipped, and the page says what is missing.
+are not installed is skipped, and the page says what is missing. The short version has every group, each with fewer
+items, budgets and recipes and one random control; it shows that all of it runs, and too few items to judge by.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,13 @@ import torch  # noqa: E402
 from quality import embedding, language, page, retrieval, speech, vision, vlm  # noqa: E402
 from quality.sources import MissingError  # noqa: E402
 from tokcompile.evaluation import EvalRow, evaluate  # noqa: E402
+from tokcompile.recipes import Recipe  # noqa: E402
+from tokcompile.registry import get_pass  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality.csv"
-VIT = {name: name for name in ("vit_prune_30", "vit_prune_50", "vit_merge_50")}
+SHORT = ("Short version: each group with few items, budgets and recipes, one random control. --full has all of "
+         "it, docs/quality.md the results.")
+VIT = ("vit_prune_30", "vit_prune_50", "vit_merge_50")
 
 
 class Run:
@@ -46,7 +52,7 @@ class Run:
     def measure(self, model: Any, label: str, tasks: Sequence[Any], candidates: Any) -> list[EvalRow]:
         """Evaluate with progress on standard error."""
         found = evaluate(model, tasks, candidates, label=label, results=self.results, progress=_progress,
-                         resamples=2000)
+                         seeds=(0, 1, 2) if self.full else (0,), resamples=2000 if self.full else 500)
         print(f"\r{' ' * 100}\r{found}", flush=True)
         return found.rows
 
@@ -54,27 +60,36 @@ class Run:
 def vit(run: Run) -> None:
     """ViT-S/14: stamps, saliency, Fashion-MNIST."""
     model = vision.load()
-    tasks = [vision.stamps_task(None if run.full else 110), vision.saliency_task(60 if run.full else 24)]
+    tasks = [vision.stamps_task(None if run.full else 110), vision.saliency_task(60 if run.full else 12)]
     if run.full:
         tasks.append(vision.fashion_task())
-    run.measure(model, "ViT-S/14", tasks, VIT)
+    run.measure(model, "ViT-S/14", tasks, VIT if run.full else VIT[1:])
 
 
 def small_vlm(run: Run) -> None:
     """The small VLM: naming and collages."""
     model, processor = vlm.load()
     budgets = (0.5, 0.25, 0.1) if run.full else (0.1,)
-    tasks = [vlm.naming_task(processor, "stamps", limit=None if run.full else 42)]
+    tasks = [vlm.naming_task(processor, "stamps", limit=None if run.full else 20)]
     if run.full:
         tasks += [vlm.naming_task(processor, "fashion", limit=100), vlm.collage_task(processor)]
     run.measure(model, "small VLM", tasks, vlm.budget_recipes(budgets))
 
 
 def text(run: Run) -> None:
-    """SmolLM2-135M: perplexity and capitals; the dense model and the recipes that change a language model."""
+    """SmolLM2-135M: perplexity and capitals, with the recipes that change feed-forward layers.
+
+    Those of attention leave texts this short as they are: see :func:`long_text`.
+    """
     model, tokenizer = language.load()
-    tasks = language.tasks(tokenizer) if run.full else language.tasks(tokenizer)[:1]
-    run.measure(model, "SmolLM2-135M", tasks, language.recipes())
+    if run.full:
+        tasks = list(language.tasks(tokenizer))
+    else:
+        short = language.perplexity_task(tokenizer, slice(0, 4), context=256)
+        tasks = [replace(short, calibration=language.calibration(tokenizer, sequences=8, length=128))]
+    run.measure(model, "SmolLM2-135M", tasks, {
+        name: name for name in language.recipes()
+        if all(get_pass(step.pass_).regions == "feed_forward" for step in Recipe.load(name).steps)})
 
 
 def minilm(run: Run) -> None:
@@ -93,7 +108,8 @@ def long_text(run: Run) -> None:
 def whisper(run: Run) -> None:
     """Whisper tiny.en: word error rate."""
     model, tokenizer, features = speech.load()
-    run.measure(model, "Whisper tiny.en", speech.tasks(tokenizer, features, run.full), speech.recipes())
+    run.measure(model, "Whisper tiny.en", speech.tasks(tokenizer, features, run.full),
+                speech.recipes(tuple(speech.BUDGETS) if run.full else ("50 %",)))
 
 
 GROUPS: dict[str, Callable[[Run], None]] = {
@@ -121,6 +137,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unknown group {', '.join(unknown)}; choose from {', '.join(GROUPS)}")
     run = Run(options.full, results)
     if not options.page:
+        if not run.full:
+            print(SHORT, flush=True)
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
         for name in names:
             started = time.time()
@@ -136,6 +154,8 @@ def main(argv: list[str] | None = None) -> int:
     if results.exists():
         page.write(results, ROOT / "docs" / "quality.md" if results == RESULTS else None, run.skipped)
     print(results)
+    if not options.page and not run.full:
+        print(SHORT)
     return 0
 
 

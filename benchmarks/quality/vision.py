@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,8 @@ def probe(labels: Sequence[str], *, frozen: bool, split: int | None = None) -> A
 
     Args:
         frozen: fitted on the dense model's features, and asked about the candidate's; else fitted on the candidate's.
-        split: the first so many items are for fitting only and count nothing; None: five folds, every item counts.
+        split: the first so many items are for fitting only and count nothing; None: five folds (fewer where a
+            class has fewer items), every item counts.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold
@@ -133,7 +135,8 @@ def probe(labels: Sequence[str], *, frozen: bool, split: int | None = None) -> A
         if split is not None:
             folds = [(np.arange(split), np.arange(split, len(names)))]
         else:
-            folds = list(StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(known, names))
+            count = min(FOLDS, *Counter(labels).values())  # each fold holds every class
+            folds = list(StratifiedKFold(count, shuffle=True, random_state=0).split(known, names))
         right = np.zeros((len(names), 1))
         for fit, held in folds:
             model = LogisticRegression(C=0.1, max_iter=500).fit(known[fit], names[fit])
