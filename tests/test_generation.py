@@ -15,8 +15,11 @@ from tests import oracle
 from tests.pruning import RANDOM, TODRE, check, close, generate, hidden, optimized
 from tests.zoo.vlm import TEXT_VOCAB, VLMS, Case
 from tokcompile.cache import PrunedLayer, adopt, append_held, note_held
-from tokcompile.errors import CacheError
-from tokcompile.session import Recording
+from tokcompile.capture import from_dynamo
+from tokcompile.errors import CacheError, NarrowError
+from tokcompile.session import LOGICAL, Recording, _narrow_pruned_cache
+from tokcompile.stages import SESSION
+from tokcompile.token_axis import equal
 
 #: One plain family, one whose positions have three parts, one with sliding layers.
 FAMILIES = ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow), pytest.param("gemma3", marks=pytest.mark.slow)]
@@ -202,6 +205,52 @@ def test_second_turn_with_an_image(shared: tuple[Case, Any]) -> None:
     first, again = _conversation(case, model, case.inputs(batch=2, seed=7, text_len=6))
     assert len(first.kept) == len(again.kept) == 2
     assert (again.kept[0].indices >= 0).all()
+
+
+@torch.fx.experimental._config.patch(use_duck_shape=False)
+def test_what_a_pruned_cache_holds_is_one_axis() -> None:
+    """Dynamo may give the lengths of keys and values a symbol each, as it does for sliding layers."""
+    torch._dynamo.reset()
+    lengths: list[Any] = []
+
+    def backend(module: torch.fx.GraphModule, _: Any) -> Any:
+        captured = from_dynamo(module)
+        past = [node.args[0] for node in captured.graph.nodes if node.target is LOGICAL]
+        assert not equal(*(node.meta["val"].shape[2] for node in past))
+        _narrow_pruned_cache(captured)
+        lengths.extend(node.meta["val"].shape[2] for node in past)
+        return captured.graph_module
+
+    def attend(query: Tensor, keys: Tensor, values: Tensor, held: Tensor) -> Tensor:
+        keys, values = (torch.ops.tokcompile.logical(t, held, 9, False) for t in (keys, values))
+        return torch.nn.functional.scaled_dot_product_attention(query, keys, values)
+
+    keys, values = torch.randn(2, 2, 5, 4), torch.randn(2, 2, 5, 4)
+    for tensor in (keys, values):
+        torch._dynamo.mark_dynamic(tensor, 2)
+    held = torch.tensor([0, 2, 3, 5, 8]).expand(2, -1)
+    torch.compile(attend, backend=backend, fullgraph=True, dynamic=True)(torch.randn(2, 2, 1, 4), keys, values, held)
+    assert equal(*lengths)
+
+
+def test_a_refusal_in_a_later_graph_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    case = VLMS["llava"]()
+    model = optimized(case.model, RANDOM)
+    generate(model, case.inputs(batch=2), 2)
+    ((_, method),) = getattr(model, SESSION).passes
+
+    def refuse(*args: Any) -> None:
+        raise NarrowError("tokens cannot leave here", node="here")
+
+    monkeypatch.setattr(method, "apply", refuse)
+    inputs = case.inputs(batch=3, text_len=9)
+    with pytest.warns(UserWarning, match="not in another prefill graph of .*: tokens cannot leave here"):
+        found, recording = generate(model, inputs, 2)
+    assert not recording.kept
+    close(found.logits, oracle.masked_run(case, inputs, {}, 2).logits)
+    assert "tokens cannot leave here" in tokcompile.report(model).steps[0].reason
+    torch._dynamo.reset()
 
 
 # --------------------------------------------------------------------------------------------------- direct calls

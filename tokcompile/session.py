@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +38,7 @@ from tokcompile.regions.model import KINDS, Region, Regions
 from tokcompile.registry import get_pass
 from tokcompile.reporting import LayerTokens, Report, StageReport, StepReport, path_globs
 from tokcompile.state import PreparedState
+from tokcompile.token_axis import guarded_equal
 
 aten = torch.ops.aten
 LOGICAL = torch.ops.tokcompile.logical.default
@@ -310,7 +312,7 @@ class Session:
         """Apply one step (or observe for it), note what came of it; whether the graph was changed."""
         if (self.observing and method.calibration == "none") or (stage == "decode" and method.stage == "prefill"):
             return False
-        problems: list[NarrowError] = []
+        problems: dict[str, NarrowError] = {}
         done: list[Region] = []
         details: dict[str, dict[str, Any]] = {}
         for region in self._candidates(ctx, step):
@@ -323,22 +325,37 @@ class Session:
                     details[region.path] = method.apply(ctx, region)
                 done.append(region)
             except NarrowError as error:
-                problems.append(error)
+                problems[region.path] = error
                 if self.observing:
                     self._forget(ctx, region)
-        reasons = list(dict.fromkeys(str(p) for p in problems))
-        if done:
+        reasons = list(dict.fromkeys(str(p) for p in problems.values()))
+        if entry.status == "matched":
+            later = self._no_longer(step, method, entry, stage, problems)
+            entry.reason = "; ".join(filter(None, (entry.reason, *later)))
+        elif done:
             entry.status, entry.reason = "matched", "; ".join(reasons)
+        elif problems:
+            unprofitable = all(isinstance(p, UnprofitableError) for p in problems.values())
+            entry.status, entry.reason = "unprofitable" if unprofitable else "condition_failed", reasons[0]
+        elif entry.status == "structure_miss":
+            entry.reason = self._miss(ctx.regions, step.region, stage, step)
+        if done:
             entry.matches = max(entry.matches, len(done))
             entry.regions = sorted({*entry.regions, *(r.path for r in done)})
             entry.details.update(_merged(details))
-        elif entry.status != "matched":
-            if problems:
-                unprofitable = all(isinstance(p, UnprofitableError) for p in problems)
-                entry.status, entry.reason = "unprofitable" if unprofitable else "condition_failed", reasons[0]
-            elif entry.status == "structure_miss":
-                entry.reason = self._miss(ctx.regions, step.region, stage, step)
         return bool(done) and not self.observing
+
+    def _no_longer(self, step: Step, method: Pass, entry: StepReport, stage: str,
+                   problems: dict[str, NarrowError]) -> list[str]:
+        """Regions that were changed in one graph and stay as they are in another; warns of each once."""
+        if method.stage == "decode" and stage != "decode":
+            return []
+        found = [f"not in another {stage} graph of '{path}': {error}" for path, error in problems.items()
+                 if path in entry.regions and not isinstance(error, UnprofitableError)]
+        found = [text for text in found if text not in entry.reason]
+        if found and self.on_no_match != "ignore":
+            warnings.warn(f"step '{step.pass_}': " + "; ".join(found), stacklevel=2)
+        return found
 
     def _seen(self, ctx: Context, region: Region) -> Seen:
         """What calibration has seen of ``region``; noted only once the pass takes the region."""
@@ -412,8 +429,6 @@ class Session:
             raise NoMatchError(text + "\nPass on_no_match='warn' or 'ignore' to run the model unchanged.")
         self._checked.update(judged)
         if problems and self.on_no_match == "warn":
-            import warnings
-
             warnings.warn("\n".join(problems), stacklevel=3)
 
 
@@ -519,6 +534,8 @@ def _narrow_pruned_cache(captured: Captured) -> None:
             with captured.graph.inserting_before(node):
                 sizes[held] = captured.graph.call_function(aten.sym_size.int, (states, 2))
             sizes[held].meta["val"] = states.meta["val"].shape[2]
+        # keys and values hold the same entries, though Dynamo may give the length of each a symbol of its own
+        assert guarded_equal(states.meta["val"].shape[2], sizes[held].meta["val"])
         cuts.append(Cut(node, held, sizes[held], ragged=ragged, token_dim=2, narrowed=states))
     if cuts:
         narrow(captured, cuts)
