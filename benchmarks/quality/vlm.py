@@ -177,7 +177,7 @@ def collage_task(processor: Any, split: str = "test", count: int = 84) -> Task:
 
 
 def budget_recipes(budgets: Sequence[float] = (0.5, 0.25, 0.1)) -> dict[str, Any]:
-    """name -> recipe: diversity with and without the late drop, herding, and class attention, at each budget."""
+    """name -> recipe: diversity with and without the late drop, herding with and without gaps, class attention."""
 
     def recipe(name: str, **params: Any) -> dict[str, Any]:
         return {"recipe_version": 1, "steps": [{"pass": name, "params": params}]}
@@ -186,6 +186,7 @@ def budget_recipes(budgets: Sequence[float] = (0.5, 0.25, 0.1)) -> dict[str, Any
     for keep in budgets:
         found[f"todre {keep:.0%}"] = recipe("todre", keep=keep)
         found[f"herding {keep:.0%}"] = recipe("todre", keep=keep, criterion="herding")
+        found[f"herding {keep:.0%}, compact"] = recipe("todre", keep=keep, criterion="herding", positions="compact")
         found[f"todre {keep:.0%}, no late drop"] = recipe("todre", keep=keep, drop_layer=None)
         found[f"vtc_cls {keep:.0%}"] = recipe("vtc_cls", keep=keep)
     return found
