@@ -229,14 +229,15 @@ def task(dense: Any, tokenizer: Any, kind: str, length: int, count: int, questio
                 note=f"{questions} questions to a haystack")
 
 
-def decode_candidates(model: Any, tokenizer: Any, budgets: Sequence[int | float]) -> list[Candidate]:
+def decode_candidates(model: Any, tokenizer: Any, budgets: Sequence[int | float],
+                      seeds: Sequence[int] = SEEDS) -> list[Candidate]:
     """All layers but the first attend to a budget of keys: two methods and the latest keys, beside random ones."""
     data = language.calibration(tokenizer, 4, 384)
     found = []
     for budget in budgets:
         label = f"{budget:.0%}" if isinstance(budget, float) else f"{budget} keys"
         chance = [Candidate(f"random {label} seed={seed}", role="random", seed=seed, model=in_place.sparse_decode_of(
-            model, DecodeControl(DecodeControl.Params(budget=budget, choose="random", seed=seed)))) for seed in SEEDS]
+            model, DecodeControl(DecodeControl.Params(budget=budget, choose="random", seed=seed)))) for seed in seeds]
         fasa = Fasa(Fasa.Params(budget=budget, planes=16))
         planes = in_place.fasa_planes(model, fasa, data)
         window = DecodeControl(DecodeControl.Params(budget=budget, choose="window"))
@@ -247,7 +248,8 @@ def decode_candidates(model: Any, tokenizer: Any, budgets: Sequence[int | float]
     return found
 
 
-def prefill_candidates(model: Any, tokenizer: Any, shares: Sequence[int | float]) -> list[Candidate]:
+def prefill_candidates(model: Any, tokenizer: Any, shares: Sequence[int | float],
+                       seeds: Sequence[int] = SEEDS) -> list[Candidate]:
     """The upper half of the layers at each share of the tokens, beside random ones; 0: by the recipe's coverage."""
     found = []
     for share in shares:
@@ -258,7 +260,7 @@ def prefill_candidates(model: Any, tokenizer: Any, shares: Sequence[int | float]
         given = {"keep": share, "least": 0}
         chance = [Candidate(f"random {share:.0%} seed={seed}", role="random", seed=seed,
                             model=in_place.sparse_prefill_of(
-                                model, TokenSparse.Params(select="random", **given), seed=seed)) for seed in SEEDS]
+                                model, TokenSparse.Params(select="random", **given), seed=seed)) for seed in seeds]
         found.append(Candidate(f"token_sparse {share:.0%}", controls=chance, model=in_place.sparse_prefill_of(
             model, TokenSparse.Params(**given))))
     return found
@@ -277,4 +279,5 @@ SHORT: list[tuple[str, int, int, int, tuple[int | float, ...]]] = [
 def measured(model: Any, tokenizer: Any, full: bool) -> Iterator[tuple[Task, list[Candidate]]]:
     """Each task with its candidates. Raises MissingError."""
     for kind, length, count, questions, budgets in FULL if full else SHORT:
-        yield task(model, tokenizer, kind, length, count, questions), CANDIDATES[kind](model, tokenizer, budgets)
+        yield task(model, tokenizer, kind, length, count, questions), CANDIDATES[kind](
+            model, tokenizer, budgets, SEEDS if full else SEEDS[:1])
