@@ -12,7 +12,6 @@ from pydantic import Field
 from torch import Tensor
 
 from tokcompile.pruning import VisualParams, VisualSelection
-from tokcompile.recipes import Budget
 from tokcompile.registry import register
 from tokcompile.selection import random_scores
 
@@ -24,7 +23,6 @@ class Random(VisualSelection):
     name = "random"
 
     class Params(VisualParams):
-        keep: Budget = Field(description="Visual tokens kept of each image: a ratio in (0, 1], or a count.")
         seed: int = Field(0, ge=0, lt=2**31, description="Seed of the draw.")
 
     def score(self, tokens: Tensor, segment: Tensor, budget: Tensor) -> Tensor:

@@ -53,7 +53,8 @@ def test_list_and_show(call: Any) -> None:
     assert Recipe.parse(out.split("\ntodre:")[0]).steps[0].params.keep.value == 0.2
     data = json.loads(call("recipes", "show", "todre", "--json")[1])
     assert data["recipe"] is None
-    assert [p["name"] for p in data["passes"]["todre"]["parameters"]] == ["keep", "criterion", "drop_layer"]
+    assert [p["name"] for p in data["passes"]["todre"]["parameters"]] == [
+        "keep", "positions", "criterion", "drop_layer"]
     code, _, err = call("recipes", "show", "vlm_prune_09")
     assert (code, "did you mean 'vlm_prune_90'?" in err) == (RECIPE, True)
 

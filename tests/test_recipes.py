@@ -625,7 +625,7 @@ def test_the_schema_refuses_what_the_reader_refuses(place, value):
 
 
 def test_parameters_say_type_bounds_unit_default_and_source():
-    positions, keep, criterion, drop = pass_parameters("todre")
+    keep, positions, criterion, drop = pass_parameters("todre")
     assert (positions.type, positions.default) == ("keep | compact", "keep")
     assert (keep.type, keep.required, keep.unit) == (
         "ratio > 0, ≤ 1 or count ≥ 1", True, "share of the tokens, or tokens")  # fmt: skip

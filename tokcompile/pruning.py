@@ -21,8 +21,9 @@ from tokcompile.selection import budgets, budgets_count, keep_mask, kept_rows, s
 
 
 class VisualParams(PassParams):
-    """Parameters that every selection of visual tokens has, besides ``keep``."""
+    """Parameters that every selection of visual tokens has; a method says anew what its ``keep`` counts."""
 
+    keep: Budget = Field(description="Visual tokens kept of each image: a ratio in (0, 1], or a count.")
     positions: Literal["keep", "compact"] = Field(
         "keep", description="keep: a kept token has the position that it had. compact: the tokens left are without "
                             "gaps, as if the prompt had been that short; for rotary embeddings of one axis.",
@@ -32,7 +33,7 @@ class VisualParams(PassParams):
 class VisualSelection(Pass):
     """Keeps a budget of the tokens of each image where image features enter the language model.
 
-    A method is a subclass with parameters (:class:`VisualParams` and ``keep``) and :meth:`score`. Everything else is
+    A method is a subclass with parameters (:class:`VisualParams`) and :meth:`score`. Everything else is
     here: images are told apart, each keeps its own budget, rows of a batch keep different tokens, text is never
     touched.
 

@@ -16,7 +16,6 @@ from pydantic import Field
 from torch import Tensor
 
 from tokcompile.pruning import VisualParams, VisualSelection
-from tokcompile.recipes import Budget
 from tokcompile.registry import about
 from tokcompile.selection import segment_positions, segment_sizes
 
@@ -27,7 +26,6 @@ class Uniform(VisualSelection):
     name = "uniform"
 
     class Params(VisualParams):
-        keep: Budget = Field(description="Visual tokens kept of each image: a ratio in (0, 1], or a count.")
         offset: int = Field(0, ge=0, description="Shift of the first kept token.",
                             json_schema_extra=about(unit="tokens"))
 
