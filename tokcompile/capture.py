@@ -364,12 +364,16 @@ def _is_foldable(node: fx.Node) -> bool:
 
 def propagate(captured: Captured) -> None:
     """Derive every ``meta["val"]`` anew, in place; an inconsistent shape raises here."""
+    derive(captured, (node for node in captured.graph.nodes if node.op == "call_function"))
+
+
+def derive(captured: Captured, nodes: Iterable[fx.Node]) -> None:
+    """Derive the ``meta["val"]`` of calls from those of their arguments, in place."""
     # symbolic sizes reach the meta kernels only through the Python dispatcher
     with captured.fake_mode, enable_python_dispatcher():
-        for node in captured.graph.nodes:
-            if node.op == "call_function":
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-                node.meta["val"] = node.target(*args, **kwargs)
+        for node in nodes:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def module_path(node: fx.Node) -> str:

@@ -20,7 +20,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from tokcompile import ops as _ops  # noqa: F401  registers the marker operators
-from tokcompile.capture import Captured, ancestors, module_path, source_line, trace
+from tokcompile.capture import Captured, ancestors, derive, module_path, source_line, trace
 from tokcompile.errors import NarrowError
 from tokcompile.token_axis import (
     MAX_INT,
@@ -279,7 +279,8 @@ class _Narrower:
             _substitute(node, swap)
             self._rewrite_node(node)
             if ragged:
-                self._derive(node)  # what is traced further down for empty slots must see shapes after the cut
+                # what is traced further down for empty slots must see shapes after the cut
+                derive(self.captured, [node])
         if not ragged:
             self._restate(replaced)
         self.graph.lint()
@@ -346,14 +347,8 @@ class _Narrower:
             token = next((f.axis for f in self.flow.labels[node][1]), None)
             alive = self.alive(token, node) if token is not None else None
             if alive is not None:
-                self._derive(node)
+                derive(self.captured, [node])
                 self._after(node, lambda held, ok: torch.where(ok, held, -1), [alive])
-
-    def _derive(self, node: fx.Node) -> None:
-        """Derive the value of ``node`` anew from those of its arguments."""
-        with self.captured.fake_mode, enable_python_dispatcher():
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _after(self, node: fx.Node, function: Callable[..., Any], extra: list[fx.Node]) -> None:
         """Replace ``node`` for all its users by ``function(node, *extra)``."""

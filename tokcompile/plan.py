@@ -16,7 +16,7 @@ from tokcompile.narrow import Cut, check, inline, narrow
 from tokcompile.regions.model import KINDS, Layer, Region, Regions
 from tokcompile.selection import kept_size
 from tokcompile.state import PreparedState
-from tokcompile.token_axis import is_token
+from tokcompile.token_axis import Flow, is_token
 
 aten = torch.ops.aten
 
@@ -465,8 +465,11 @@ class Context:
         return self.emit(lambda v, p: torch.where(p >= 0, v.gather(1, p.clamp(min=0)), fill), values, positions,
                          before=before)
 
-    def check(self, node: fx.Node, **kwargs: Any) -> None:
-        """Raise :class:`NarrowError` if tokens cannot be removed at ``node``; changes nothing."""
+    def check(self, node: fx.Node, **kwargs: Any) -> Flow:
+        """What the token axis of ``node`` reaches; raises :class:`NarrowError` if tokens cannot be removed there.
+
+        Changes nothing.
+        """
         flow = check(self.captured, node, **kwargs)
         leaving = [r for r in self.captured.graph.output_node().all_input_nodes if r in flow.labels]
         if not self.whole and leaving:
@@ -483,6 +486,7 @@ class Context:
                         is_token(dim) for dim in flow.labels[result]):
                     raise self.refuse(result, "keys of an attention layer leave the graph as a cache that cannot say "
                                               "which tokens it holds; use tokcompile.optimize, or pass use_cache=False")
+        return flow
 
     def check_rows(self, encoder: Region, features: fx.Node) -> None:
         """Raise unless ``features`` are, row by row, the patches of ``encoder`` (one image after the other)."""

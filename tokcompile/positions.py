@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
 
-from tokcompile import narrow
+from tokcompile import token_axis
 from tokcompile.attention_form import read_attention
+from tokcompile.capture import derive
 from tokcompile.errors import CacheError, NarrowError
 from tokcompile.mask_form import read_mask
 from tokcompile.plan import Context
@@ -52,15 +52,18 @@ class _Factor:
 class Compact:
     """What has to be moved for a cut at ``merged [B, S, D]``; nothing is changed before :meth:`move`.
 
+    Args:
+        below: what :meth:`Context.check` says of this cut.
+
     Raises:
         NarrowError: the positions of this model cannot be moved; the reason, the node and a way out.
         CacheError: the prompt continues from a cache that holds tokens.
     """
 
-    def __init__(self, ctx: Context, merged: fx.Node) -> None:
+    def __init__(self, ctx: Context, merged: fx.Node, below: token_axis.Flow) -> None:
         self.ctx, self.merged = ctx, merged
         self.flow = Flow(ctx.captured.graph)
-        self.factors = self._factors(self._masks())
+        self.factors = self._factors(self._masks(), below)
 
     def move(self, keep: fx.Node) -> None:
         """Move the tokens where ``keep [B, S]`` is true up; to be followed by the cut."""
@@ -79,9 +82,7 @@ class Compact:
     def _again(self, node: fx.Node, moved: dict[fx.Node, fx.Node], place: fx.Node) -> fx.Node:
         with self.ctx.captured.graph.inserting_before(place):
             new = self.ctx.captured.graph.node_copy(node, lambda n: moved.get(n, n))
-        with self.ctx.captured.fake_mode, enable_python_dispatcher():
-            args, kwargs = fx.map_arg((new.args, new.kwargs), lambda n: n.meta["val"])
-            new.meta["val"] = new.target(*args, **kwargs)  # type: ignore[operator]
+        derive(self.ctx.captured, [new])
         return new
 
     # .. what the model does with positions
@@ -123,9 +124,8 @@ class Compact:
             raise self._refuse(self.merged, "no attention is recognised below this merge point")
         return list(masks)
 
-    def _factors(self, masks: list[fx.Node]) -> list[_Factor]:
+    def _factors(self, masks: list[fx.Node], below: token_axis.Flow) -> list[_Factor]:
         """What enters below the cut, one value for each token, and is no mask: the factors of the rotations."""
-        below = narrow.check(self.ctx.captured, self.merged, suffix=1)
         users: dict[fx.Node, list[fx.Node]] = {}
         for user, demands in below.demands.items():
             for demand in demands:
@@ -149,9 +149,8 @@ class Compact:
                  if self.flow.reaches(positions, n) and self.flow.reaches(n, side)]
         moving = {positions, *chain}
         for node in chain:
-            name, operands = self.flow.op[node], 0
-            for argument in [*node.args, *node.kwargs.values()]:
-                operands += argument in moving if isinstance(argument, fx.Node) else 0
+            name = self.flow.op[node]
+            operands = sum(isinstance(a, fx.Node) and a in moving for a in (*node.args, *node.kwargs.values()))
             if name not in _LINEAR or operands > 1:  # a product of two of them is no multiple of the position
                 raise self._refuse(node, f"{name} is computed from positions, and only rotary embeddings, computed in "
                                          "the graph as cos and sin of multiples of the position, can be moved")
@@ -161,18 +160,7 @@ class Compact:
 
     def _integers(self, side: fx.Node) -> list[fx.Node]:
         """The nearest integer tensors that ``side`` is computed from."""
-        found: dict[fx.Node, None] = {}
-        todo, seen = [side], {side}
-        while todo:
-            node = todo.pop()
-            value = node.meta["val"]
-            if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
-                found[node] = None
-                continue
-            new = [n for n in self.flow.inputs[node] if n not in seen]
-            seen.update(new)
-            todo += new
-        return list(found)
+        return self.flow.back(side, set(self.flow.op.values()), limit=len(self.flow.nodes), stop=_holds_integers).stops
 
     def _root(self, node: fx.Node) -> fx.Node:
         """The first form ``[B or 1, S]`` of integers, above views of it."""
@@ -193,20 +181,25 @@ class Compact:
 
     def _counts_by_one(self, positions: fx.Node) -> None:
         """Refuse positions that the graph computes by more than counting: one token further is one position further."""
-        todo, seen = [positions], {positions}
-        while todo:
-            node = todo.pop()
-            value, name = node.meta["val"], self.flow.op[node]
-            if not isinstance(value, Tensor) or value.dtype == torch.bool or node.op in ("placeholder", "get_attr"):
-                continue
-            if name not in _COUNTS or (name == "arange" and len(node.args) > 2 and node.args[2] != 1):
-                raise self._refuse(node, f"{name} makes these positions, and only those that count tokens can be moved")
-            new = [n for n in self.flow.inputs[node] if n not in seen]
-            seen.update(new)
-            todo += new
+
+        def given(node: fx.Node) -> bool:
+            value = node.meta["val"]
+            return not isinstance(value, Tensor) or value.dtype == torch.bool or node.op in ("placeholder", "get_attr")
+
+        walk = self.flow.back(positions, _COUNTS, limit=len(self.flow.nodes), stop=given)
+        others = [node for node in walk.stops if not given(node)]
+        others += [n for n in walk.passed if self.flow.op[n] == "arange" and len(n.args) > 2 and n.args[2] != 1]
+        for node in others:
+            raise self._refuse(node, f"{self.flow.op[node]} makes these positions, and only those that count tokens "
+                                     "can be moved")
 
     def _refuse(self, node: fx.Node, reason: str) -> NarrowError:
         return self.ctx.refuse(node, f"{reason}; use positions: keep")
+
+
+def _holds_integers(node: fx.Node) -> bool:
+    value = node.meta["val"]
+    return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
 
 
 def _closed_up(positions: Tensor, keep: Tensor) -> Tensor:

@@ -33,9 +33,8 @@ class VisualParams(PassParams):
 class VisualSelection(Pass):
     """Keeps a budget of the tokens of each image where image features enter the language model.
 
-    A method is a subclass with parameters (:class:`VisualParams`) and :meth:`score`. Everything else is
-    here: images are told apart, each keeps its own budget, rows of a batch keep different tokens, text is never
-    touched.
+    A method is a subclass with parameters (:class:`VisualParams`) and :meth:`score`. Everything else is here: images
+    are told apart, each keeps its own budget, rows of a batch keep different tokens, text is never touched.
 
         before   ids -> embedding -> merge(mask, features) -> layers
         after    ids -> embedding -> merge(mask, features) -> score -> keep -> narrow -> layers on fewer tokens
@@ -62,10 +61,10 @@ class VisualSelection(Pass):
     def select(self, ctx: Context, region: Region, *inputs: fx.Node) -> dict[str, Any]:
         """Score (``inputs`` are handed to :meth:`score`), choose, and cut."""
         merged = region.roles["output"]
-        ctx.check(merged, suffix=1)
+        below = ctx.check(merged, suffix=1)
         mask = ctx.visual_mask(region)
         keep: Budget = self.params.keep
-        compact = Compact(ctx, merged) if getattr(self.params, "positions", "keep") == "compact" else None
+        compact = Compact(ctx, merged, below) if getattr(self.params, "positions", "keep") == "compact" else None
 
         def choose(tokens: Tensor, mask: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
             segment = segments(mask)

@@ -312,7 +312,7 @@ class Session:
         """Apply one step (or observe for it), note what came of it; whether the graph was changed."""
         if (self.observing and method.calibration == "none") or (stage == "decode" and method.stage == "prefill"):
             return False
-        problems: dict[str, NarrowError] = {}
+        problems: list[tuple[str, NarrowError]] = []  # with the path of the region; several can have one
         done: list[Region] = []
         details: dict[str, dict[str, Any]] = {}
         for region in self._candidates(ctx, step):
@@ -325,17 +325,17 @@ class Session:
                     details[region.path] = method.apply(ctx, region)
                 done.append(region)
             except NarrowError as error:
-                problems[region.path] = error
+                problems.append((region.path, error))
                 if self.observing:
                     self._forget(ctx, region)
-        reasons = list(dict.fromkeys(str(p) for p in problems.values()))
+        reasons = list(dict.fromkeys(str(p) for _, p in problems))
         if entry.status == "matched":
             later = self._no_longer(step, method, entry, stage, problems)
             entry.reason = "; ".join(filter(None, (entry.reason, *later)))
         elif done:
             entry.status, entry.reason = "matched", "; ".join(reasons)
         elif problems:
-            unprofitable = all(isinstance(p, UnprofitableError) for p in problems.values())
+            unprofitable = all(isinstance(p, UnprofitableError) for _, p in problems)
             entry.status, entry.reason = "unprofitable" if unprofitable else "condition_failed", reasons[0]
         elif entry.status == "structure_miss":
             entry.reason = self._miss(ctx.regions, step.region, stage, step)
@@ -346,13 +346,13 @@ class Session:
         return bool(done) and not self.observing
 
     def _no_longer(self, step: Step, method: Pass, entry: StepReport, stage: str,
-                   problems: dict[str, NarrowError]) -> list[str]:
+                   problems: Sequence[tuple[str, NarrowError]]) -> list[str]:
         """Regions that were changed in one graph and stay as they are in another; warns of each once."""
         if method.stage == "decode" and stage != "decode":
             return []
-        found = [f"not in another {stage} graph of '{path}': {error}" for path, error in problems.items()
-                 if path in entry.regions and not isinstance(error, UnprofitableError)]
-        found = [text for text in found if text not in entry.reason]
+        texts = dict.fromkeys(f"not in another {stage} graph of '{path}': {error}" for path, error in problems
+                              if path in entry.regions and not isinstance(error, UnprofitableError))
+        found = [text for text in texts if text not in entry.reason]
         if found and self.on_no_match != "ignore":
             warnings.warn(f"step '{step.pass_}': " + "; ".join(found), stacklevel=2)
         return found
@@ -535,7 +535,8 @@ def _narrow_pruned_cache(captured: Captured) -> None:
                 sizes[held] = captured.graph.call_function(aten.sym_size.int, (states, 2))
             sizes[held].meta["val"] = states.meta["val"].shape[2]
         # keys and values hold the same entries, though Dynamo may give the length of each a symbol of its own
-        assert guarded_equal(states.meta["val"].shape[2], sizes[held].meta["val"])
+        same = guarded_equal(states.meta["val"].shape[2], sizes[held].meta["val"])  # tells the symbols so
+        assert same
         cuts.append(Cut(node, held, sizes[held], ragged=ragged, token_dim=2, narrowed=states))
     if cuts:
         narrow(captured, cuts)

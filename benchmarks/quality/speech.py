@@ -255,8 +255,8 @@ def step(name: str, keep: Sequence[float], at: Sequence[float], **params: Any) -
 def recipes(budgets: Sequence[str] = tuple(BUDGETS)) -> dict[str, Any]:
     """Encoder tokens merged and dropped, at each of ``budgets``: the share that reaches the decoder."""
     methods: dict[str, dict[str, Any]] = {"patch_merge": {"reach": 1, "restore": False}, "class_attention": {}}
-    return {f"{name} {budget}": step(name, keep, at, **params) for name, params in methods.items()
-            for budget in budgets for keep, at in (BUDGETS[budget],)}
+    return {f"{name} {budget}": step(name, *BUDGETS[budget], **params) for name, params in methods.items()
+            for budget in budgets}
 
 
 __all__ = ["MissingError", "clips", "errors", "load", "read_ctranslate2", "recipes", "step", "tasks", "transcribe",
