@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tokcompile.benching import cpu_name, interleaved, load, quantile, versions
+from tokcompile.measure.timing import cpu_name, interleaved, load, versions
+from tokcompile.reporting.quantile import quantile
 
 __all__ = ["cpu_name", "interleaved", "load", "quantile", "versions"]  # beside what is defined here
 

@@ -49,7 +49,6 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from tokcompile.benching import in_turn  # noqa: E402
 from tokcompile.kernels.attention_rows import attention_rows  # noqa: E402
 from tokcompile.kernels.block_list_attention import block_list_attention  # noqa: E402
 from tokcompile.kernels.embedding_gate import embedding_gate  # noqa: E402
@@ -57,6 +56,7 @@ from tokcompile.kernels.gather_rows import gather_rows  # noqa: E402
 from tokcompile.kernels.grouped_ffn import grouped_ffn  # noqa: E402
 from tokcompile.kernels.launch import AVAILABLE, Launch, interpreted  # noqa: E402
 from tokcompile.kernels.token_list_attention import token_list_attention  # noqa: E402
+from tokcompile.measure.timing import in_turn  # noqa: E402
 
 DOCS = HERE.parent / "docs" / "kernels.md"
 MARKER = "<!-- below: written by benchmarks/kernel_speed.py from benchmarks/results/kernels.csv -->"
@@ -339,7 +339,7 @@ def table(s: Sizes, tokens: int) -> Case:
 
 def token_sparse(s: Sizes, length: int, keep: float) -> Case:
     """One layer of Token Sparse Attention."""
-    from tokcompile import sparse_prefill  # noqa: F401  registers the operation
+    from tokcompile.kernels.token_sparse_attention import op as sparse_prefill  # noqa: F401  registers the operation
 
     size, window = s.dtype.itemsize, min(WINDOW, length // 4)
     kept = int(keep * (length - window)) + window
@@ -354,10 +354,10 @@ def token_sparse(s: Sizes, length: int, keep: float) -> Case:
 
 def decoding(s: Sizes, length: int, name: str, budget: int = 256) -> Case:
     """A whole decode step of a method, as it stands in a graph: scores, choice, attention."""
-    from tokcompile.passes.fasa import Fasa
-    from tokcompile.passes.tokenselect import TokenSelect
-    from tokcompile.sparse_decode import ends
-    from tokcompile.sparse_decode import listed as choose
+    from tokcompile.families.sparse_attention.decode.lists import ends
+    from tokcompile.families.sparse_attention.decode.lists import listed as choose
+    from tokcompile.passes.sparse_attention.fasa import Fasa
+    from tokcompile.passes.sparse_attention.tokenselect import TokenSelect
 
     method = {"fasa": Fasa, "tokenselect": TokenSelect}[name](
         {"fasa": Fasa, "tokenselect": TokenSelect}[name].Params(budget=budget))

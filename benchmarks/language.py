@@ -31,15 +31,19 @@ import torch  # noqa: E402
 from quality import in_place, language  # noqa: E402
 from quality.text_data import articles  # noqa: E402
 
-from tokcompile.evaluation import EvalRow, Measure, Task, evaluate, mean_percent, perplexity, read_rows  # noqa: E402
-from tokcompile.paired import compare  # noqa: E402
-from tokcompile.passes.decode_control import DecodeControl  # noqa: E402
-from tokcompile.passes.fasa import Fasa  # noqa: E402
-from tokcompile.passes.moe_from_dense import MoeFromDense  # noqa: E402
-from tokcompile.passes.stem import Stem  # noqa: E402
-from tokcompile.passes.token_sparse import TokenSparse  # noqa: E402
-from tokcompile.passes.tokenselect import TokenSelect  # noqa: E402
-from tokcompile.quality_results import Journal, difference_text, journal_path, write_rows  # noqa: E402
+from tokcompile.measure.evaluate import Measure, Task, evaluate  # noqa: E402
+from tokcompile.measure.paired import (  # noqa: E402
+    compare,
+    mean_percent,
+    perplexity,
+)
+from tokcompile.measure.quality_results import EvalRow, Journal, difference_text, journal_path, read_rows, write_rows  # noqa: E402  # noqa: E402
+from tokcompile.passes.moe.moe_from_dense import MoeFromDense  # noqa: E402
+from tokcompile.passes.sparse_attention.decode_control import DecodeControl  # noqa: E402
+from tokcompile.passes.sparse_attention.fasa import Fasa  # noqa: E402
+from tokcompile.passes.sparse_attention.token_sparse import TokenSparse  # noqa: E402
+from tokcompile.passes.sparse_attention.tokenselect import TokenSelect  # noqa: E402
+from tokcompile.passes.stem.stem import Stem  # noqa: E402
 
 RESULTS = HERE / "results" / "language.csv"
 DOCS = HERE.parent / "docs" / "language.md"

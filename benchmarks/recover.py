@@ -32,8 +32,8 @@ from quality import language  # noqa: E402
 from quality.text_data import articles  # noqa: E402
 
 import tokcompile  # noqa: E402
-from tokcompile.distillation import SsToken, TokenChoice, token_losses  # noqa: E402
 from tokcompile.recipes import Recipe  # noqa: E402
+from tokcompile.recovery.losses import SsToken, TokenChoice, token_losses  # noqa: E402
 from tokcompile.state import NAMESPACE  # noqa: E402
 
 RESULTS = HERE / "results" / "recover.csv"

@@ -178,8 +178,8 @@ def _cpu_seconds() -> float:
 
 def bench_detect(quick: bool, repeats: int, load: float | None) -> list[harness.Row]:
     """How long it takes to get from Dynamo's graph to regions."""
-    from tokcompile.canonical import canonicalise
-    from tokcompile.capture import DYNAMO_CONFIG, from_dynamo
+    from tokcompile.capture.canonical import canonicalise
+    from tokcompile.capture.capture import DYNAMO_CONFIG, from_dynamo
     from tokcompile.regions import find_regions
 
     model = models.llama(4 if quick else 32)

@@ -12,9 +12,11 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from tokcompile.parameters import parameters, pass_source, pass_summary
-from tokcompile.recipe import Expect, Protect, Recipe, Step, Target, shipped
-from tokcompile.recipe_schema import shipped_schema
+from tokcompile.recipe.parameters import parameters, pass_source, pass_summary
+from tokcompile.recipe.recipe import Recipe
+from tokcompile.recipe.schema import shipped_schema
+from tokcompile.recipe.source import shipped
+from tokcompile.recipe.steps import Expect, Protect, Step, Target
 from tokcompile.registry import get_pass, shipped_passes
 
 ROOT = Path(__file__).resolve().parents[1]

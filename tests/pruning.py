@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import tokcompile
 from tests import oracle
 from tests.zoo.vlm import Case
-from tokcompile.session import Recording
+from tokcompile.runtime.recording import Recording
 
 #: fp32: largest difference allowed, relative to the magnitude of what is compared.
 TOLERANCE = 1e-5

@@ -11,12 +11,12 @@ from torch import nn
 
 from tests.triton_tools import dense
 from tests.zoo import capture_graphs, decoders, encoders
-from tokcompile.attention_form import AttentionForm, read_attention, with_sink
-from tokcompile.canonical import canonicalise
+from tokcompile.capture.canonical import canonicalise
 from tokcompile.errors import NarrowError
-from tokcompile.mask_form import MaskForm, read_mask
-from tokcompile.plan import Context
+from tokcompile.formulas.attention import AttentionForm, read_attention, with_sink
+from tokcompile.formulas.mask import MaskForm, read_mask
 from tokcompile.regions import find_regions
+from tokcompile.rewrite.context import Context
 
 
 class Written(nn.Module):
@@ -178,7 +178,7 @@ def run(model, inputs, captured=None):
         with torch.no_grad():
             result = model(**inputs)
     else:
-        from tokcompile.capture import DYNAMO_CONFIG
+        from tokcompile.capture.capture import DYNAMO_CONFIG
 
         def backend(graph_module, _):
             return captured.graph_module.forward

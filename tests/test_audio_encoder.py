@@ -26,7 +26,7 @@ from tests.pruning import close, hidden
 from tests.test_patch_merge import by_hand
 from tests.zoo.vlm import randomize
 from tokcompile.errors import NoMatchError, RecipeError, TokcompileError
-from tokcompile.evaluation import controls
+from tokcompile.measure.evaluate import controls
 from tokcompile.recipes import Recipe
 
 #: Two stages of four layers: 24 frames, 12 after layer 0, 6 after layer 2.

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import tokcompile
-from tokcompile.benching import COMPILED, EAGER, BenchResult, amdahl, in_turn, peak_memory
 from tokcompile.demo import tiny_vit, tiny_vlm
 from tokcompile.errors import NoMatchError, RecipeError, TokcompileError
+from tokcompile.measure.timing import in_turn, peak_memory
+from tokcompile.reporting.bench_result import COMPILED, EAGER, BenchResult, amdahl
 
 FAST: dict[str, Any] = {"rounds": 3, "warmup": 1, "lowering": "eager", "compiled_baseline": False}
 

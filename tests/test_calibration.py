@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tokcompile
 from tokcompile import registry
 from tokcompile.errors import CalibrationError, RecipeError
-from tokcompile.plan import Pass
+from tokcompile.plan.pass_base import Pass
 from tokcompile.registry import PassParams
 
 VOCABULARY = 64
@@ -150,7 +150,7 @@ def test_a_state_serves_several_models(tmp_path):
 
 
 def test_calibration_goes_on_where_it_was_broken_off(tmp_path, monkeypatch):
-    monkeypatch.setattr("tokcompile.calibration._SAVE_EVERY", 2)
+    monkeypatch.setattr("tokcompile.prepare.calibrate._SAVE_EVERY", 2)
     dense, data, file = model(), batches(5), tmp_path / "sums.safetensors"
 
     def breaks():

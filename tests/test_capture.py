@@ -16,7 +16,10 @@ from torch.utils._pytree import tree_leaves
 from tests import oracle
 from tests.zoo.encoders_for_pruning import ENCODERS, EncoderCase
 from tests.zoo.vlm import VARIANTS, VLMS, Case
-from tokcompile.capture import DYNAMO_CONFIG, Captured, from_dynamo, is_fake, module_path, source_line
+from tokcompile.capture.capture import DYNAMO_CONFIG, from_dynamo
+from tokcompile.capture.captured import Captured
+from tokcompile.capture.graph import module_path, source_line
+from tokcompile.capture.trace import is_fake
 
 aten = torch.ops.aten
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from tests.zoo.encoders_for_pruning import ENCODERS
-from tokcompile.capture import from_export, module_path, source_line
-from tokcompile.narrow import Cut, inline, narrow
+from tokcompile.capture.capture import from_export
+from tokcompile.capture.graph import module_path, source_line
+from tokcompile.capture.trace import inline
 from tokcompile.regions import find_regions
+from tokcompile.rewrite.narrow import Cut, narrow
 
 
 @pytest.mark.parametrize("name", ["vit", "fused_vit"])

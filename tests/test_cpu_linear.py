@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from tokcompile import cpu_linear
-from tokcompile.capture import from_dynamo
-from tokcompile.lower import lower
+from tokcompile.capture.capture import from_dynamo
+from tokcompile.lower import cpu_linear
+from tokcompile.lower.inductor import lower
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 

@@ -12,21 +12,9 @@ import torch
 from torch import nn
 
 import tokcompile
-from tokcompile.evaluation import (
-    Candidate,
-    Measure,
-    Task,
-    bootstrap,
-    compare,
-    controls,
-    evaluate,
-    interval,
-    journal_path,
-    mean_percent,
-    perplexity,
-    ratio_percent,
-    read_rows,
-)
+from tokcompile.measure.evaluate import Candidate, Measure, Task, controls, evaluate
+from tokcompile.measure.paired import bootstrap, compare, interval, mean_percent, perplexity, ratio_percent
+from tokcompile.measure.quality_results import journal_path, read_rows
 from tokcompile.recipes import Recipe
 
 

@@ -8,7 +8,7 @@ from torch import fx
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokcompile.flops import graph_flops
+from tokcompile.capture.flops import graph_flops
 from tokcompile.kernels.grouped_ffn import grouped_ffn
 from tokcompile.kernels.token_list_attention import token_list_attention
 

@@ -14,12 +14,13 @@ import tokcompile
 from tests import oracle
 from tests.pruning import RANDOM, TODRE, check, close, generate, hidden, optimized
 from tests.zoo.vlm import TEXT_VOCAB, VLMS, Case
-from tokcompile.cache import PrunedLayer, adopt, append_held, note_held
-from tokcompile.capture import from_dynamo
+from tokcompile.capture.capture import from_dynamo
+from tokcompile.capture.sizes import equal
 from tokcompile.errors import CacheError, NarrowError
-from tokcompile.session import LOGICAL, Recording, _narrow_pruned_cache
-from tokcompile.stages import SESSION
-from tokcompile.token_axis import equal
+from tokcompile.rewrite.pruned_cache import LOGICAL, narrow_pruned_cache
+from tokcompile.runtime.cache import PrunedLayer, adopt, append_held, note_held
+from tokcompile.runtime.install import SESSION
+from tokcompile.runtime.recording import Recording
 
 #: One plain family, one whose positions have three parts, one with sliding layers.
 FAMILIES = ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow), pytest.param("gemma3", marks=pytest.mark.slow)]
@@ -217,7 +218,7 @@ def test_what_a_pruned_cache_holds_is_one_axis() -> None:
         captured = from_dynamo(module)
         past = [node.args[0] for node in captured.graph.nodes if node.target is LOGICAL]
         assert not equal(*(node.meta["val"].shape[2] for node in past))
-        _narrow_pruned_cache(captured)
+        narrow_pruned_cache(captured)
         lengths.extend(node.meta["val"].shape[2] for node in past)
         return captured.graph_module
 

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.triton_tools import needs_compiler, needs_triton, run_interpreted
-from tokcompile import selection
 from tokcompile.kernels.greedy_select import (
     CRITERIA,
     decompose,
@@ -23,6 +22,7 @@ from tokcompile.kernels.greedy_select import triton as kernel
 from tokcompile.kernels.greedy_select.onnx import decomposition
 from tokcompile.kernels.greedy_select.op import _choose, greedy_select_host, supports
 from tokcompile.kernels.greedy_select.reference import NORM, choose, mean_similarity
+from tokcompile.rewrite import selection
 
 
 def brute_force(features, segment, budget, criterion, pivot=None):

@@ -15,9 +15,9 @@ import tokcompile
 from tests.test_stem import close, output, recipe, tables
 from tests.triton_tools import needs_cuda
 from tests.zoo import decoders
+from tokcompile.capture.ops import op_name
 from tokcompile.errors import RecoveryError
 from tokcompile.kernels.host_rows import DECOMPOSITIONS, await_rows, fetch_rows, side_stream, unique_ids
-from tokcompile.regions.ops import op_name
 
 OPS = torch.ops.tokcompile
 

@@ -17,12 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from quality import in_place
 
-from tokcompile.distillation import token_losses
-from tokcompile.passes.fasa import Fasa
-from tokcompile.passes.moe_from_dense import MoeFromDense
-from tokcompile.passes.stem import Stem
-from tokcompile.passes.token_sparse import TokenSparse
-from tokcompile.passes.tokenselect import TokenSelect
+from tokcompile.passes.moe.moe_from_dense import MoeFromDense
+from tokcompile.passes.sparse_attention.fasa import Fasa
+from tokcompile.passes.sparse_attention.token_sparse import TokenSparse
+from tokcompile.passes.sparse_attention.tokenselect import TokenSelect
+from tokcompile.passes.stem.stem import Stem
+from tokcompile.recovery.losses import token_losses
 
 
 def optimized(model: Any, name: str, params: dict[str, Any], calibration: Any = None, layers: Any = None) -> Any:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 import tokcompile
 from tests.test_stem import close, gated, output
 from tests.zoo import decoders, encoders, vision
-from tokcompile import experts, moe_split
 from tokcompile.errors import CalibrationError, NoMatchError, RecipeError
+from tokcompile.families.moe import experts
+from tokcompile.families.moe import split as moe_split
 from tokcompile.kernels.activation import activate
 
 FAMILIES = {"llama": decoders.llama, "qwen3": decoders.qwen3, "gemma2": decoders.gemma2, "gpt2": decoders.gpt2,
@@ -264,7 +265,7 @@ def test_bad_calibration_and_models_without_feed_forward_layers():
 def test_the_router_reads_the_typical_neuron_of_each_expert(name):
     torch.manual_seed(0)
     weights = {"gate": torch.randn(12, 8), "up": torch.randn(12, 8), "down": torch.randn(8, 12)}
-    from tokcompile.moe_split import split
+    from tokcompile.families.moe.split import split
 
     x = torch.randn(50, 8)
     inner = activate(x @ weights["gate"].T, name) * (x @ weights["up"].T)

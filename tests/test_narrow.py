@@ -12,9 +12,10 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from tokcompile.capture import Captured, trace
+from tokcompile.capture.captured import Captured
+from tokcompile.capture.trace import inline, trace
 from tokcompile.errors import NarrowError
-from tokcompile.narrow import Cut, inline, narrow
+from tokcompile.rewrite.narrow import Cut, narrow
 
 B, S, D = 2, 6, 8
 KEEP = torch.tensor([[0, 2, 5], [0, 3, 5]])

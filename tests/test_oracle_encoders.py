@@ -13,8 +13,10 @@ import tokcompile
 from tests import oracle
 from tests.pruning import close, hidden, optimized, recipe
 from tests.zoo.encoders_for_pruning import ENCODERS, EncoderCase
-from tokcompile.capture import DYNAMO_CONFIG, from_dynamo, module_path
-from tokcompile.narrow import Cut, check, inline, narrow
+from tokcompile.capture.capture import DYNAMO_CONFIG, from_dynamo
+from tokcompile.capture.graph import module_path
+from tokcompile.capture.trace import inline
+from tokcompile.rewrite.narrow import Cut, check, narrow
 
 VISION = [name for name in ENCODERS if name != "clip_text"]
 #: After one and after three of the four layers.

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
 import tokcompile
-from tokcompile.evaluation import Measure, Task, controls, evaluate, mean_percent
-from tokcompile.passes.class_attention import ClassAttention
-from tokcompile.pruning import PatchParams
+from tokcompile.families.pruning.patches import PatchParams
+from tokcompile.measure.evaluate import Measure, Task, controls, evaluate
+from tokcompile.measure.paired import mean_percent
+from tokcompile.passes.pruning.class_attention import ClassAttention
 from tokcompile.recipes import Recipe
 from tokcompile.registry import register
 

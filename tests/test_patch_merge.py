@@ -12,10 +12,10 @@ from transformers import ViTConfig, ViTModel
 import tokcompile
 from tests.zoo.vlm import VLMS
 from tokcompile.errors import RecipeError
-from tokcompile.evaluation import controls
-from tokcompile.passes.patch_merge import merged
+from tokcompile.measure.evaluate import controls
+from tokcompile.passes.pruning.patch_merge import merged
 from tokcompile.recipes import Recipe
-from tokcompile.selection import keep_mask
+from tokcompile.rewrite.selection import keep_mask
 
 
 def by_hand(tokens: Tensor, like: Tensor, prefix: int, keep: int, sizes: Tensor | None = None,

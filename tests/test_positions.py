@@ -16,8 +16,8 @@ from tests.pruning import close, generate, optimized
 from tests.zoo import vlm as zoo
 from tests.zoo.vlm import IMAGE, VIDEO, VLMS, Case, PlainVLM, randomize
 from tokcompile.errors import CacheError, NoMatchError
-from tokcompile.selection import budgets, pooled, segments
-from tokcompile.session import Recording
+from tokcompile.rewrite.selection import budgets, pooled, segments
+from tokcompile.runtime.recording import Recording
 
 
 def step(name: str = "random", **params: Any) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tokcompile.evaluation import evaluate
+from tokcompile.measure.evaluate import evaluate
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(FOLDER))

@@ -23,10 +23,11 @@ import tokcompile
 from tests.zoo.encoders_for_pruning import ENCODERS
 from tests.zoo.vlm import IMAGE, PlainVLM, randomize
 from tokcompile.errors import RecipeError, TokcompileError
-from tokcompile.recipe import Protect, Recipe
+from tokcompile.recipe.recipe import Recipe
+from tokcompile.recipe.steps import Protect
 from tokcompile.registry import get_pass
-from tokcompile.reporting import Report
-from tokcompile.session import KeptEntry
+from tokcompile.reporting.report import Report
+from tokcompile.runtime.recording import KeptEntry
 
 TEXT_LAYERS, VISION_LAYERS, PATCHES, TEXT = 3, 2, 16, 5
 MERGE = {"pass": "todre", "target": {"region": "merge_point"}, "expect": {"min_matches": 1, "max_matches": 1},

@@ -23,10 +23,12 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 from ruamel.yaml import YAML
 
-from tokcompile import recipe_overrides, recipe_yaml, registry
+from tokcompile import registry
 from tokcompile.errors import RecipeError
-from tokcompile.parameters import parameters, pass_parameters, pass_source
-from tokcompile.recipe_schema import EDITOR_LINE, FILE, shipped_schema
+from tokcompile.recipe import overrides as recipe_overrides
+from tokcompile.recipe import yaml as recipe_yaml
+from tokcompile.recipe.parameters import parameters, pass_parameters, pass_source
+from tokcompile.recipe.schema import EDITOR_LINE, FILE, shipped_schema
 from tokcompile.recipes import Budget, Recipe, Step, Target, json_schema, shipped
 from tokcompile.registry import PassParams, get_pass, load_failures, pass_names, register
 

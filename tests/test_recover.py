@@ -20,8 +20,10 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 import tokcompile
-from tokcompile.calibration import calibrate
-from tokcompile.distillation import (
+from tokcompile.errors import RecoveryError
+from tokcompile.prepare.calibrate import calibrate
+from tokcompile.recovery.data import Stream, shared_positions
+from tokcompile.recovery.losses import (
     SsToken,
     Tip,
     best_of_rows,
@@ -30,9 +32,9 @@ from tokcompile.distillation import (
     tip_scores,
     token_losses,
 )
-from tokcompile.errors import RecoveryError
-from tokcompile.prompt_attention import PromptAttention, prompt_mass
-from tokcompile.recovery import _positions, _Run, _Stream, recover
+from tokcompile.recovery.prompt_attention import PromptAttention, prompt_mass
+from tokcompile.recovery.recover import recover
+from tokcompile.recovery.step import Run
 
 from .test_training import class_pruning, random_pruning
 from .zoo import decoders, vlm
@@ -198,7 +200,7 @@ def test_a_pruned_model_is_compared_at_the_text_that_both_have() -> None:
     case = vlm.llava()
     inputs = case.inputs(batch=2, images_per_row=[1, 2], left_padding=2)
     model = tokcompile.optimize(case.model, random_pruning(0.25), lowering="eager")
-    run = _Run(model, case.model, {}, _accelerator(), loss="forward_kl", temperature=1.0, hidden_weight=1.0,
+    run = Run(model, case.model, {}, _accelerator(), loss="forward_kl", temperature=1.0, hidden_weight=1.0,
                choice=None, accumulation=1, max_grad_norm=0.0)
     batch = run.compare({**inputs, "use_cache": False})
     ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
@@ -346,11 +348,11 @@ def test_random_numbers_of_the_caller_are_left_alone() -> None:
 
 
 def test_items_come_in_a_new_order_each_epoch() -> None:
-    stream = _Stream(list("abcdef"), seed=1)
+    stream = Stream(list("abcdef"), seed=1)
     epochs = [[stream.item(6 * e + i) for i in range(6)] for e in range(3)]
     assert all(sorted(e) == list("abcdef") for e in epochs)
     assert epochs[0] != epochs[1]
-    again = _Stream(list("abcdef"), seed=1)
+    again = Stream(list("abcdef"), seed=1)
     assert [again.item(n) for n in (7, 9, 13)] == [epochs[1][1], epochs[1][3], epochs[2][1]]
     assert stream.steps(epochs=2, group=4) == 3
 
@@ -360,12 +362,12 @@ def test_iterables_come_in_their_order() -> None:
         def __iter__(self) -> Iterator[str]:
             return iter("abc")
 
-    stream = _Stream(Fresh(), 0)  # type: ignore[arg-type]
+    stream = Stream(Fresh(), 0)  # type: ignore[arg-type]
     assert [stream.item(n) for n in (0, 2, 3, 7)] == ["a", "c", "a", "b"]
     with pytest.raises(RecoveryError, match="ran out after 2 items"):
-        _Stream((x for x in "ab"), 0).item(2)  # type: ignore[misc]
+        Stream((x for x in "ab"), 0).item(2)  # type: ignore[misc]
     with pytest.raises(RecoveryError, match="steps="):
-        _Stream(Fresh(), 0).steps(1, 1)  # type: ignore[arg-type]
+        Stream(Fresh(), 0).steps(1, 1)  # type: ignore[arg-type]
 
 
 SCRIPT = """
@@ -473,4 +475,4 @@ def test_numbers_out_of_range() -> None:
 
 def test_positions_need_a_cut_that_explains_them() -> None:
     with pytest.raises(RecoveryError, match="logits for 3 positions, the teacher for 5"):
-        _positions(torch.zeros(1, 3, 2), 5, [])
+        shared_positions(torch.zeros(1, 3, 2), 5, [])

@@ -12,10 +12,14 @@ from transformers import ViTConfig, ViTModel
 
 import tokcompile
 from tests.pruning import close
-from tokcompile import lower, repeated
-from tokcompile.capture import Captured, fold_constants, from_dynamo
+from tokcompile.capture.capture import from_dynamo
+from tokcompile.capture.captured import Captured
+from tokcompile.lower import inductor as lower
+from tokcompile.lower import repeated
+from tokcompile.lower.constants import fold_constants
+from tokcompile.lower.repeated import compile_repeated
+from tokcompile.lower.repeated_parts import Form, WholeError
 from tokcompile.regions import find_regions
-from tokcompile.repeated import Form, WholeError, compile_repeated
 
 
 def recipe(keep: Sequence[float], at: Sequence[float], name: str = "class_attention") -> dict[str, Any]:
@@ -33,13 +37,13 @@ def vit(width: int = 32, layers: int = 6) -> nn.Module:
 def forms(monkeypatch: pytest.MonkeyPatch) -> list[Form]:
     """The forms that are compiled; what runs them is the traced module itself instead of Inductor's."""
     found: list[Form] = []
-    made = repeated._Compiled.__init__
+    made = repeated.Compiled.__init__
 
     def init(self: Any, form: Form, _compiler: Any) -> None:
         made(self, form, lambda module, _values, _mode: module)
         found.append(form)
 
-    monkeypatch.setattr(repeated._Compiled, "__init__", init)
+    monkeypatch.setattr(repeated.Compiled, "__init__", init)
     return found
 
 

@@ -12,7 +12,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from tokcompile.recipes import Budget
 from tokcompile.regions.model import NearMiss, Region, Regions
-from tokcompile.reporting import STATUSES, Report, StageReport, StepReport, path_glob, path_globs
+from tokcompile.reporting.paths import path_glob, path_globs
+from tokcompile.reporting.report import STATUSES, Report, StageReport, StepReport
 
 LONG = (
     "the mask [B, H, S, S] is built from a float that depends on data; " * 4 + "[node mul_3, model.layers.7, m.py:12]"

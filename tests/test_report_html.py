@@ -14,12 +14,13 @@ import pytest
 from torch import fx
 
 import tokcompile
-from tokcompile.benching import BenchResult, BenchRow, Timing
 from tokcompile.demo import tiny_vit, tiny_vlm
 from tokcompile.errors import TokcompileError
-from tokcompile.html_report import page, tag
+from tokcompile.plan.layer_tokens import LayerTokens
 from tokcompile.regions.model import Layer, Region, Regions
-from tokcompile.reporting import LayerTokens, Report, StageReport, StepReport
+from tokcompile.reporting.bench_result import BenchResult, BenchRow, Timing
+from tokcompile.reporting.html import page, tag
+from tokcompile.reporting.report import Report, StageReport, StepReport
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 EVIL = '<script>alert("x")</script>&"\''

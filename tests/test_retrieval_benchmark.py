@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from tokcompile.demo import tiny_llm
-from tokcompile.evaluation import Candidate, Task, evaluate
-from tokcompile.passes.token_sparse import TokenSparse
-from tokcompile.passes.tokenselect import TokenSelect
+from tokcompile.measure.evaluate import Candidate, Task, evaluate
+from tokcompile.passes.sparse_attention.token_sparse import TokenSparse
+from tokcompile.passes.sparse_attention.tokenselect import TokenSelect
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 

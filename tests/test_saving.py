@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 import tokcompile
 from tests.pruning import RANDOM, close, recipe
-from tokcompile import demo, saving
+from tokcompile import demo
 from tokcompile.errors import RecipeError, SavedModelError, TokcompileError
+from tokcompile.save import format as form
+from tokcompile.save import save as saving
 
 HALF = [{"pass": "class_attention", "params": {"keep": [0.5], "at": [0.25]}}]
 STEM = [{"pass": "stem", "params": {"convert": 2}}]
@@ -332,13 +334,13 @@ def _edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     manifest = json.loads((folder / "tokcompile.json").read_text())
     del manifest["sha256"]
     change(manifest)
-    (folder / "tokcompile.json").write_text(json.dumps(manifest | {"sha256": saving._digest(manifest)}))
+    (folder / "tokcompile.json").write_text(json.dumps(manifest | {"sha256": form.manifest_digest(manifest)}))
 
 
 def _rehash(folder: Path, name: str) -> None:
     file = folder / name
     _edit(folder, lambda m: m["files"].__setitem__(
-        name, {"bytes": file.stat().st_size, "sha256": saving._sha256(file)}))
+        name, {"bytes": file.stat().st_size, "sha256": form.sha256(file)}))
 
 
 def test_a_changed_manifest(folder: Path) -> None:
@@ -374,10 +376,11 @@ def test_a_newer_format(folder: Path) -> None:
 
 
 def test_older_formats(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving, "FORMAT", 2)
+    for module in (form, saving):
+        monkeypatch.setattr(module, "FORMAT", 2)
     _refused(folder, r"has format 1, which tokcompile .* cannot read any more; load and save it with tokcompile 0\.1")
     _edit(folder, lambda m: m.__setitem__("prescription", m.pop("recipe")))
-    monkeypatch.setitem(saving.UPGRADES, 1, lambda m: m | {"recipe": m["prescription"]})
+    monkeypatch.setitem(form.UPGRADES, 1, lambda m: m | {"recipe": m["prescription"]})
     tokcompile.load(folder, lowering="eager")
 
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokcompile import selection
-from tokcompile.selection import NO_RANK
+from tokcompile.rewrite import selection
+from tokcompile.rewrite.selection import NO_RANK
 
 
 @st.composite

@@ -22,12 +22,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import tokcompile
 from tests.oracle import _eager
 from tests.zoo import decoders
-from tokcompile import sparse_decode
 from tokcompile.errors import CalibrationError, NarrowError, NoMatchError, RecipeError
+from tokcompile.families.sparse_attention.decode import form as sparse_decode
+from tokcompile.families.sparse_attention.decode.lists import ends, least_length, listed
 from tokcompile.kernels.token_list_attention import op as kernel
-from tokcompile.passes.tokenselect import TokenSelect
-from tokcompile.recipe import Budget
-from tokcompile.sparse_decode import ends, least_length, listed
+from tokcompile.passes.sparse_attention.tokenselect import TokenSelect
+from tokcompile.recipe.budget import Budget
 
 PROMPT, STEPS, BUDGET = 24, 16, 14
 SHARED = {"sinks": 2, "recent": 3, "dense_below": 1}

@@ -16,7 +16,7 @@ from tests.zoo import decoders, vlm
 from tests.zoo.vision import vit
 from tokcompile.errors import CalibrationError, NoMatchError, RecipeError, TokcompileError
 from tokcompile.kernels.embedding_gate import rows as rows_of
-from tokcompile.passes.stem import Stem
+from tokcompile.passes.stem.stem import Stem
 
 VOCABULARY = 128
 

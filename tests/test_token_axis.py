@@ -22,10 +22,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from tokcompile.capture import Captured, from_dynamo, trace
+from tokcompile.capture.capture import from_dynamo
+from tokcompile.capture.captured import Captured
+from tokcompile.capture.trace import trace
 from tokcompile.errors import NarrowError
-from tokcompile.narrow import Cut, check, narrow
-from tokcompile.token_axis import is_token
+from tokcompile.rewrite.labels import is_token
+from tokcompile.rewrite.narrow import Cut, check, narrow
 
 aten = torch.ops.aten
 

@@ -14,8 +14,9 @@ from torch.nn import functional
 import tokcompile
 from tests.test_attention_form import Written
 from tests.zoo import decoders, encoders
-from tokcompile import sparse_prefill
 from tokcompile.errors import NoMatchError
+from tokcompile.kernels.token_sparse_attention import op as sparse_prefill
+from tokcompile.kernels.token_sparse_attention.reference import compute
 
 LENGTH = 40
 
@@ -227,7 +228,7 @@ def test_gradients_go_to_what_was_chosen():
     output = op(*leaves, keys, *settings)
     weight = torch.randn(output.shape, generator=generator, dtype=torch.float64)
     found = torch.autograd.grad((output * weight).sum(), leaves)
-    wanted = torch.autograd.grad((sparse_prefill.compute(
+    wanted = torch.autograd.grad((compute(
         *leaves, index, sparse_prefill._position(leaves[0], keys), None, None, 2.0, 0) * weight).sum(), leaves)
     for x, y in zip(found, wanted, strict=True):
         torch.testing.assert_close(x, y)

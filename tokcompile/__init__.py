@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokcompile import stem
     from tokcompile.api import explain, optimize, record, report
-    from tokcompile.benching import bench
-    from tokcompile.calibration import calibrate
     from tokcompile.errors import (
         CacheError,
         CalibrationError,
@@ -22,27 +20,31 @@ if TYPE_CHECKING:
         SavedModelError,
         TokcompileError,
     )
-    from tokcompile.evaluation import evaluate
-    from tokcompile.onnx_export import ExportReport, export_onnx
+    from tokcompile.measure.bench import bench
+    from tokcompile.measure.evaluate import evaluate
+    from tokcompile.onnx_export.export import ExportReport, export_onnx
+    from tokcompile.onnx_export.serving import OnnxModel
+    from tokcompile.prepare.calibrate import calibrate
     from tokcompile.recipes import Recipe
-    from tokcompile.recovery import RecoveryReport, recover
-    from tokcompile.reporting import Report
-    from tokcompile.saving import load, restore_dense, save_pretrained
-    from tokcompile.serving import OnnxModel
+    from tokcompile.recovery.recover import recover
+    from tokcompile.recovery.report import RecoveryReport
+    from tokcompile.reporting.report import Report
+    from tokcompile.save.load import load, restore_dense
+    from tokcompile.save.save import save_pretrained
 
 __version__ = "0.1.0"
 
+#: Public name -> the module that has it, imported when the name is first used.
 _EXPORTS = {
     "explain": "api", "optimize": "api", "record": "api", "report": "api",
-    "bench": "benching", "calibrate": "calibration", "evaluate": "evaluation",
-    "ExportReport": "onnx_export", "export_onnx": "onnx_export", "OnnxModel": "serving",
+    "bench": "measure.bench", "calibrate": "prepare.calibrate", "evaluate": "measure.evaluate",
+    "ExportReport": "onnx_export.export", "export_onnx": "onnx_export.export", "OnnxModel": "onnx_export.serving",
     "CacheError": "errors", "CalibrationError": "errors", "CaptureError": "errors", "ExportError": "errors",
-    "NarrowError": "errors",
-    "NoMatchError": "errors", "RecipeError": "errors", "RecoveryError": "errors", "SavedModelError": "errors",
-    "TokcompileError": "errors",
-    "RecoveryReport": "recovery", "recover": "recovery",
-    "load": "saving", "restore_dense": "saving", "save_pretrained": "saving",
-    "Recipe": "recipes", "Report": "reporting",
+    "NarrowError": "errors", "NoMatchError": "errors", "RecipeError": "errors", "RecoveryError": "errors",
+    "SavedModelError": "errors", "TokcompileError": "errors",
+    "RecoveryReport": "recovery.report", "recover": "recovery.recover",
+    "load": "save.load", "restore_dense": "save.load", "save_pretrained": "save.save",
+    "Recipe": "recipes", "Report": "reporting.report",
 }
 
 #: Public modules, imported when they are first named.
@@ -55,7 +57,6 @@ __all__ = ["CacheError", "CalibrationError", "CaptureError", "ExportError", "Exp
 
 
 def __getattr__(name: str) -> Any:
-    # `tokcompile.reporting` is the function; the module of that name is imported by its full path only
     if name in _EXPORTS:
         value = getattr(importlib.import_module(f"tokcompile.{_EXPORTS[name]}"), name)
         globals()[name] = value

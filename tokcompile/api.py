@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from tokcompile.calibration import calibrate, check_prepared
 from tokcompile.errors import TokcompileError
-from tokcompile.lower import LOWERINGS
+from tokcompile.lower.inductor import LOWERINGS
+from tokcompile.prepare.calibrate import calibrate, check_prepared
 from tokcompile.recipes import Recipe
-from tokcompile.reporting import Report
-from tokcompile.session import Recording, Session
-from tokcompile.stages import SESSION, Model, install, run_once, share, uninstall
+from tokcompile.reporting.report import Report
+from tokcompile.runtime.install import SESSION, Model, install, run_once, share, uninstall
+from tokcompile.runtime.recording import Recording
+from tokcompile.runtime.session import Session
 from tokcompile.state import PreparedState, origin
 
 RecipeLike = str | PathLike[str] | Mapping[str, Any] | Recipe

@@ -20,7 +20,7 @@ def tokcompile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], *,
         RecipeError: no recipe, an unknown option, or an invalid recipe.
     """
     from tokcompile.recipes import Recipe
-    from tokcompile.session import Session
+    from tokcompile.runtime.session import Session
 
     options = options if options is not None else {}
     # the options dict is one object for the life of a torch.compile call, so the session lives in it

@@ -91,7 +91,7 @@ def _main(
 @recipes_app.command("list", epilog="Example: tokcompile recipes list")
 def recipes_list(as_json: AsJson = False) -> None:
     """The recipes that ship and the passes that are installed."""
-    from tokcompile.parameters import pass_source, pass_summary
+    from tokcompile.recipe.parameters import pass_source, pass_summary
     from tokcompile.recipes import Recipe, shipped
     from tokcompile.registry import get_pass, load_failures, pass_names
 
@@ -121,7 +121,7 @@ def recipes_show(
     sets: Sets = None, as_json: AsJson = False,
 ) -> None:
     """A recipe with everything filled in, and the parameters of its passes: type, bounds, unit, default, source."""
-    from tokcompile.parameters import pass_parameters, pass_source, pass_summary
+    from tokcompile.recipe.parameters import pass_parameters, pass_source, pass_summary
     from tokcompile.recipes import shipped
     from tokcompile.registry import pass_names
 
@@ -156,7 +156,7 @@ def recipes_new(
     force: Annotated[bool, typer.Option("--force", help="Overwrite what is there.")] = False,
 ) -> None:
     """Write a recipe to edit, and the JSON Schema beside it that lets editors check and complete it."""
-    from tokcompile.recipe_schema import EDITOR_LINE, json_schema
+    from tokcompile.recipe.schema import EDITOR_LINE, json_schema
 
     recipe = _load(base, sets)
     if file.suffix not in (".yaml", ".yml"):
@@ -173,7 +173,7 @@ def recipes_new(
 @recipes_app.command("schema", epilog="Example: tokcompile recipes schema > tokcompile.schema.json")
 def recipes_schema() -> None:
     """The JSON Schema of a recipe file, with the parameters of every installed pass."""
-    from tokcompile.recipe_schema import json_schema
+    from tokcompile.recipe.schema import json_schema
 
     _json(json_schema())
 
@@ -182,7 +182,7 @@ def recipes_schema() -> None:
 def lint(files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Recipe files (or shipped names).")],
          sets: Sets = None, as_json: AsJson = False) -> None:
     """Check recipes; every mistake at once, with its line and column. Exit code 3 if there is one."""
-    from tokcompile.session import Session
+    from tokcompile.runtime.session import Session
 
     found: list[dict[str, Any]] = []
     for name in files:
@@ -285,7 +285,8 @@ def optimize(
     Compilation belongs to the process that runs the model, so nothing is compiled here unless --lowering inductor.
     """
     import tokcompile
-    from tokcompile.saving import PAGE, check_place
+    from tokcompile.save.format import PAGE
+    from tokcompile.save.save import check_place
 
     if out is None and not dry_run:
         raise typer.BadParameter("give --out DIR, or --dry-run", param_hint="--out")
@@ -323,7 +324,7 @@ def bench(
     calibration: Calibration = "", as_json: AsJson = False,
 ) -> None:
     """Time to first token, prefill, decode and memory: dense, dense with torch.compile, and with each recipe."""
-    from tokcompile.benching import bench as measure
+    from tokcompile.measure.bench import bench as measure
 
     loaded = [_load(name, sets) for name in recipe or []]
     if out is not None:
@@ -403,7 +404,7 @@ def demo(
 
 
 def _load(name: str, sets: Sequence[str] | None) -> Any:
-    from tokcompile import recipe_overrides
+    from tokcompile.recipe import overrides as recipe_overrides
     from tokcompile.recipes import Recipe
 
     return Recipe.load(name, recipe_overrides.parse(sets or []))

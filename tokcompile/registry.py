@@ -35,7 +35,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from tokcompile.errors import RecipeError, TokcompileError
-from tokcompile.regions.model import KINDS
+from tokcompile.kinds import KINDS
 
 #: Entry-point group through which other packages add passes.
 GROUP = "tokcompile.passes"
@@ -176,9 +176,9 @@ def _load() -> None:
         return
     _loaded = True  # first: a pass module may itself ask for a pass
     package = importlib.import_module("tokcompile.passes")
-    for module in pkgutil.iter_modules(package.__path__):
-        if not module.name.startswith("_"):
-            _import(f"{package.__name__}.{module.name}")
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.", onerror=lambda name: None):
+        if not module.ispkg and not module.name.rpartition(".")[2].startswith("_"):
+            _import(module.name)
     for point in entry_points(group=GROUP):
         try:
             loaded = point.load()

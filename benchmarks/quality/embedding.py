@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokcompile.evaluation import Array, Measure, Task
+from tokcompile.measure.evaluate import Measure, Task
+from tokcompile.measure.paired import Array
 
 from .sources import MissingError, package_file
 

@@ -17,16 +17,21 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from tokcompile import experts, sparse_prefill, token_table  # noqa: F401  sparse_prefill registers its operation
+from tokcompile.families.moe import experts
+from tokcompile.families.sparse_attention.decode.base import SparseDecode
+from tokcompile.families.sparse_attention.decode.lists import ends, joined, listed
+from tokcompile.families.stem import token_table
 from tokcompile.kernels.embedding_gate import embedding_gate, linear_where, rows
 from tokcompile.kernels.token_list_attention import token_list_attention
-from tokcompile.passes.fasa import Fasa
-from tokcompile.passes.moe_from_dense import MoeFromDense
-from tokcompile.passes.stem import Stem
-from tokcompile.passes.token_sparse import TokenSparse
-from tokcompile.passes.tokenselect import TokenSelect
-from tokcompile.plan import Seen
-from tokcompile.sparse_decode import SparseDecode, ends, joined, listed
+from tokcompile.kernels.token_sparse_attention import (  # noqa: F401  sparse_prefill registers its operation
+    op as sparse_prefill,
+)
+from tokcompile.passes.moe.moe_from_dense import MoeFromDense
+from tokcompile.passes.sparse_attention.fasa import Fasa
+from tokcompile.passes.sparse_attention.token_sparse import TokenSparse
+from tokcompile.passes.sparse_attention.tokenselect import TokenSelect
+from tokcompile.passes.stem.stem import Stem
+from tokcompile.plan.pass_base import Seen
 
 NAME = "tokcompile_in_place"
 Attention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor | None]

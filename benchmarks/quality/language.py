@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokcompile.evaluation import Measure, Task, mean_percent, perplexity
+from tokcompile.measure.evaluate import Measure, Task
+from tokcompile.measure.paired import mean_percent, perplexity
 
 from .sources import MissingError
 from .text_data import articles, capitals

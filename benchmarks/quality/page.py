@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tokcompile.evaluation import EvalRow, read_rows
+from tokcompile.measure.quality_results import EvalRow, read_rows
 
 MARKER = "<!-- below: written by benchmarks/quality/run.py from benchmarks/results/quality.csv -->"
 COLOURS = {"dense": "#9aa5b1", "method": "#2f6fb0", "random": "#d1813a", "pool": "#5f9e6e"}

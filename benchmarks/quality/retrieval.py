@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from tokcompile.evaluation import Array, Candidate, Measure, Score, Task
-from tokcompile.passes.decode_control import DecodeControl
-from tokcompile.passes.fasa import Fasa
-from tokcompile.passes.token_sparse import TokenSparse
-from tokcompile.passes.tokenselect import TokenSelect
+from tokcompile.measure.evaluate import Candidate, Measure, Task
+from tokcompile.measure.paired import Array, Score
+from tokcompile.passes.sparse_attention.decode_control import DecodeControl
+from tokcompile.passes.sparse_attention.fasa import Fasa
+from tokcompile.passes.sparse_attention.token_sparse import TokenSparse
+from tokcompile.passes.sparse_attention.tokenselect import TokenSelect
 
 from . import in_place, language
 from .text_data import articles

@@ -32,7 +32,8 @@ import torch  # noqa: E402
 
 from quality import embedding, language, page, retrieval, speech, vision, vlm  # noqa: E402
 from quality.sources import MissingError  # noqa: E402
-from tokcompile.evaluation import EvalRow, evaluate  # noqa: E402
+from tokcompile.measure.evaluate import evaluate  # noqa: E402
+from tokcompile.measure.quality_results import EvalRow  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality.csv"
 SHORT = ("Short version: each group with few items, budgets and recipes, one random control. --full has all of "

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokcompile.evaluation import Array, Measure, Task, ratio_percent
+from tokcompile.measure.evaluate import Measure, Task
+from tokcompile.measure.paired import Array, ratio_percent
 
 from .sources import MissingError, debian_path, package_file
 from .text_data import articles

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tokcompile.evaluation import Array, Measure, Task, mean_percent
+from tokcompile.measure.evaluate import Measure, Task
+from tokcompile.measure.paired import Array, mean_percent
 
 from .sources import MissingError, debian_path
 from .vlm import examples
@@ -168,7 +169,7 @@ def saliency_task(count: int = 60) -> Task:
     The figure is the correlation of the two maps. No labels: fidelity, not accuracy.
     """
     import tokcompile
-    from tokcompile.stages import SESSION
+    from tokcompile.runtime.install import SESSION
 
     decoder = load_decoder()
     items = [path for path, _ in stamp_items()]

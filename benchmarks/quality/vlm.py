@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tokcompile.evaluation import Array, Measure, Task
-from tokcompile.stages import SESSION
+from tokcompile.measure.evaluate import Measure, Task
+from tokcompile.measure.paired import Array
+from tokcompile.runtime.install import SESSION
 
 from .sources import MissingError, debian_path
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops.while_loop import while_loop
 
-from tokcompile.selection import segment_positions, segment_sizes
+from tokcompile.rewrite.selection import segment_positions, segment_sizes
 
 from .reference import check_criterion, mean_in_segment, quantise
 from .triton import first_choices

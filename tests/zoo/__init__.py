@@ -13,7 +13,8 @@ import torch
 from torch import fx, nn
 from transformers import logging
 
-from tokcompile.capture import DYNAMO_CONFIG, Captured, from_dynamo
+from tokcompile.capture.capture import DYNAMO_CONFIG, from_dynamo
+from tokcompile.capture.captured import Captured
 
 logging.set_verbosity_error()
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from tokcompile.api import RecipeLike, optimize, session_of
-from tokcompile.calibration import calibrate, check_prepared
 from tokcompile.errors import ExportError
 from tokcompile.onnx_export import parity
 from tokcompile.onnx_export.files import (
@@ -37,11 +36,12 @@ from tokcompile.onnx_export.generative import (
     vision_stage,
 )
 from tokcompile.onnx_export.lowering import TARGETS, Lowered, Stage, capture, doubled, lower, rewrite
+from tokcompile.onnx_export.serving import FORMAT, FORMAT_VERSION, OnnxModel
 from tokcompile.onnx_export.single import single_stage
+from tokcompile.prepare.calibrate import calibrate, check_prepared
 from tokcompile.recipes import Recipe
-from tokcompile.serving import FORMAT, FORMAT_VERSION, OnnxModel
-from tokcompile.session import Session
-from tokcompile.stages import SESSION
+from tokcompile.runtime.install import SESSION
+from tokcompile.runtime.session import Session
 from tokcompile.state import PreparedState
 
 #: Opset that every model was measured with.

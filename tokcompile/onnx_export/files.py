@@ -17,7 +17,7 @@ import torch
 
 from tokcompile.errors import ExportError
 from tokcompile.onnx_export.lowering import Lowered
-from tokcompile.serving import MANIFEST
+from tokcompile.onnx_export.serving import MANIFEST
 
 #: Weights go into a file of their own above this size: one protobuf message holds at most 2 GiB.
 INLINE_BYTES = 1 << 30

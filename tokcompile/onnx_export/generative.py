@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tokcompile.cache import Held, PrunedLayer, cache_argument
 from tokcompile.errors import ExportError
 from tokcompile.onnx_export.lowering import Stage
+from tokcompile.runtime.cache import Held, PrunedLayer, cache_argument
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 

@@ -37,14 +37,17 @@ from torch.export.graph_signature import (
 from torch.fx.experimental import _config as fx_config
 
 import tokcompile.kernels
-from tokcompile.capture import ASSERTIONS, Captured, from_export, module_path, propagate, source_line
+from tokcompile.capture.capture import from_export
+from tokcompile.capture.captured import Captured
+from tokcompile.capture.graph import module_path, source_line
+from tokcompile.capture.trace import ASSERTIONS, inline, propagate
 from tokcompile.errors import ExportError
-from tokcompile.narrow import inline
 from tokcompile.onnx_export.repairs import REPAIRS, WAYS_OUT
 from tokcompile.onnx_export.simplify import simplify
-from tokcompile.plan import Context, HostSize, StateInput
 from tokcompile.regions.model import Regions
-from tokcompile.session import Session
+from tokcompile.rewrite.context import Context
+from tokcompile.rewrite.graph_inputs import HostSize, StateInput
+from tokcompile.runtime.session import Session
 
 aten = torch.ops.aten
 

@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 from tokcompile.errors import ExportError
 from tokcompile.onnx_export.generative import batch_inputs
 from tokcompile.onnx_export.lowering import Lowered
+from tokcompile.onnx_export.serving import OnnxModel
 from tokcompile.onnx_export.single import named_outputs
-from tokcompile.serving import OnnxModel
 
 #: Largest relative error of an output: ``|found - wanted| / |wanted|``, by 2-norm.
 TOLERANCE = 1e-4
@@ -210,7 +210,7 @@ def worst_node(lowered: Lowered, path: Path, feed: Mapping[str, Any], tolerance:
 
 
 def _torch_values(lowered: Lowered, feed: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    from tokcompile.capture import source_line
+    from tokcompile.capture.graph import source_line
 
     program = lowered.program
     values: dict[str, Any] = {}

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from tokcompile import ops as _ops  # noqa: F401  registers the marker operators
+from tokcompile.capture import markers as _ops  # noqa: F401  registers the marker operators
 
 aten = torch.ops.aten
 

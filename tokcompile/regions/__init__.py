@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from tokcompile.kinds import KINDS
+
 from .find import find_regions
-from .model import KINDS, Layer, NearMiss, Region, Regions
+from .model import Layer, NearMiss, Region, Regions
 
 __all__ = ["KINDS", "Layer", "NearMiss", "Region", "Regions", "find_regions"]

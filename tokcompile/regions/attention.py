@@ -14,12 +14,26 @@ from typing import Any
 
 from torch import fx
 
-from ..capture import module_path, source_line
+from tokcompile.capture.graph import module_path, source_line
+from tokcompile.capture.ops import (
+    CONTRACTION,
+    CONV,
+    FUSED,
+    JOIN,
+    LAYOUT,
+    NORM,
+    POINTWISE,
+    REDUCE,
+    SDPA,
+    SELECT,
+    SOFTMAX,
+    TRIVIAL,
+)
+
 from .flow import Flow, Linear, Walk
 from .heads import head_shapes
 from .misses import Misses
 from .model import Region
-from .ops import CONTRACTION, CONV, FUSED, JOIN, LAYOUT, NORM, POINTWISE, REDUCE, SDPA, SELECT, SOFTMAX, TRIVIAL
 
 #: Between a projection and the contraction.
 _HEADS = (

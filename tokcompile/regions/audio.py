@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import fx
 
-from ..capture import module_path, source_line
+from tokcompile.capture.graph import module_path, source_line
+
 from .causal import is_causal
 from .flow import Flow
 from .misses import Misses

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import fx
 
+from tokcompile.capture.ops import COMPARE, LAYOUT, TRIVIAL
+
 from .flow import Flow
 from .model import Region
-from .ops import COMPARE, LAYOUT, TRIVIAL
 
 _INDEX = TRIVIAL | LAYOUT | {"slice", "add", "sub", "index", "select", "cumsum", "getitem"}
 

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..capture import module_path, source_line
+from tokcompile.capture.graph import module_path, source_line
+from tokcompile.capture.ops import CONV, LAYOUT, NONLINEAR, NORM, POINTWISE, TRIVIAL
+
 from .flow import Flow, Linear
 from .misses import Misses
 from .model import Region
-from .ops import CONV, LAYOUT, NONLINEAR, NORM, POINTWISE, TRIVIAL
 from .residual import Join, find_join
 
 _PARTS = {"getitem", "slice", "select", "narrow"}

@@ -7,7 +7,10 @@ from typing import Any
 
 from torch import fx
 
-from ..capture import Captured, source_line
+from tokcompile.capture.captured import Captured
+from tokcompile.capture.graph import source_line
+from tokcompile.kinds import KINDS
+
 from .attention import find_attention
 from .audio import find_audio_encoders
 from .causal import is_causal
@@ -15,7 +18,7 @@ from .feed_forward import common_path, find_feed_forward
 from .flow import Flow
 from .merge import find_merge_points
 from .misses import Misses
-from .model import KINDS, Region, Regions
+from .model import Region, Regions
 from .moe import find_moe
 from .residual import find_join
 from .stack import Block, Stream, find_streams

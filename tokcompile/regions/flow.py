@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .ops import CONV, LAYOUT, NORM, POINTWISE, SHAPE_ONLY, TRIVIAL, VIEWS, is_in_place, op_name
+from tokcompile.capture.ops import CONV, LAYOUT, NORM, POINTWISE, SHAPE_ONLY, TRIVIAL, VIEWS, is_in_place, op_name
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import fx
 
+from tokcompile.capture.ops import NORM, TRIVIAL
+
 from .flow import Flow
-from .ops import NORM, TRIVIAL
 
 
 def _einsum_shapes(flow: Flow, roles: dict[str, fx.Node]) -> dict[str, Any] | None:

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..capture import module_path, source_line
+from tokcompile.capture.graph import module_path, source_line
+from tokcompile.capture.ops import LAYOUT, NORM, POINTWISE, REDUCE, TRIVIAL
+
 from .flow import Flow
 from .misses import Misses
 from .model import Region
-from .ops import LAYOUT, NORM, POINTWISE, REDUCE, TRIVIAL
 from .stack import Stream
 
 _MERGES = {"masked_scatter", "index_put", "where", "cat", "index_copy", "scatter", "slice_scatter", "copy"}

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from ..capture import module_path, source_line
+from tokcompile.capture.graph import module_path, source_line
+
 from .model import NearMiss
 
 

@@ -7,10 +7,7 @@ from typing import Any
 
 from torch import fx
 
-#: The kinds of region, in the order in which reports show them.
-KINDS = ("vision_encoder", "audio_encoder", "merge_point", "decoder_stack", "attention", "feed_forward", "moe")
-#: The kinds that have layers.
-STACKS = ("vision_encoder", "audio_encoder", "decoder_stack")
+from tokcompile.kinds import STACKS
 
 
 @dataclass(eq=False)

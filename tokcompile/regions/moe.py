@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from ..capture import module_path, source_line
+from tokcompile.capture.graph import module_path, source_line
+from tokcompile.capture.ops import LAYOUT, POINTWISE, SELECT, SOFTMAX, TRIVIAL
+
 from .feed_forward import FeedForward
 from .flow import Flow, Linear
 from .misses import Misses
 from .model import Region
-from .ops import LAYOUT, POINTWISE, SELECT, SOFTMAX, TRIVIAL
 from .residual import Join, find_join
 
 _SCORE = TRIVIAL | LAYOUT | POINTWISE | SELECT | SOFTMAX | {"sum", "scatter", "gather", "topk", "cat"}

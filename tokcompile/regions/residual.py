@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from tokcompile.capture.ops import CONTRACTION, CONV, SDPA, SOFTMAX
+
 from .flow import Flow
-from .ops import CONTRACTION, CONV, SDPA, SOFTMAX
 
 _STOPS = (
     CONTRACTION | CONV | SDPA | SOFTMAX | {"linear", "addmm", "embedding", "cat", "topk", "argmax", "masked_scatter"}

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 import networkx as nx
 from torch import fx
 
-from ..capture import module_path
+from tokcompile.capture.graph import module_path
+from tokcompile.capture.ops import CONTRACTION, CONV, NORM
+
 from .feed_forward import common_path
 from .flow import Flow
 from .model import Layer, Region
-from .ops import CONTRACTION, CONV, NORM
 from .residual import Join
 
 

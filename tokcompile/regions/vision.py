@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..capture import module_path, source_line
+from tokcompile.capture.graph import module_path, source_line
+from tokcompile.capture.ops import LAYOUT, TRIVIAL
+
 from .flow import Flow
 from .misses import Misses
 from .model import Layer, Region
-from .ops import LAYOUT, TRIVIAL
 from .stack import Stream
 
 

@@ -15,9 +15,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokcompile.pruning import VisualParams, VisualSelection
+from tokcompile.families.pruning.visual import VisualParams, VisualSelection
 from tokcompile.registry import about
-from tokcompile.selection import segment_positions, segment_sizes
+from tokcompile.rewrite.selection import segment_positions, segment_sizes
 
 
 class Uniform(VisualSelection):

@@ -1,0 +1,1 @@
+"""Passes that choose, merge or drop tokens."""

@@ -1,0 +1,1 @@
+"""Passes that attend to a part of the keys."""

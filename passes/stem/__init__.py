@@ -1,0 +1,1 @@
+"""Lookups by token id."""

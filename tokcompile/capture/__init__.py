@@ -1,0 +1,1 @@
+"""Bring what Dynamo or ``torch.export`` captured into one form: pre-dispatch ATen with symbolic sizes."""

@@ -1,0 +1,1 @@
+"""What passes of one kind share."""

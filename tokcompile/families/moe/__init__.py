@@ -1,0 +1,1 @@
+"""What passes share that split feed-forward layers into experts."""

@@ -1,0 +1,1 @@
+"""What passes share that choose, merge or drop tokens."""

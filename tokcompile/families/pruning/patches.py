@@ -1,0 +1,176 @@
+"""What passes share that remove or merge image patches inside an encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, fx
+
+from tokcompile.capture.sizes import hint
+from tokcompile.errors import NarrowError
+from tokcompile.families.pruning.restore import Restored
+from tokcompile.formulas.attention import read_attention
+from tokcompile.plan.pass_base import Pass
+from tokcompile.recipes import Budget
+from tokcompile.regions.model import Layer, Region
+from tokcompile.registry import PassParams, about
+from tokcompile.rewrite.context import Context
+from tokcompile.rewrite.selection import budgets, budgets_count, keep_mask, segments
+
+
+class PatchParams(PassParams):
+    """Parameters that every selection of patches (or frames) inside an encoder has."""
+
+    keep: list[Budget] = Field(min_length=1, description="Patches kept at each stage: ratio of those before the "
+                                                         "stage, in (0, 1], or a count.")
+    at: list[float] = Field(min_length=1, description="Depth of each stage, in (0, 1), ascending.",
+                            json_schema_extra=about(unit="fraction of the depth",
+                                                    source="the paper uses 1/3, 7/12, 5/6"))
+
+    @model_validator(mode="after")
+    def _stages(self) -> PatchParams:
+        if len(self.keep) != len(self.at):
+            raise ValueError(f"keep has {len(self.keep)} stages and at has {len(self.at)}; they need as many")
+        if sorted(set(self.at)) != self.at or not all(0 < f < 1 for f in self.at):
+            raise ValueError("at needs ascending fractions between 0 and 1")
+        return self
+
+
+class PatchSelection(Pass):
+    """Keeps a budget of the patches at a few depths of an encoder. Class and register tokens always stay.
+
+    Patches of an image, or frames of an audio encoder: an axis of tokens, with or without class tokens in front.
+
+        before   [class | patches] -> layer 0 .. L-1 -> head
+        after    [class | patches] -> layers -> score -> keep -> layers on fewer tokens -> ... -> head
+        restored                                                 ... -> each patch takes the token it is in -> head
+
+    A method is a subclass with parameters (:class:`PatchParams`) and :meth:`score`, and :meth:`inputs` where it reads
+    more than the tokens. Kept ratios are fixed, so shapes stay static. A method that puts several patches into one
+    token can have a parameter ``restore``: what leaves the layers has all patches then.
+    """
+
+    regions = "vision_encoder"
+    also = ("audio_encoder",)
+    protects_leading = True
+    #: Whether :meth:`score` gives new tokens, which padding among the frames of a signal would spoil.
+    changes_tokens: ClassVar[bool] = False
+
+    def inputs(self, ctx: Context, layer: Layer, prefix: int) -> list[fx.Node]:
+        """What :meth:`score` reads besides the tokens, from the layer above the cut."""
+        return []
+
+    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int,
+              *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Score patches, in plain torch that can be traced.
+
+        Args:
+            tokens: ``[B, S, D]``, the residual stream. segment: int64 ``[B, S]``, 0 for patches, -1 for the ``prefix``
+            tokens in front. budget: int64 ``[B, S]``. stage: number of the layer that follows.
+
+        Returns:
+            ``[B, S]``, larger is kept first; or ``(new tokens, scores)`` for a method that changes tokens; or, for one
+            that puts patches into others, ``(new tokens, scores, into)`` and what :meth:`below` gets: ``into`` int64
+            ``[B, S]`` is the place, in this sequence, of the kept token that a token is part of afterwards.
+        """
+        raise NotImplementedError
+
+    def below(self, ctx: Context, region: Region, layers: Sequence[Layer], kept: fx.Node, *values: fx.Node) -> None:
+        """Change the ``layers`` between a cut and the next one, when all of it is narrowed.
+
+        Args:
+            kept: int64 ``[B, K]``, the places of the tokens that are left. values: what :meth:`score` gave for this.
+        """
+
+    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+        depth, prefix = len(region.layers), int(region.shapes.get("prefix", 0))
+        stages = [max(1, min(depth - 1, round(f * depth))) for f in self.params.at]
+        if len(set(stages)) != len(stages):
+            raise ctx.refuse(region.roles["tokens"], f"{len(stages)} stages do not fit into {depth} layers; give "
+                                                     "fewer, or depths further apart")
+        front = self._front(ctx, region.layers[stages[0] - 1].output, prefix)
+        restored = Restored(ctx, region, stages[0]) if getattr(self.params, "restore", False) else None
+        try:
+            for stage in stages:
+                self.check_layer(ctx, region.layers[stage - 1])
+                if self.changes_tokens and region.kind == "audio_encoder" and _mask(ctx, region.layers[stage - 1]):
+                    raise ctx.refuse(region.layers[stage - 1].output, "the frames have a mask, and means would mix "
+                                     "padding into them; give clips of one length without attention_mask, or use "
+                                     "class_attention")
+                ctx.check(region.layers[stage - 1].output, prefix=front)
+        except NarrowError:
+            if restored is not None:
+                restored.take_back()
+            raise
+        counts = [hint(region.layers[stages[0] - 1].output.meta["val"].shape[1])]
+        for stage, end, keep in zip(stages, [*stages[1:], depth], self.params.keep, strict=True):
+            counts.append(self._cut(ctx, region, stage, end, keep, prefix, front, restored))
+        details = {"tokens_before": counts[0], "tokens_after": counts[-1],
+                   "tokens_by_layer": dict(zip(stages, counts[1:], strict=True))}
+        if restored is not None:
+            restored.finish()
+            details["restored_to"] = counts[0]
+        return details
+
+    def check_layer(self, ctx: Context, layer: Layer) -> None:
+        """Refuse a layer that cannot be scored, before anything is cut."""
+
+    def _front(self, ctx: Context, node: fx.Node, prefix: int) -> int:
+        """How many tokens in front are kept: those that are class and register tokens, or as many as protected."""
+        front, tokens = ctx.leading_tokens, node.meta["val"].shape[1]
+        if front is None:
+            return prefix
+        if front < prefix:
+            raise ctx.refuse(node, f"protect.leading_tokens is {front}, and the {prefix} class and register tokens in "
+                                   "front are always kept; leave it out")
+        if bool(tokens <= front):
+            raise ctx.refuse(node, f"protect.leading_tokens is {front}, of {hint(tokens)} tokens in all; no patch is "
+                                   "left to choose from")
+        return front
+
+    def _cut(self, ctx: Context, region: Region, stage: int, end: int, keep: Budget, prefix: int, front: int,
+             restored: Restored | None) -> int:
+        layer = region.layers[stage - 1]
+        node, inputs = layer.output, self.inputs(ctx, layer, prefix)
+        mask = _mask(ctx, layer) if region.kind == "audio_encoder" else None
+        padding = () if mask is None else (mask,)
+
+        def choose(x: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            inputs, padding = inputs[:given], inputs[given:]
+            position = torch.arange(x.shape[1], device=x.device)
+            segment = segments((position >= front)[None].expand(x.shape[0], x.shape[1]))
+            budget = budgets_count(segment, keep.num) if keep.is_count else budgets(segment, keep.num, keep.den)
+            result = self.score(x, segment, budget, prefix, stage, *inputs)
+            x, scores, *more = result if isinstance(result, tuple) else (x, result)
+            for mask in padding:
+                scores = scores.masked_fill(_unseen(mask).expand(x.shape[0], x.shape[1]), torch.finfo(scores.dtype).min)
+            return x, keep_mask(scores, segment, budget), *more
+
+        given = len(inputs)
+        tokens, chosen, *more = ctx.emit(choose, node, *inputs, *padding, before=ctx.after(node, *inputs, *padding))
+        count = node.meta["val"].shape[1]
+        size: Any = keep.count(count - front) + front if isinstance(count, int) else ctx.emit(
+            lambda x: keep.count(x.shape[1] - front) + front, node, before=ctx.after(node))
+        kept = ctx.cut(node, chosen, size, stack=region.path or "encoder", layer=region.layers[stage], index=stage,
+                       prefix=front, value=None if tokens is node else tokens)
+        if more:
+            into, *values = more
+            self.below(ctx, region, region.layers[stage:end], kept, *values)
+            if restored is not None:
+                restored.stage(kept, into, range(stage, end))
+        return hint(size)
+
+
+def _mask(ctx: Context, layer: Layer) -> fx.Node | None:
+    """The mask of a layer's attention as it is in the graph now."""
+    return None if layer.attention is None or "mask" not in layer.attention.roles else read_attention(
+        ctx, layer.attention).mask
+
+
+def _unseen(mask: Tensor) -> Tensor:
+    """bool ``[B or 1, S]``: tokens that no query of any head looks at, from a mask of ``[B, H, S, S]``: padding."""
+    hidden = torch.logical_not(mask) if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min / 2
+    return hidden.all(2).all(1)

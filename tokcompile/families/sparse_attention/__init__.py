@@ -1,0 +1,1 @@
+"""What passes share that attend to a part of the keys."""

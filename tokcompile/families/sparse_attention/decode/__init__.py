@@ -1,0 +1,1 @@
+"""What passes share that choose keys in a decode step."""

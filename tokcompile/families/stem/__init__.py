@@ -1,0 +1,1 @@
+"""What passes share that look a token up by its id."""

@@ -1,0 +1,1 @@
+"""Turn a rewritten graph into something that runs: eager, or Inductor."""

@@ -1,0 +1,42 @@
+"""Turn a rewritten graph into something that runs: eager (the FX module itself) or Inductor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tokcompile.capture.captured import Captured
+from tokcompile.lower.cpu_linear import choose_linears
+from tokcompile.lower.repeated import compile_repeated
+from tokcompile.lower.repeated_parts import WholeError
+
+LOWERINGS = ("inductor", "eager")
+
+
+def lower(captured: Captured, lowering: str,
+          streams: Sequence[Sequence[fx.Node]] = ()) -> tuple[Callable[..., Any], str]:
+    """Compile ``captured``: -> what takes the values of its placeholders and returns a flat sequence, and how it was
+    compiled, in words.
+
+    Args:
+        streams: the residual streams of its stacks of layers, see :func:`compile_repeated`.
+    """
+    if lowering == "eager":
+        return captured.graph_module, lowering
+    choose_linears(captured)
+    try:
+        return compile_repeated(captured, streams, _inductor)
+    except WholeError as error:
+        values = [node.meta["val"] for node in captured.placeholders]
+        return _inductor(captured.graph_module, values, captured.fake_mode), f"as a whole: {error}"
+
+
+def _inductor(graph_module: fx.GraphModule, values: list[Any], mode: FakeTensorMode) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
+    with tracing(TracingContext(mode)):
+        return compile_fx(graph_module, values)  # type: ignore[return-value]

@@ -1,0 +1,1 @@
+"""Time and quality of models: benchmarks, evaluation, paired comparisons."""

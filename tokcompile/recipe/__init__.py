@@ -1,0 +1,1 @@
+"""Recipes: which passes to run on which regions, with which parameters. Data, never code."""

@@ -1,0 +1,170 @@
+"""Recipes: which passes to run on which regions, with which parameters. Data, never code.
+
+A recipe is read from YAML, a dict or the name of one that ships, and checked as a whole: every mistake in it
+is named in one :class:`~tokcompile.errors.RecipeError`, one line each, ``file:line:column: where: what``. Reading YAML
+is in ``recipe_yaml``, changing single values in ``recipe_overrides``, the JSON Schema in ``recipe_schema``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
+
+from tokcompile.errors import Mistake, RecipeError
+from tokcompile.recipe import overrides as recipe_overrides
+from tokcompile.recipe import yaml as recipe_yaml
+from tokcompile.recipe.mistakes import explain, unite
+from tokcompile.recipe.source import Source, find, mistake_at
+from tokcompile.recipe.steps import Protect, RecipeModel, Step
+from tokcompile.recipe.wording import shown
+from tokcompile.recipe.yaml import Marks
+
+
+class Recipe(RecipeModel):
+    """An ordered list of steps. Make one with :meth:`load`; it is complete and does not change."""
+
+    recipe_version: Literal[1] = Field(description="Version of the recipe format.")
+    description: str = Field("", description="What it does and costs, in a sentence or two.")
+    extends: str | None = Field(
+        None, min_length=1, description="Recipe to start from: a shipped name, or a path relative to this file."
+    )
+    steps: list[Step] = Field(default_factory=list, validate_default=True, description="What to do, in this order.")
+    protect: Protect | None = Field(None, description="What to leave alone.")
+    _name: str = PrivateAttr("")
+
+    @field_validator("recipe_version", mode="before")
+    @classmethod
+    def _version(cls, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"should be 1, found {shown(value)}")
+        return value
+
+    @field_validator("steps")
+    @classmethod
+    def _some_steps(cls, value: list[Step], info: ValidationInfo) -> list[Step]:
+        given = "extends" in info.data and info.data["extends"] is None
+        if not value and given:
+            raise ValueError("a recipe needs at least one step")
+        return value
+
+    @property
+    def name(self) -> str:
+        """The shipped name or the file that it came from, "" for a dict."""
+        return self._name
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
+             overrides: Mapping[str, Any] | None = None) -> Recipe:
+        """Read and check a recipe, and merge what it extends.
+
+        Args:
+            source: the name of a shipped recipe, the path of a YAML file, a dict, or a recipe (given back as it is).
+            overrides: values to change in the complete recipe, by place: ``{"steps[0].params.keep": 0.2}``.
+
+        Returns:
+            a complete recipe: ``extends`` is merged and None.
+
+        Raises:
+            RecipeError: all that is wrong, one line each: ``file:line:column: where: what``.
+        """
+        if overrides:
+            return cls.load(source).override(overrides)
+        if isinstance(source, Recipe):
+            return source if source.extends is None else cls.load(source.to_dict())
+        if isinstance(source, Mapping):
+            return _resolve(Source("", "recipe", Path()), dict(source), Marks(), [], [])
+        if not isinstance(source, str | os.PathLike):
+            raise RecipeError(f"a recipe is a name, a path, a dict or a Recipe, found {type(source).__name__}")
+        return _read(find(os.fspath(source), Path()), [])
+
+    @classmethod
+    def parse(cls, text: str, name: str = "<text>") -> Recipe:
+        """Like :meth:`load`, from YAML text; ``name`` stands for the file in messages."""
+        return _resolve_text(Source(name, name, Path()), text, [])
+
+    def override(self, changes: Mapping[str, Any]) -> Recipe:
+        """A copy with other values, by place: ``{"steps[0].params.keep": 0.2, "steps[-1].expect.max_matches": 1}``.
+
+        Raises:
+            RecipeError: a place that no recipe has, or a value that does not fit there; all of them at once.
+        """
+        label = "override"
+        data, wrong = recipe_overrides.apply(self.to_dict(), changes)
+        lines = [Mistake(label, None, None, where, what) for where, what in wrong]
+        recipe = _resolve(Source("", label, Path()), data, Marks(), [], lines)
+        recipe._name = self._name
+        return recipe
+
+    def named(self, name: str) -> Recipe:
+        """A copy of that name."""
+        recipe = self.model_copy()
+        recipe._name = name
+        return recipe
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; ``Recipe.load(recipe.to_dict())`` does the same as the recipe."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def _read(source: Source, chain: list[str]) -> Recipe:
+    try:
+        if source.shipped:
+            text = files("tokcompile.recipes").joinpath(source.label).read_text(encoding="utf-8")
+        else:
+            text = Path(source.key).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise RecipeError(mistakes=[mistake_at(source, None, (), f"cannot be read: {error}")]) from None
+    return _resolve_text(source, text, chain)
+
+
+def _resolve_text(source: Source, text: str, chain: list[str]) -> Recipe:
+    data, marks, faults = recipe_yaml.read(text)
+    lines = [mistake_at(source, place, loc, what) for loc, what, place in faults]
+    if data is None and lines:
+        raise RecipeError(mistakes=lines)
+    return _resolve(source, data, marks, chain, lines)
+
+
+def _resolve(source: Source, data: Any, marks: Marks, chain: list[str], lines: list[Mistake]) -> Recipe:
+    """Check one recipe, then lay it over the one that it extends. ``lines`` holds the mistakes found so far."""
+    recipe: Recipe | None = None
+    base: Recipe | None = None
+    inherited: list[Mistake] = []
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        lines += unite([explain(source, marks, data, detail, Recipe) for detail in error.errors(include_url=False)])
+    if recipe is not None and recipe.extends and recipe.steps == [] and "steps" in recipe.model_fields_set:
+        what = "a recipe needs at least one step; leave the key out to keep those of the recipe that it extends"
+        lines.append(mistake_at(source, marks.find(("steps",)), ("steps",), what))
+    extends = data.get("extends") if isinstance(data, Mapping) else None
+    if isinstance(extends, str) and extends:
+        try:
+            found = find(extends, source.folder)
+            _check_circle(found, [*chain, source.key])
+        except RecipeError as error:
+            lines.append(mistake_at(source, marks.find(("extends",)), ("extends",), str(error)))
+        else:
+            try:
+                base = _read(found, [*chain, source.key])
+            except RecipeError as error:
+                inherited = error.mistakes or [mistake_at(found, None, (), str(error))]
+    if lines or inherited or recipe is None:
+        lines.sort(key=lambda line: (line.line or 0, line.column or 0))
+        raise RecipeError(mistakes=lines + inherited)
+    if base is not None:
+        own = {field: getattr(recipe, field) for field in recipe.model_fields_set - {"extends"}}
+        recipe = base.model_copy(update=own)
+    recipe._name = source.key if source.shipped else source.label if source.key else ""
+    return recipe
+
+
+def _check_circle(found: Source, chain: list[str]) -> None:
+    if found.key in chain:
+        names = [Path(key).name for key in [*chain[chain.index(found.key) :], found.key]]
+        raise RecipeError(f"recipes extend each other in a circle: {' -> '.join(names)}")

@@ -1,0 +1,1 @@
+"""Train a compressed model to agree with the dense one."""

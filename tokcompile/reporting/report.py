@@ -1,0 +1,289 @@
+"""What was found in a model, what was changed, what was left alone, and why."""
+
+from __future__ import annotations
+
+import io
+import math
+import numbers
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tokcompile.kinds import KINDS
+from tokcompile.regions.model import Regions
+from tokcompile.reporting.paths import path_glob, path_globs, path_template
+
+if TYPE_CHECKING:
+    from tokcompile.reporting.bench_result import BenchResult
+
+
+#: Outcome of a step. ``matched``: rewritten. ``structure_miss``: no region of that kind. ``condition_failed``: a
+#: region, but one that cannot be rewritten as it stands. ``rewrite_failed``: the rewrite itself failed.
+#: ``not_captured``: there was no graph. ``unprofitable``: it would not pay.
+Status = Literal["matched", "structure_miss", "condition_failed", "rewrite_failed", "not_captured", "unprofitable"]
+STATUSES: tuple[str, ...] = get_args(Status)
+_WIDTH = 120
+_NEAR_MISSES_SHOWN = 3
+
+
+@dataclass
+class StepReport:
+    """What became of one step of the recipe.
+
+    Attributes:
+        pass_name: the pass.
+        status: see :data:`Status`.
+        matches: regions rewritten.
+        regions: their module paths.
+        reason: why not, or what was left out; with the module path and source line where there is one.
+        flop_ratio: predicted FLOPs before / after, over the graph that the step is in; None when not predicted.
+        details: what the pass has to say: ``tokens_before``, ``tokens_after`` (an int, or a formula as text) and more.
+    """
+
+    pass_name: str
+    status: Status
+    matches: int = 0
+    regions: list[str] = field(default_factory=list)
+    reason: str = ""
+    flop_ratio: float | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ValueError(f"status should be one of {', '.join(STATUSES)}, found {self.status!r}")
+
+
+@dataclass
+class StageReport:
+    """One captured (or not captured) part of the model.
+
+    Attributes:
+        name: "encoder", "prefill", "decode", "forward".
+        captured: whether it runs as a graph; if not, it runs uncompiled and ``reason`` says why.
+        nodes: nodes of the graph after the rewrite.
+        seconds: time to capture, rewrite and lower it.
+        compiled: how: "eager", part by part, or as a whole and why.
+    """
+
+    name: str
+    captured: bool
+    reason: str = ""
+    nodes: int = 0
+    seconds: float = 0.0
+    compiled: str = ""
+
+
+@dataclass
+class Report:
+    """The report of one model.
+
+    Attributes:
+        model: name of the model.
+        regions: one dict each: kind, path, roles (role -> node name), shapes (name -> int, or text for a symbolic
+            size), variant, source; "stage" where the caller adds it.
+        steps: one for each step of the recipe, in order.
+        stages: one for each graph.
+        near_misses: one dict each: kind, reason, node, path, source, score (0..1).
+        layers: one dict for each layer of each stack: stage, stack (kind), stack_path, index, path, attention and
+            feed_forward (module paths, or None), feed_forward_kind, tokens_before, tokens_after.
+        recipe: name of the recipe, where it has one.
+        problems: what the recipe expects and the model does not give, a line each.
+    """
+
+    model: str = ""
+    regions: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[StepReport] = field(default_factory=list)
+    stages: list[StageReport] = field(default_factory=list)
+    near_misses: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    recipe: str = ""
+    problems: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_regions(cls, regions: Regions, model: str = "") -> Report:
+        """A report of what was found in one graph, with no steps yet."""
+        found = [
+            {
+                "kind": region.kind,
+                "path": region.path,
+                "roles": {role: node.name for role, node in region.roles.items()},
+                "shapes": {name: _plain(size) for name, size in region.shapes.items()},
+                "variant": {key: str(value) for key, value in region.variant.items()},
+                "source": region.source,
+            }
+            for region in regions.regions
+        ]
+        near = [
+            {
+                "kind": miss.kind,
+                "reason": miss.reason,
+                "node": miss.node.name,
+                "path": miss.path,
+                "source": miss.source,
+                "score": float(miss.score),
+            }
+            for miss in sorted(regions.near_misses, key=lambda miss: -miss.score)
+        ]
+        return cls(model=model, regions=found, near_misses=near)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON types; symbolic sizes and numbers that JSON lacks become text."""
+        plain = _plain(_fields(self))
+        assert isinstance(plain, dict)
+        return plain
+
+    def to_html(self, path: str | os.PathLike[str], *, bench: BenchResult | None = None,
+                pictures: Mapping[str, Any] | None = None) -> None:
+        """Write the report as one page that needs nothing else.
+
+        Args:
+            bench: measured times (:func:`tokcompile.bench`), shown beside the ceiling.
+            pictures: caption -> PNG or JPEG (a path, bytes, or a PIL image), of kept patches for example.
+
+        Raises:
+            TokcompileError: something in ``pictures`` is no picture.
+        """
+        from tokcompile.reporting.html import write
+
+        write(self, path, bench=bench, pictures=pictures)
+
+    def __str__(self) -> str:
+        # markup and highlighting off: reasons hold square brackets
+        console = Console(
+            file=io.StringIO(), width=_WIDTH, color_system=None, markup=False, emoji=False, highlight=False
+        )
+        self._print(console)
+        file = console.file
+        assert isinstance(file, io.StringIO)
+        return "\n".join(line.rstrip() for line in file.getvalue().strip("\n").split("\n"))
+
+    def _print(self, console: Console) -> None:
+        lines = _Lines(console)
+        lines.add(self.model or "model")
+        if self.regions:
+            console.print(_regions_table(self.regions))
+        else:
+            lines.add("No region found.")
+        if self.steps:
+            console.print(_steps_table(self.steps))
+        for number, step in enumerate(self.steps):
+            if step.reason:
+                lines.add(f"steps[{number}] ({step.pass_name}): {step.reason}")
+            rest = {key: value for key, value in step.details.items() if key not in ("tokens_before", "tokens_after")}
+            if rest:
+                lines.add(
+                    f"steps[{number}] ({step.pass_name}): " + ", ".join(f"{k} {_short(v)}" for k, v in rest.items())
+                )
+        if self.stages:
+            console.print(_stages_table(self.stages))
+        for stage in self.stages:
+            if stage.reason:
+                lines.add(f"stage {stage.name}: {stage.reason}")
+        found = {region["kind"] for region in self.regions}
+        missed = [miss for miss in self.near_misses if miss["kind"] not in found]
+        for miss in sorted(missed, key=lambda miss: -miss["score"])[:_NEAR_MISSES_SHOWN]:
+            place = ", ".join(part for part in (f"node {miss['node']}", miss["path"], miss["source"]) if part)
+            lines.add(f"nearly a {miss['kind']}: {miss['reason']} [{place}]")
+
+
+def _fields(report: Report) -> dict[str, Any]:
+    """The report's fields, steps and stages as dicts; values untouched (a symbolic size cannot be copied)."""
+    return {
+        "model": report.model,
+        "regions": report.regions,
+        "steps": [vars(step) for step in report.steps],
+        "stages": [vars(stage) for stage in report.stages],
+        "near_misses": report.near_misses,
+        "layers": report.layers,
+        "recipe": report.recipe,
+        "problems": report.problems,
+    }
+
+
+class _Lines:
+    """Prints a line of text whole: a reason stays searchable, however long."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def add(self, text: str) -> None:
+        self.console.print(Text(text), soft_wrap=True)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="", header_style="", box=None, pad_edge=False)
+    for column in columns:
+        right = column in ("count", "matches", "nodes", "seconds", "FLOPs before/after")
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    return table
+
+
+def _regions_table(regions: list[dict[str, Any]]) -> Table:
+    """One line for regions of a kind that differ only in the numbers of their module path."""
+    groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for region in regions:
+        variant = ", ".join(f"{key} {value}" for key, value in region.get("variant", {}).items())
+        rank = KINDS.index(region["kind"]) if region["kind"] in KINDS else len(KINDS)
+        key = (region.get("stage", ""), rank, region["kind"], path_template(region["path"]), variant)
+        groups[key].append(region["path"])
+    stages = list(dict.fromkeys(region.get("stage", "") for region in regions))
+    table = _table("\nRegions", *(["stage"] if any(stages) else []), "kind", "count", "where", "variant")
+    for key in sorted(groups, key=lambda key: (stages.index(key[0]), key[1])):
+        stage, _, kind, _, variant = key
+        row = [kind, str(len(groups[key])), path_glob(groups[key]) or "(model)", variant]
+        table.add_row(*([stage] if any(stages) else []), *row)
+    return table
+
+
+def _steps_table(steps: list[StepReport]) -> Table:
+    table = _table("\nSteps", "pass", "status", "matches", "where", "tokens", "FLOPs before/after")
+    for step in steps:
+        before, after = step.details.get("tokens_before"), step.details.get("tokens_after")
+        tokens = f"{_short(before)} -> {_short(after)}" if before is not None and after is not None else ""
+        ratio = "" if step.flop_ratio is None else f"{step.flop_ratio:.2f}"
+        where = "\n".join(path_globs(step.regions))
+        table.add_row(step.pass_name, step.status, str(step.matches), where, tokens, ratio)
+    return table
+
+
+def _stages_table(stages: list[StageReport]) -> Table:
+    table = _table("\nStages", "stage", "captured", "nodes", "seconds", "compiled")
+    for stage in stages:
+        seen = (str(stage.nodes), f"{stage.seconds:.2f}", stage.compiled) if stage.captured else ("", "", "")
+        table.add_row(stage.name, "yes" if stage.captured else "no", *seen)
+    return table
+
+
+def _short(value: Any) -> str:
+    return str(_plain(value))
+
+
+def _plain(value: Any) -> Any:
+    """A value in JSON types."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return str(value)  # int() would guard on it
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        number = float(value)
+        return number if math.isfinite(number) else str(number)
+    if isinstance(value, Mapping):
+        return {str(_plain(key)): _plain(entry) for key, entry in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, set | frozenset):
+        return sorted((_plain(entry) for entry in value), key=str)
+    if isinstance(value, torch.Tensor) and value.numel() <= 1000 and type(value) in (torch.Tensor, torch.nn.Parameter):
+        return _plain(value.tolist())
+    return str(value)

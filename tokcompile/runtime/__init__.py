@@ -1,0 +1,1 @@
+"""An optimized model at work: its stages, the graphs compiled for them, caches and recordings."""

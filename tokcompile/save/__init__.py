@@ -1,0 +1,1 @@
+"""Optimized models as folders: write, read, and tell what changed."""
