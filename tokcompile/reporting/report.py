@@ -139,8 +139,13 @@ class Report:
         assert isinstance(plain, dict)
         return plain
 
-    def to_html(self, path: str | os.PathLike[str], *, bench: BenchResult | None = None,
-                pictures: Mapping[str, Any] | None = None) -> None:
+    def to_html(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        bench: BenchResult | None = None,
+        pictures: Mapping[str, Any] | None = None,
+    ) -> None:
         """Write the report as one page that needs nothing else.
 
         Args:

@@ -37,8 +37,16 @@ from tokcompile.state import PreparedState
 class Session:
     """See the module. One for each optimized model."""
 
-    def __init__(self, recipe: Recipe | None, *, lowering: str = "inductor", on_no_match: str = "error",
-                 model: str = "", state: PreparedState | None = None, observing: bool = False) -> None:
+    def __init__(
+        self,
+        recipe: Recipe | None,
+        *,
+        lowering: str = "inductor",
+        on_no_match: str = "error",
+        model: str = "",
+        state: PreparedState | None = None,
+        observing: bool = False,
+    ) -> None:
         """
         Args:
             state: what calibration prepared.
@@ -64,8 +72,12 @@ class Session:
         self.remembered = Memories()
         self.graphs: list[CompiledGraph] = []
         self.report = Report(model=model, recipe=recipe.name if recipe is not None else "")
-        self.report.steps = [StepReport(pass_name=step.pass_, status="structure_miss", matches=0, regions=[],
-                                        reason="no graph was captured yet") for step, _ in self.passes]
+        self.report.steps = [
+            StepReport(
+                pass_name=step.pass_, status="structure_miss", matches=0, regions=[], reason="no graph was captured yet"
+            )
+            for step, _ in self.passes
+        ]
         self._checked: set[int] = set()
         self._covering: set[str] = set()  # globs of protect.paths that cover a region
         #: tensors of the dense model when it was optimized (see state.origin); and those that a saved model had lost
@@ -109,8 +121,9 @@ class Session:
         narrow_pruned_cache(ctx.captured)
         ctx.regions = find_regions(ctx.captured.graph)
         ctx.places = {key: layer_of(ctx.regions, region) for region, key in region_keys(ctx.regions).items()}
-        ctx.streams = [[s.layers[0].input, *(layer.output for layer in s.layers)] for s in ctx.regions.stacks
-                       if s.layers]
+        ctx.streams = [
+            [s.layers[0].input, *(layer.output for layer in s.layers)] for s in ctx.regions.stacks if s.layers
+        ]
         protect = self.recipe.protect if self.recipe is not None else None
         if protect is not None:
             ctx.leading_tokens = protect.leading_tokens
@@ -215,13 +228,17 @@ class Session:
             entry.details.update(merged_details(details))
         return bool(done) and not self.observing
 
-    def _no_longer(self, step: Step, method: Pass, entry: StepReport, stage: str,
-                   problems: Sequence[tuple[str, NarrowError]]) -> list[str]:
+    def _no_longer(
+        self, step: Step, method: Pass, entry: StepReport, stage: str, problems: Sequence[tuple[str, NarrowError]]
+    ) -> list[str]:
         """Regions that were changed in one graph and stay as they are in another; warns of each once."""
         if method.stage == "decode" and stage != "decode":
             return []
-        texts = dict.fromkeys(f"not in another {stage} graph of '{path}': {error}" for path, error in problems
-                              if path in entry.regions and not isinstance(error, UnprofitableError))
+        texts = dict.fromkeys(
+            f"not in another {stage} graph of '{path}': {error}"
+            for path, error in problems
+            if path in entry.regions and not isinstance(error, UnprofitableError)
+        )
         found = [text for text in texts if text not in entry.reason]
         if found and self.on_no_match != "ignore":
             warnings.warn(f"step '{step.pass_}': " + "; ".join(found), stacklevel=2)
@@ -287,20 +304,21 @@ class Session:
             judged.append(index)
             least, most = step.expect.min_matches, step.expect.max_matches
             if entry.matches < least and entry.status != "unprofitable":
-                problems.append(f"step '{step.pass_}' changed {entry.matches} region(s), expected at least "
-                                f"{least}: {entry.reason}")
+                problems.append(
+                    f"step '{step.pass_}' changed {entry.matches} region(s), expected at least {least}: {entry.reason}"
+                )
             elif most is not None and entry.matches > most:
                 problems.append(f"step '{step.pass_}' changed {entry.matches} regions, expected at most {most}")
         self.report.problems += [problem for problem in problems if problem not in self.report.problems]
         if problems and self.on_no_match == "error":
-            stages = "; ".join(f"stage '{s.name}' was not captured: {s.reason}" for s in self.report.stages
-                               if not s.captured)
+            stages = "; ".join(
+                f"stage '{s.name}' was not captured: {s.reason}" for s in self.report.stages if not s.captured
+            )
             text = "\n".join(problems) + (f"\n{stages}" if stages else "")
             raise NoMatchError(text + "\nPass on_no_match='warn' or 'ignore' to run the model unchanged.")
         self._checked.update(judged)
         if problems and self.on_no_match == "warn":
             warnings.warn("\n".join(problems), stacklevel=3)
-
 
     def _unprotected(self, stage: str | None) -> list[str]:
         """What is wrong with ``protect.paths``, once what there is to protect has been seen."""
@@ -308,10 +326,14 @@ class Session:
         if protect is None or stage == "encoder" or not all(s.captured for s in self.report.stages):
             return []
         known = path_globs(dict.fromkeys(region["path"] for region in self.report.regions if region["path"]))
-        return [f"protect.paths: {glob!r} covers no region (there are {', '.join(known) or 'none'})"
-                for glob in protect.paths if glob not in self._covering]
+        return [
+            f"protect.paths: {glob!r} covers no region (there are {', '.join(known) or 'none'})"
+            for glob in protect.paths
+            if glob not in self._covering
+        ]
 
 
-def _session(recipe: Recipe | None, lowering: str, on_no_match: str, model: str,
-             state: PreparedState | None) -> Session:
+def _session(
+    recipe: Recipe | None, lowering: str, on_no_match: str, model: str, state: PreparedState | None
+) -> Session:
     return Session(recipe, lowering=lowering, on_no_match=on_no_match, model=model, state=state)
