@@ -259,4 +259,4 @@ def _under_pruning(ctx: Context, region: Region) -> bool:
     from tokcompile.regions.flow import Flow
 
     mask: fx.Node | None = region.roles.get("mask")
-    return bool(ctx.kept) and mask is not None and is_causal(Flow(ctx.captured.graph), region)
+    return bool(ctx.cuts.kept) and mask is not None and is_causal(Flow(ctx.captured.graph), region)

@@ -248,7 +248,7 @@ class _Job:
             self.session.check_matches(name)
         self.lowered[role] = lower(found, ctx, opset=self.opset, target=self.target)
         self.paths[role] = path
-        return sorted({kept.layer for kept in ctx.kept}) if ctx is not None else []
+        return sorted({kept.layer for kept in ctx.cuts.kept}) if ctx is not None else []
 
     def _generative(self) -> None:
         model, session = self.model, self.session
@@ -367,7 +367,7 @@ class _Job:
             path = region.path or name
             cuts = {
                 k.layer: k
-                for k in ctx.kept
+                for k in ctx.cuts.kept
                 if not region.layers or any(k.path == layer.path for layer in region.layers)
             }
             if not cuts:
