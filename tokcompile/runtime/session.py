@@ -26,6 +26,7 @@ from tokcompile.regions.places import layer_of, region_keys
 from tokcompile.registry import get_pass
 from tokcompile.reporting.paths import path_globs
 from tokcompile.reporting.report import Report, StageReport, StepReport
+from tokcompile.reporting.status import Status
 from tokcompile.rewrite.context import Context
 from tokcompile.rewrite.pruned_cache import check_readers, narrow_pruned_cache
 from tokcompile.runtime.compiled_graph import CompiledGraph
@@ -73,9 +74,7 @@ class Session:
         self.graphs: list[CompiledGraph] = []
         self.report = Report(model=model, recipe=recipe.name if recipe is not None else "")
         self.report.steps = [
-            StepReport(
-                pass_name=step.pass_, status="structure_miss", matches=0, regions=[], reason="no graph was captured yet"
-            )
+            StepReport(pass_name=step.pass_, status=Status.NOT_CAPTURED, matches=0, reason="no graph was captured yet")
             for step, _ in self.passes
         ]
         self._checked: set[int] = set()
@@ -160,7 +159,7 @@ class Session:
             try:
                 scores = method.score_features(ctx, marker.args[0])  # type: ignore[arg-type]
             except NarrowError as error:
-                self.report.steps[index].status, self.report.steps[index].reason = "condition_failed", str(error)
+                self.report.steps[index].status, self.report.steps[index].reason = Status.CONDITION_FAILED, str(error)
                 continue
             marker.replace_all_uses_with(scores)
             self.scored_features = True
@@ -212,16 +211,17 @@ class Session:
                 if self.observing:
                     self._forget(ctx, region)
         reasons = list(dict.fromkeys(str(p) for _, p in problems))
-        if entry.status == "matched":
+        if entry.status == Status.MATCHED:
             later = self._no_longer(step, method, entry, stage, problems)
             entry.reason = "; ".join(filter(None, (entry.reason, *later)))
         elif done:
-            entry.status, entry.reason = "matched", "; ".join(reasons)
+            entry.status, entry.reason = Status.MATCHED, "; ".join(reasons)
         elif problems:
             unprofitable = all(isinstance(p, UnprofitableError) for _, p in problems)
-            entry.status, entry.reason = "unprofitable" if unprofitable else "condition_failed", reasons[0]
-        elif entry.status == "structure_miss":
-            entry.reason = self._miss(ctx.regions, step.region, stage, step)
+            entry.status = Status.UNPROFITABLE if unprofitable else Status.CONDITION_FAILED
+            entry.reason = reasons[0]
+        elif entry.status in (Status.NOT_CAPTURED, Status.STRUCTURE_MISS):
+            entry.status, entry.reason = Status.STRUCTURE_MISS, self._miss(ctx.regions, step.region, stage, step)
         if done:
             entry.matches = max(entry.matches, len(done))
             entry.regions = sorted({*entry.regions, *(r.path for r in done)})
@@ -303,7 +303,7 @@ class Session:
                 continue
             judged.append(index)
             least, most = step.expect.min_matches, step.expect.max_matches
-            if entry.matches < least and entry.status != "unprofitable":
+            if entry.matches < least and entry.status != Status.UNPROFITABLE:
                 problems.append(
                     f"step '{step.pass_}' changed {entry.matches} region(s), expected at least {least}: {entry.reason}"
                 )
