@@ -20,6 +20,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, fx
 
+from tokcompile.capture.sizes import equal
 from tokcompile.errors import CalibrationError, UnprofitableError
 from tokcompile.formulas.attention import read_attention
 from tokcompile.formulas.mask import read_mask
@@ -234,9 +235,8 @@ def _layer(ctx: Context, region: Region) -> Layer | None:
 
 def _is_prefill(ctx: Context, region: Region) -> bool:
     """As many queries as keys, and more than one."""
-    sizes = [region.shapes["S"], region.shapes["T"]]
-    one, other = (s.node.expr if isinstance(s, torch.SymInt) else s for s in sizes)
-    return bool(one == other) and one != 1
+    queries, keys = region.shapes["S"], region.shapes["T"]
+    return equal(queries, keys) and not equal(queries, 1)
 
 
 def _under_pruning(ctx: Context, region: Region) -> bool:

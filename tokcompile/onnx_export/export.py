@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tokcompile.api import RecipeLike, optimize, session_of
+from tokcompile.capture.sizes import hint
 from tokcompile.errors import ExportError
 from tokcompile.onnx_export import parity
 from tokcompile.onnx_export.files import (
@@ -381,7 +382,7 @@ class _Job:
             for start, end in zip(starts, [*starts[1:], len(region.layers)], strict=True):
                 kept = cuts[start].node.meta["val"].shape[1]
                 self.kept.append(
-                    {"stack": path, "layers": list(range(start, end)), "tokens": _number(kept), "of": _number(tokens)}
+                    {"stack": path, "layers": list(range(start, end)), "tokens": hint(kept), "of": hint(tokens)}
                 )
 
     def _describe(self, groups: list[list[int]], token: int | None, length: int) -> None:
@@ -508,11 +509,7 @@ def plain(value: Any) -> Any:
     return (
         value
         if isinstance(value, (str, int, float, bool, type(None)))
-        else _number(value)
+        else hint(value)
         if isinstance(value, torch.SymInt)
         else str(value)
     )
-
-
-def _number(size: Any) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from tokcompile.capture.graph import module_path, source_line
+from tokcompile.capture.ops import op_name
 from tokcompile.capture.sizes import equal, expr, guarded_equal, product, shape_of
 from tokcompile.errors import NarrowError
 from tokcompile.rewrite.labels import (
@@ -34,11 +35,6 @@ from tokcompile.rewrite.labels import (
 )
 
 aten = torch.ops.aten
-
-
-def op_name(node: fx.Node) -> str:
-    """Name of the ATen op without namespace and overload ("view"); "" for what is not one."""
-    return node.target._schema.name.split("::")[1] if isinstance(node.target, torch._ops.OpOverload) else ""
 
 
 Rule = Callable[["Follower", fx.Node], Any]
