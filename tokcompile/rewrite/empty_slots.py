@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from tokcompile.capture.graph import module_path, source_line
+from tokcompile.capture.graph import refuse
 from tokcompile.capture.ops import op_name
 from tokcompile.capture.sizes import shape_of
-from tokcompile.errors import NarrowError
 from tokcompile.rewrite.labels import Axis, Flow, is_token
 from tokcompile.rewrite.token_rules.pointwise import dim_argument
 
@@ -22,9 +21,6 @@ def check_ragged(flow: Flow, ragged: set[Axis]) -> None:
         return axis is not None and (
             axis in ragged or padded(axis.base) or any(padded(p) for p in axis.parts if isinstance(p, Axis))
         )
-
-    def refuse(node: fx.Node, reason: str) -> NarrowError:
-        return NarrowError(reason, node=node.name, path=module_path(node), source=source_line(node))
 
     counts = (
         "over the tokens, and rows of this batch keep different numbers of them; run rows with equal numbers of "

@@ -20,11 +20,10 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from tokcompile.capture.captured import Captured
-from tokcompile.capture.graph import ancestors, module_path, source_line
+from tokcompile.capture.graph import ancestors, refuse
 from tokcompile.capture.markers import FEATURE_SCORES, HELD, RESTORED
 from tokcompile.capture.sizes import MAX_INT, equal, expr, shape_of
 from tokcompile.capture.trace import derive, inline
-from tokcompile.errors import NarrowError
 from tokcompile.rewrite.empty_slots import check_ragged
 from tokcompile.rewrite.labels import Axis, Demand, Dim, Dims, Factor, Flow, is_token, is_tracked, plain, size_of
 from tokcompile.rewrite.token_axis import RULES, Follower
@@ -415,12 +414,7 @@ class _Narrower:
                 return total
             if type(e).__name__ in ("FloorDiv", "CleanDiv"):
                 return self._call(operator.floordiv, (build(e.args[0]), build(e.args[1])), before)
-            raise NarrowError(
-                f"the size {e} is not in the graph",
-                node=before.name,
-                path=module_path(before),
-                source=source_line(before),
-            )
+            raise refuse(before, f"the size {e} is not in the graph")
 
         return build(wanted)
 
@@ -570,12 +564,7 @@ class _Narrower:
             return
         ignored: Any = loss.args[4] if len(loss.args) > 4 else -100
         if axes.index(token) < axes.index(self.batch):
-            raise NarrowError(
-                "a loss over tokens by row cannot leave empty slots out",
-                node=loss.name,
-                path=module_path(loss),
-                source=source_line(loss),
-            )
+            raise refuse(loss, "a loss over tokens by row cannot leave empty slots out")
         filled = inline(self.captured, lambda t, a: torch.where(a.reshape(t.shape), t, ignored), [target, alive], loss)
         loss.args = (logits, filled, *loss.args[2:])
 
