@@ -27,6 +27,7 @@ from tokcompile.formulas.mask import read_mask
 from tokcompile.kernels.token_sparse_attention import op as _ops  # noqa: F401  registers the operation
 from tokcompile.plan.pass_base import Pass, Seen
 from tokcompile.regions.model import Layer, Region
+from tokcompile.regions.places import layers_meant
 from tokcompile.registry import PassParams, about, register
 from tokcompile.rewrite.context import Context
 
@@ -216,7 +217,7 @@ class TokenSparse(Pass):
                 )
             return float(facts["drift"])
         place = ctx.layer(region)
-        if place is not None and place[0] < place[1] - max(1, math.floor(self.params.calm * place[1] + 0.5)):
+        if place is not None and place[0] < place[1] - layers_meant(self.params.calm, place[1]):
             raise UnprofitableError(
                 f"layer {place[0]} of {place[1]} is not among the upper {self.params.calm:g}, "
                 "which become sparse without calibration; it stays dense",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from tokcompile.kinds import KINDS
 from tokcompile.regions.model import Region, Regions
 
@@ -33,3 +35,8 @@ def layer_of(regions: Regions, region: Region) -> tuple[int, int] | None:
             ):
                 near = len(layer.path), place
     return None if near is None else near[1]
+
+
+def layers_meant(given: float | int, layers: int) -> int:
+    """How many of ``layers`` a share of them, or a number, means: at least one, at most all."""
+    return min(given, layers) if isinstance(given, int) else max(1, math.floor(given * layers + 0.5))
