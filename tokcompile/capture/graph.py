@@ -74,5 +74,5 @@ def source_line(node: fx.Node) -> str:
 
 
 def refuse(node: fx.Node, reason: str) -> NarrowError:
-    """The error that says why ``node`` is left as it is, and where the model's code makes it. For the caller to raise."""
+    """The error, to be raised, that says why ``node`` is left as it is and which line of the model makes it."""
     return NarrowError(reason, node=node.name, path=module_path(node), source=source_line(node))
