@@ -8,6 +8,7 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
+from tokcompile.capture.ops import sdpa_arguments
 from tokcompile.capture.sizes import hint, product
 
 aten = torch.ops.aten
@@ -30,15 +31,15 @@ def node_flops(node: fx.Node) -> int:
         inner = _hints(node.args[0].meta["val"])[-1]  # type: ignore[union-attr]
         return 2 * product(_hints(value)) * inner
     if target is aten.scaled_dot_product_attention.default:
-        query = _hints(node.args[0].meta["val"])  # type: ignore[union-attr]
-        keys = _hints(node.args[1].meta["val"])[-2]  # type: ignore[union-attr]
+        given = sdpa_arguments(node)
+        query, keys = _hints(given.query.meta["val"]), _hints(given.key.meta["val"])[-2]
         return 2 * product(query) * keys + 2 * product(_hints(value)) * keys
     if target in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default):
         weight = _hints(node.args[1].meta["val"])  # type: ignore[union-attr]
         return 2 * product(_hints(value)) * product(weight[1:])
     if target in (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input):
-        given, weight = (_hints(n.meta["val"]) for n in node.args[:2])  # type: ignore[union-attr]
-        return 2 * product(given) * product(weight[1:])
+        inputs, weight = (_hints(n.meta["val"]) for n in node.args[:2])  # type: ignore[union-attr]
+        return 2 * product(inputs) * product(weight[1:])
     formula = flop_registry.get(getattr(target, "overloadpacket", None))
     if formula is None:
         return 0

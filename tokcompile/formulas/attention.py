@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from tokcompile.capture.graph import erase
-from tokcompile.capture.ops import TRIVIAL
+from tokcompile.capture.ops import TRIVIAL, sdpa_arguments
 from tokcompile.capture.sizes import equal
 from tokcompile.regions.flow import Flow
 from tokcompile.regions.model import Region
@@ -39,7 +39,7 @@ class AttentionForm:
         query: [B, H, S, D], after norms and RoPE. key: [B, Hkv, T, D]. value: [B, Hkv, T, Dv]. Query head h reads head
             ``h // (H / Hkv)``: copies of key heads are taken off where they are such copies.
         scale, softcap: see the module.
-        causal: query i sees keys up to i (the flag; a mask may say it too, see :mod:`tokcompile.mask_form`). S is T.
+        causal: query i sees keys up to i (the flag; a mask may say it too: :mod:`tokcompile.formulas.mask`). S is T.
         mask: broadcasts to [B, H, S, T]: bool (True: visible), or float and added; None.
         sink: float [B or 1, H, S or 1, 1] or None.
         output: the node that is computed, of whatever layout.
@@ -120,23 +120,19 @@ class _Reader:
 
     def _sdpa(self) -> AttentionForm:
         node = self.output
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        if given.get("dropout_p") and not self.dropout:
-            raise self._refuse(node, f"dropout of {given['dropout_p']} on the attention weights; call model.eval()")
-        query, key, value = given["query"], given["key"], given["value"]
-        rank, width = query.meta["val"].dim(), query.meta["val"].shape[-1]
+        given = sdpa_arguments(node)
+        if given.dropout and not self.dropout:
+            raise self._refuse(node, f"dropout of {given.dropout} on the attention weights; call model.eval()")
+        query, key, value, mask = given.query, given.key, given.value, given.mask
+        rank = query.meta["val"].dim()
         if rank not in (3, 4):
             raise self._refuse(node, f"expected operands [B, H, S, D], found {rank} axes")
-        causal = bool(given.get("is_causal", False))
-        if causal and not equal(query.meta["val"].shape[-2], key.meta["val"].shape[-2]):
+        if given.is_causal and not equal(query.meta["val"].shape[-2], key.meta["val"].shape[-2]):
             raise self._refuse(
                 node,
                 "is_causal with more keys than queries aligns both at their start; no pass can "
                 "tell which keys are later",
             )
-        scale = given.get("scale")
-        mask = given.get("attn_mask")
         if rank == 3:  # one head
             query, key, value = (self._emit(lambda t: t.unsqueeze(1), n) for n in (query, key, value))
             if mask is not None and mask.meta["val"].dim() == 3:
@@ -146,9 +142,9 @@ class _Reader:
             query,
             key,
             value,
-            1 / math.sqrt(int(width)) if scale is None else float(scale),
+            given.factor,
             0.0,
-            causal,
+            given.is_causal,
             mask,
             None,
             node,

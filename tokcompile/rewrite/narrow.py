@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -22,6 +22,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from tokcompile.capture.captured import Captured
 from tokcompile.capture.graph import ancestors, refuse
 from tokcompile.capture.markers import FEATURE_SCORES, HELD, RESTORED
+from tokcompile.capture.ops import sdpa_arguments
 from tokcompile.capture.sizes import MAX_INT, equal, expr, shape_of
 from tokcompile.capture.trace import derive, inline
 from tokcompile.rewrite.empty_slots import check_ragged
@@ -512,10 +513,8 @@ class _Narrower:
         if alive_key is None:
             return
         if node.target is aten.scaled_dot_product_attention.default:
-            args = [*list(node.args), *[None] * (4 - len(node.args))]
-            kwargs = dict(node.kwargs)
-            mask = args[3] if args[3] is not None else kwargs.pop("attn_mask", None)
-            causal = bool((args[5] if len(args) > 5 else False) or kwargs.pop("is_causal", False))
+            call = sdpa_arguments(node)
+            mask, causal = call.mask, call.is_causal
             given = [x for x in (alive_query, mask) if x is not None]
 
             def allowed(q: torch.Tensor, alive_k: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
@@ -535,11 +534,8 @@ class _Narrower:
                 new = column if old is None else old & column
                 return new if empty is None else new | empty
 
-            new_mask = inline(self.captured, allowed, [args[0], alive_key, *given], node)
-            args[3] = new_mask
-            if len(args) > 5:
-                args[5] = False
-            node.args, node.kwargs = tuple(args), kwargs
+            new_mask = inline(self.captured, allowed, [call.query, alive_key, *given], node)
+            replace(call, mask=new_mask, is_causal=False).write(node)
             return
         dims = self.flow.labels[node]
         at = dim_argument(node, 1, -1, len(dims))
