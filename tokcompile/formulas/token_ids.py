@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from tokcompile.capture.ops import LAYOUT, TRIVIAL
+from tokcompile.capture.sizes import dims_of, shape_of
 from tokcompile.errors import NarrowError
 from tokcompile.formulas.attention import HIDDEN, AttentionForm, read_attention
 from tokcompile.formulas.mask import MaskForm, read_mask
@@ -195,4 +196,4 @@ def _left(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 def _dims(node: fx.Node) -> tuple[Any, ...]:
-    return tuple(s.node.expr if isinstance(s, torch.SymInt) else int(s) for s in node.meta["val"].shape)
+    return dims_of(shape_of(node))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import fx
 
 from tokcompile.capture.graph import ancestors
@@ -47,3 +49,8 @@ def stack_below(regions: Regions, node: fx.Node) -> Region | None:
         if s.layers and (s.layers[0].input is node or node in ancestors([s.layers[0].input]))
     ]
     return min(stacks, key=lambda s: order[s.layers[0].input], default=None)
+
+
+def layers_meant(given: float | int, layers: int) -> int:
+    """How many of ``layers`` a share of them, or a number, means: at least one, at most all."""
+    return min(given, layers) if isinstance(given, int) else max(1, math.floor(given * layers + 0.5))

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from tokcompile.capture.captured import Captured
-from tokcompile.capture.graph import ancestors, module_path, source_line
+from tokcompile.capture.graph import ancestors, module_path, refuse
 from tokcompile.capture.markers import HELD
 from tokcompile.capture.trace import inline
 from tokcompile.errors import NarrowError
@@ -274,4 +274,4 @@ class Context:
         return flow
 
     def refuse(self, node: fx.Node, reason: str) -> NarrowError:
-        return NarrowError(reason, node=node.name, path=module_path(node), source=source_line(node))
+        return refuse(node, reason)
