@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tokcompile.families.pruning.drop import drop_visual
 from tokcompile.families.pruning.visual import VisualParams, VisualSelection
+from tokcompile.families.scores import Scores
 from tokcompile.kernels.greedy_select import op as _op  # noqa: F401  registers the operator
 from tokcompile.recipes import Budget
 from tokcompile.regions.model import Region
@@ -53,9 +54,9 @@ class ToDRE(VisualSelection):
             json_schema_extra=about(unit="fraction of the depth, or layer number from 0", source="paper: 7/8"),
         )
 
-    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor) -> Tensor:
+    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor) -> Scores:
         order = torch.ops.tokcompile.greedy_select(tokens, segment, budget, self.params.criterion)
-        return -order.to(torch.float32)
+        return Scores(-order.to(torch.float32))
 
     def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
         merged = region.roles["output"]
