@@ -28,6 +28,7 @@ from tokcompile.families.sparse_attention.decode.lists import chosen, ends, join
 from tokcompile.formulas.attention import AttentionForm, with_sink
 from tokcompile.kernels.token_list_attention import token_list_attention
 from tokcompile.plan.pass_base import Pass
+from tokcompile.plan.plan import Taken
 from tokcompile.recipe.budget import Budget
 from tokcompile.regions.model import Region
 from tokcompile.registry import PassParams, about
@@ -102,6 +103,10 @@ class SparseDecode(Pass):
             tensor stands for ``Scores(values)``.
         """
         raise NotImplementedError
+
+    def plan(self, ctx: Context, region: Region) -> Taken:
+        self._gate(ctx, region, decode_form(ctx, region))
+        return Taken()
 
     def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
         form = decode_form(ctx, region)
