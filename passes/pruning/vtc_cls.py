@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from tokcompile.capture.graph import ancestors
 from tokcompile.families.pruning.visual import VisualParams, VisualSelection, check_rows
+from tokcompile.families.scores import Scores
 from tokcompile.formulas.attention_rows import class_row
 from tokcompile.recipes import Budget
 from tokcompile.regions.model import Region
@@ -97,5 +98,5 @@ class VtcCls(VisualSelection):
         )
         return self.select(ctx, region, scores)
 
-    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        return scores
+    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor, scores: Tensor) -> Scores:  # type: ignore[override]
+        return Scores(scores)

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from tokcompile.capture.sizes import hint
 from tokcompile.families.pruning.compact import Compact
+from tokcompile.families.scores import Scores, read_scores
 from tokcompile.plan.pass_base import Pass
 from tokcompile.plan.plan import LayerCut, Taken
 from tokcompile.recipes import Budget
@@ -46,7 +47,7 @@ class VisualSelection(Pass):
 
     regions = "merge_point"
 
-    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor) -> Scores | Tensor:
         """Score visual tokens, in plain torch that can be traced.
 
         Args:
@@ -55,7 +56,8 @@ class VisualSelection(Pass):
             budget: int64 ``[B, S]``: how many tokens that image keeps.
 
         Returns:
-            ``[B, S]``, larger is kept first; or ``(new tokens, scores)`` for a method that changes tokens.
+            ``values [B, S]``, larger is kept first, and ``tokens [B, S, D]`` if the method changes them. A bare tensor
+            stands for ``Scores(values)``.
         """
         raise NotImplementedError
 
@@ -86,9 +88,8 @@ class VisualSelection(Pass):
         def choose(tokens: Tensor, mask: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
             segment = segments(mask)
             budget = budgets_count(segment, keep.num) if keep.is_count else budgets(segment, keep.num, keep.den)
-            result = self.score(tokens, segment, budget, *inputs)
-            tokens, scores = result if isinstance(result, tuple) else (tokens, result)
-            return tokens, keep_mask(scores, segment, budget)
+            scores = read_scores(self.score(tokens, segment, budget, *inputs), self.name, 2, "tokens")
+            return tokens if scores.tokens is None else scores.tokens, keep_mask(scores.values, segment, budget)
 
         def rows(mask: Tensor) -> Tensor:
             return kept_rows(mask, count=keep.num) if keep.is_count else kept_rows(mask, keep.num, keep.den)
