@@ -82,7 +82,7 @@ class CompiledGraph:
         )
         session.rewrite(ctx, self.stage)
         if ctx.kept:
-            session.pruned_encoder |= self.stage == "encoder"
+            session.matching.pruned_encoder |= self.stage == "encoder"
         output = next(iter(captured.graph.find_nodes(op="output")))
         results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
         memories = [
@@ -99,7 +99,7 @@ class CompiledGraph:
         )
         captured.graph_module.recompile()
         session.check_matches(self.stage)
-        if not session.observing:
+        if session.observed is None:
             fold_constants(captured)
         if session.lowering == "eager":
             propagate(captured)  # Inductor traces the graph anyway, and so derives every shape
