@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokcompile import __version__
 from tokcompile.errors import TokcompileError
 from tokcompile.reporting.paths import path_globs
 from tokcompile.reporting.report import Report, StepReport
+from tokcompile.version import __version__
 
 if TYPE_CHECKING:
     from tokcompile.reporting.bench_result import BenchResult, BenchRow
