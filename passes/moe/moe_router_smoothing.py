@@ -90,10 +90,10 @@ class MoeRouterSmoothing(Pass):
                 return True
             if flow.op[node] not in TRIVIAL | LAYOUT or len(flow.inputs[node]) != 1:  # type: ignore[index]
                 raise ctx.refuse(
-                    node,
-                    "expected a choice among logits of the router or their softmax, found "  # type: ignore[arg-type]
+                    node,  # type: ignore[arg-type]
+                    "expected a choice among logits of the router or their softmax, found "
                     f"{flow.op[node]} in between (sigmoid scores, a bias, groups)",
-                )  # type: ignore[index]
+                )
             node = flow.inputs[node][0]  # type: ignore[index]
         return False
 

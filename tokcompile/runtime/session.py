@@ -35,17 +35,17 @@ class Session:
         on_no_match: str = "error",
         model: str = "",
         state: PreparedState | None = None,
-        observing: bool = False,
+        observed: Observed | None = None,
     ) -> None:
         """
         Args:
             state: what calibration prepared.
-            observing: put the observers of the passes into the graphs instead of rewriting them.
+            observed: put the observers of the passes into the graphs instead of rewriting them, and note here what
+                they see.
         """
         self.recipe, self.lowering, self.on_no_match = recipe, lowering, on_no_match
         self.prepared, self.counting = state, True
-        #: what calibration saw; None where graphs are rewritten
-        self.observed = Observed() if observing else None
+        self.observed = observed
         self.passes: list[tuple[Step, Pass]] = []
         if recipe is not None:
             for step in recipe.steps:
