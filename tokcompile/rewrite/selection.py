@@ -24,6 +24,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokcompile.kernels.hidden import is_visible
+
 #: Rank of a position that belongs to no segment; larger than any budget.
 NO_RANK = 1 << 40
 
@@ -269,10 +271,8 @@ def row_attention(
         logits = torch.tanh(logits / softcap) * softcap
     if mask is None:
         return torch.softmax(logits, dim=-1)
-    if mask.dtype == torch.bool:
-        allowed = mask
-    else:  # additive masks block with -inf or with the lowest number of their dtype
-        allowed = mask > torch.finfo(mask.dtype).min / 2
+    allowed = is_visible(mask)
+    if mask.dtype != torch.bool:
         logits = logits + mask.to(torch.float32)
     logits = torch.where(allowed, logits, torch.finfo(torch.float32).min)
     return torch.where(allowed, torch.softmax(logits, dim=-1), 0.0)

@@ -13,6 +13,7 @@ from tokcompile.capture.sizes import hint
 from tokcompile.errors import NarrowError
 from tokcompile.families.pruning.restore import Restored
 from tokcompile.formulas.attention import read_attention
+from tokcompile.formulas.mask import is_hidden
 from tokcompile.plan.pass_base import Pass
 from tokcompile.recipes import Budget
 from tokcompile.regions.model import Layer, Region
@@ -212,5 +213,4 @@ def _mask(ctx: Context, layer: Layer) -> fx.Node | None:
 
 def _unseen(mask: Tensor) -> Tensor:
     """bool ``[B or 1, S]``: tokens that no query of any head looks at, from a mask of ``[B, H, S, S]``: padding."""
-    hidden = torch.logical_not(mask) if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min / 2
-    return hidden.all(2).all(1)
+    return is_hidden(mask).all(2).all(1)
