@@ -29,18 +29,28 @@ def attention_rows(ctx: Context, layer: Layer, rows: int | fx.Node | None, *, mo
     Raises:
         NarrowError: the layer has no attention, or one whose formula is not known.
     """
-    attention = layer.attention
-    if attention is None:
-        raise ctx.refuse(layer.output, f"layer {layer.index} has no attention to score with")
+    source = rows_source(ctx, layer)
     if isinstance(rows, fx.Node) and rows.meta["val"].dtype == torch.bool:
         if most is None:
             raise ValueError("attention_rows: queries given by a bool mask need most=, the number of rows")
         count = most
         rows = ctx.emit(lambda chosen: keep_index(chosen, count), rows, before=ctx.after(rows))
+    return _taken(ctx, source, rows) if isinstance(source, fx.Node) else _computed(ctx, source, rows)
+
+
+def rows_source(ctx: Context, layer: Layer) -> fx.Node | AttentionForm:
+    """What :func:`attention_rows` reads: weights that are in the graph, or the formula. Emits nothing that is used.
+
+    Raises:
+        NarrowError: as there; for a pass that has to know before it changes anything.
+    """
+    attention = layer.attention
+    if attention is None:
+        raise ctx.refuse(layer.output, f"layer {layer.index} has no attention to score with")
     weights = attention.roles.get("softmax")
     if weights is not None and "mask" not in attention.roles and _by_head(weights, attention.roles["scores"]):
-        return _taken(ctx, weights, rows)  # no row of these is hidden
-    return _computed(ctx, read_attention(ctx, attention, dropout=True), rows)
+        return weights  # no row of these is hidden
+    return read_attention(ctx, attention, dropout=True)
 
 
 def _by_head(weights: fx.Node, scores: fx.Node) -> bool:

@@ -121,7 +121,7 @@ class Lowered:
         """The data-dependent sizes for real ``inputs``."""
         stage = dataclasses.replace(self.found.stage, inputs={n: inputs[n] for n in self.inputs})
         args = dataclasses.replace(self.found, stage=stage).args
-        return [size(args)[0] for size in (self.context.sizes if self.context else ())]
+        return [size(args)[0] for size in (self.context.added.sizes if self.context else ())]
 
     @property
     def nodes(self) -> int:
