@@ -23,12 +23,10 @@ from torch import Tensor, fx
 from tokcompile.capture.graph import erase
 from tokcompile.capture.ops import TRIVIAL, sdpa_arguments
 from tokcompile.capture.sizes import equal
+from tokcompile.kernels.hidden import hides
 from tokcompile.regions.flow import Flow
 from tokcompile.regions.model import Region
 from tokcompile.rewrite.context import Context
-
-#: A number added to a logit, or put in its place, at or below which the key counts as hidden: exp() of it is 0.
-HIDDEN = -1e4
 
 
 @dataclass(frozen=True)
@@ -429,7 +427,7 @@ class _Reader:
 
     def _hides(self, value: Any) -> bool:
         number = self._number(value)
-        return number is not None and number <= HIDDEN
+        return number is not None and hides(number)
 
     def _check_dropout(self, node: fx.Node) -> None:
         if not self.dropout and "dropout" in self.flow.op[node] and node.args[1] and node.args[2]:

@@ -17,7 +17,10 @@ from torch import Tensor, fx
 
 from tokcompile.capture.ops import TRIVIAL, op_name
 from tokcompile.capture.sizes import dims_of, expr, shape_of
-from tokcompile.formulas.attention import HIDDEN, AttentionForm
+from tokcompile.formulas.attention import AttentionForm
+from tokcompile.kernels.hidden import hides as hides
+from tokcompile.kernels.hidden import is_hidden as is_hidden
+from tokcompile.kernels.hidden import is_visible as is_visible
 from tokcompile.regions.flow import Flow
 from tokcompile.rewrite.context import Context
 
@@ -334,4 +337,4 @@ class _Masks:
 
     def _hides(self, value: Any) -> bool:
         number = self._value(value)
-        return number is not None and number <= HIDDEN
+        return number is not None and hides(number)

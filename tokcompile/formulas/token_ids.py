@@ -10,8 +10,8 @@ from torch import fx
 from tokcompile.capture.ops import LAYOUT, TRIVIAL
 from tokcompile.capture.sizes import dims_of, shape_of
 from tokcompile.errors import NarrowError
-from tokcompile.formulas.attention import HIDDEN, AttentionForm, read_attention
-from tokcompile.formulas.mask import MaskForm, read_mask
+from tokcompile.formulas.attention import AttentionForm, read_attention
+from tokcompile.formulas.mask import MaskForm, is_visible, read_mask
 from tokcompile.regions.causal import is_causal
 from tokcompile.regions.flow import Flow
 from tokcompile.regions.model import Layer, Region
@@ -171,7 +171,7 @@ def _seen(ctx: Context, form: AttentionForm, mask: MaskForm, tokens: fx.Node, co
         )
         position = torch.arange(length - queries, length, device=device)
         if "rest" in v:
-            rest = v["rest"] if v["rest"].dtype == torch.bool else v["rest"] > HIDDEN
+            rest = is_visible(v["rest"])
             visible = rest[(None,) * (4 - rest.ndim)].any(1)
             if mask.causal:
                 visible = visible & (torch.arange(length, device=device) <= position.unsqueeze(1))

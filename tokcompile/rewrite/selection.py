@@ -24,6 +24,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokcompile.kernels.hidden import is_visible
+
 #: Rank of a position that belongs to no segment; larger than any budget.
 NO_RANK = 1 << 40
 
@@ -243,7 +245,12 @@ def pooled(x: Tensor, segment: Tensor, budget: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def row_attention(
-    query_rows: Tensor, key: Tensor, scale: float, mask: Tensor | None = None, softcap: float | None = None
+    query_rows: Tensor,
+    key: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Attention probabilities of a few query rows, so that the main path can stay fused.
 
@@ -253,9 +260,11 @@ def row_attention(
         scale: factor on the logits.
         mask: broadcastable to [B, H, R, T]; bool (True = may attend) or an additive float mask.
         softcap: logits become ``softcap * tanh(logits / softcap)`` before the mask (Gemma 2).
+        sink: float, broadcastable to [B, H, R, 1]: one more logit of the softmax, which belongs to no key.
 
     Returns:
-        float32 [B, H, R, T]: softmax over ``T`` in fp32. A row that may attend to nothing is all zeros.
+        float32 [B, H, R, T]: softmax over ``T`` in fp32. A row that may attend to nothing is all zeros
+        (:mod:`tokcompile.kernels.hidden` says which masks hide a key).
     """
     batch, heads, rows, width = query_rows.shape
     groups = key.shape[1]
@@ -268,14 +277,19 @@ def row_attention(
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     if mask is None:
-        return torch.softmax(logits, dim=-1)
-    if mask.dtype == torch.bool:
-        allowed = mask
-    else:  # additive masks block with -inf or with the lowest number of their dtype
-        allowed = mask > torch.finfo(mask.dtype).min / 2
+        return _softmax(logits, sink)
+    allowed = is_visible(mask)
+    if mask.dtype != torch.bool:
         logits = logits + mask.to(torch.float32)
     logits = torch.where(allowed, logits, torch.finfo(torch.float32).min)
-    return torch.where(allowed, torch.softmax(logits, dim=-1), 0.0)
+    return torch.where(allowed, _softmax(logits, sink), 0.0)
+
+
+def _softmax(logits: Tensor, sink: Tensor | None) -> Tensor:
+    if sink is None:
+        return torch.softmax(logits, dim=-1)
+    more = sink.to(torch.float32).expand(*logits.shape[:3], 1)
+    return torch.softmax(torch.cat([logits, more], dim=-1), dim=-1)[..., :-1]
 
 
 def class_attention_scores(query: Tensor, key: Tensor, context: Tensor, scale: float, prefix: int) -> Tensor:
