@@ -256,7 +256,7 @@ def sparse_decode_of(
         candidate, oldest, newest = ends(None, key.shape[2], p.sinks, p.recent, key.device)
         more = () if state is None else (state[layer],)
         if getattr(p, "reuse", None) is None:
-            scores = method.score(query, key, candidate, scale, 0.0, layer, *more)
+            scores = method.score(query, key, candidate, scale, 0.0, layer, *more).values
             index = listed(scores, candidate, oldest, newest, p.budget.count(key.shape[2]))
         else:
             length, before, kept = memory.get(layer, (0, None, None))

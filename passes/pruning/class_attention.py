@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from tokcompile.families.pruning.patches import PatchParams, PatchSelection
+from tokcompile.families.scores import Scores
 from tokcompile.formulas.attention_rows import attention_rows
 from tokcompile.regions.model import Layer
 from tokcompile.registry import register
@@ -45,11 +46,11 @@ class ClassAttention(PatchSelection):
 
     def score(
         self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int, *inputs: Tensor
-    ) -> Tensor:
+    ) -> Scores:
         context, rows = inputs
         weights = rows.mean(2)[:, :, prefix:]  # [B, H, patches]
         if prefix:
             norm = torch.linalg.vector_norm(context[:, :, prefix:].to(torch.float32), dim=-1)
             weights = weights * (norm / (norm.sum(1, keepdim=True) + 1e-8))
         scores = weights.sum(1)
-        return torch.cat([scores.new_zeros(tokens.shape[0], prefix), scores], 1)
+        return Scores(torch.cat([scores.new_zeros(tokens.shape[0], prefix), scores], 1))

@@ -23,10 +23,12 @@ from torch import Tensor
 
 from tokcompile.families.pruning.drop import drop_visual
 from tokcompile.families.pruning.visual import VisualParams, VisualSelection, visual_tokens
+from tokcompile.families.scores import Scores
 from tokcompile.kernels.greedy_select import op as _op  # noqa: F401  registers the operator
 from tokcompile.plan.plan import LayerCut
 from tokcompile.recipes import Budget
 from tokcompile.regions.model import Region
+from tokcompile.regions.places import stack_below
 from tokcompile.registry import about, register
 from tokcompile.rewrite.context import Context
 
@@ -54,9 +56,9 @@ class ToDRE(VisualSelection):
             json_schema_extra=about(unit="fraction of the depth, or layer number from 0", source="paper: 7/8"),
         )
 
-    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor) -> Tensor:
+    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor) -> Scores:
         order = torch.ops.tokcompile.greedy_select(tokens, segment, budget, self.params.criterion)
-        return -order.to(torch.float32)
+        return Scores(-order.to(torch.float32))
 
     def late_layer(self, depth: int) -> int | None:
         """The layer behind which no visual token is left; None: they stay to the end."""
@@ -86,7 +88,7 @@ class ToDRE(VisualSelection):
         return (*found, LayerCut(layer + 1, None if visual is None else tokens - visual))
 
     def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
-        stack = ctx.stack_below(region.roles["output"])
+        stack = stack_below(ctx.regions, region.roles["output"])
         layer = None if stack is None else self.late_layer(len(stack.layers))
         details = super().apply(ctx, region)
         if stack is None or layer is None:

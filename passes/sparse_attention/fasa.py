@@ -25,6 +25,7 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from tokcompile.errors import CalibrationError
+from tokcompile.families.scores import Scores
 from tokcompile.families.sparse_attention.decode.base import SparseDecode, SparseDecodeParams
 from tokcompile.formulas.attention import HIDDEN, AttentionForm, read_attention
 from tokcompile.formulas.rope import read_rope
@@ -140,7 +141,7 @@ class Fasa(SparseDecode):
 
     def score(
         self, query: Tensor, key: Tensor, candidate: Tensor, scale: float, softcap: float, layer: int, *more: Tensor
-    ) -> Tensor:
+    ) -> Scores:
         groups = query.unflatten(1, (key.shape[1], -1)).sum(2)  # scores add up over the heads that share a key head
         masked = groups * more[0].to(query.dtype).unsqueeze(1)
-        return torch.matmul(masked, key.transpose(-1, -2)).squeeze(2).float()
+        return Scores(torch.matmul(masked, key.transpose(-1, -2)).squeeze(2).float())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tokcompile.api import RecipeLike, optimize
+from tokcompile.capture.sizes import hint
 from tokcompile.errors import ExportError
 from tokcompile.onnx_export import parity
 from tokcompile.onnx_export.files import (
@@ -248,7 +249,7 @@ class _Job:
             self.session.check_matches(name)
         self.lowered[role] = lower(found, ctx, opset=self.opset, target=self.target)
         self.paths[role] = path
-        return sorted({kept.layer for kept in ctx.kept}) if ctx is not None else []
+        return sorted({kept.layer for kept in ctx.cuts.kept}) if ctx is not None else []
 
     def _generative(self) -> None:
         model, session = self.model, self.session
@@ -367,7 +368,7 @@ class _Job:
             path = region.path or name
             cuts = {
                 k.layer: k
-                for k in ctx.kept
+                for k in ctx.cuts.kept
                 if not region.layers or any(k.path == layer.path for layer in region.layers)
             }
             if not cuts:
@@ -379,7 +380,7 @@ class _Job:
                     {
                         "stack": path,
                         "layers": list(range(start, end)),
-                        "tokens": _number(kept),
+                        "tokens": hint(kept),
                         "of": before[region.path],
                     }
                 )
@@ -505,11 +506,7 @@ def plain(value: Any) -> Any:
     return (
         value
         if isinstance(value, (str, int, float, bool, type(None)))
-        else _number(value)
+        else hint(value)
         if isinstance(value, torch.SymInt)
         else str(value)
     )
-
-
-def _number(size: Any) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)

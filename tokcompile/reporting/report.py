@@ -9,7 +9,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -20,16 +20,12 @@ from tokcompile.kinds import KINDS
 from tokcompile.regions.model import Regions
 from tokcompile.reporting.html import write
 from tokcompile.reporting.paths import path_glob, path_globs, path_template
+from tokcompile.reporting.status import STATUSES, Status
 
 if TYPE_CHECKING:
     from tokcompile.reporting.bench_result import BenchResult
 
 
-#: Outcome of a step. ``matched``: rewritten. ``structure_miss``: no region of that kind. ``condition_failed``: a
-#: region, but one that cannot be rewritten as it stands. ``rewrite_failed``: the rewrite itself failed.
-#: ``not_captured``: there was no graph. ``unprofitable``: it would not pay.
-Status = Literal["matched", "structure_miss", "condition_failed", "rewrite_failed", "not_captured", "unprofitable"]
-STATUSES: tuple[str, ...] = get_args(Status)
 _WIDTH = 120
 _NEAR_MISSES_SHOWN = 3
 
@@ -40,7 +36,7 @@ class StepReport:
 
     Attributes:
         pass_name: the pass.
-        status: see :data:`Status`.
+        status: see :class:`~tokcompile.reporting.status.Status`; the text of one will do.
         matches: regions rewritten.
         regions: their module paths.
         reason: why not, or what was left out; with the module path and source line where there is one.
@@ -59,6 +55,7 @@ class StepReport:
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
             raise ValueError(f"status should be one of {', '.join(STATUSES)}, found {self.status!r}")
+        self.status = Status(self.status)
 
 
 @dataclass
@@ -295,8 +292,10 @@ def _short(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     """A value in JSON types."""
-    if value is None or isinstance(value, bool | str):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, str):
+        return str(value)  # of an enum: its text
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
         return str(value)  # int() would guard on it
     if isinstance(value, numbers.Integral):

@@ -16,6 +16,7 @@ from tokcompile.plan.pass_base import Pass
 from tokcompile.recipes import Recipe, Step
 from tokcompile.registry import get_pass
 from tokcompile.reporting.report import Report, StageReport, StepReport
+from tokcompile.reporting.status import Status
 from tokcompile.rewrite.context import Context
 from tokcompile.runtime.compiled_graph import CompiledGraph
 from tokcompile.runtime.memories import Memories
@@ -58,9 +59,7 @@ class Session:
         self.graphs: list[CompiledGraph] = []
         self.report = Report(model=model, recipe=recipe.name if recipe is not None else "")
         self.report.steps = [
-            StepReport(
-                pass_name=step.pass_, status="structure_miss", matches=0, regions=[], reason="no graph was captured yet"
-            )
+            StepReport(pass_name=step.pass_, status=Status.NOT_CAPTURED, matches=0, reason="no graph was captured yet")
             for step, _ in self.passes
         ]
         self.matching = Matching(recipe, self.passes, self.report, on_no_match, self.observed)

@@ -22,6 +22,7 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from tokcompile.errors import UnprofitableError
+from tokcompile.families.scores import Scores, read_scores
 from tokcompile.families.sparse_attention.decode.form import decode_form, visible_keys
 from tokcompile.families.sparse_attention.decode.lists import chosen, ends, joined, least_length, width_of
 from tokcompile.formulas.attention import AttentionForm, with_sink
@@ -88,7 +89,7 @@ class SparseDecode(Pass):
 
     def score(
         self, query: Tensor, key: Tensor, candidate: Tensor, scale: float, softcap: float, layer: int, *more: Tensor
-    ) -> Tensor:
+    ) -> Scores | Tensor:
         """Scores of keys: the higher, the sooner chosen. Traceable.
 
         Args:
@@ -98,7 +99,8 @@ class SparseDecode(Pass):
             more: values of :meth:`inputs`.
 
         Returns:
-            float [B or 1, M, T], M = Hkv (a list for each key head) or 1 (one list for all heads).
+            ``values`` float [B or 1, M, T], M = Hkv (a list for each key head) or 1 (one list for all heads). A bare
+            tensor stands for ``Scores(values)``.
         """
         raise NotImplementedError
 
@@ -139,8 +141,9 @@ class SparseDecode(Pass):
         def best(
             query: Tensor, key: Tensor, candidate: Tensor, oldest: Tensor, newest: Tensor, *more: Tensor
         ) -> Tensor:
-            scores = self.score(query, key, candidate, form.scale, form.softcap, layer, *more)
-            return chosen(scores, candidate, self.params.budget.count(key.shape[2]) - width_of(oldest, newest))
+            given = self.score(query, key, candidate, form.scale, form.softcap, layer, *more)
+            scores = read_scores(given, self.name, 3)
+            return chosen(scores.values, candidate, self.params.budget.count(key.shape[2]) - width_of(oldest, newest))
 
         return ctx.emit(best, form.query, form.key, *ends, *more, before=form.output), {}
 
