@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -34,3 +35,7 @@ def install_copy(target: Path) -> Path:
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / file, place)
     return target
+
+
+if __name__ == "__main__":
+    install_copy(Path(sys.argv[1]))

@@ -38,8 +38,9 @@ from tokcompile.families.stem import token_table
 from tokcompile.formulas import feed_forward as ffn
 from tokcompile.formulas.token_ids import first_for, ids_for
 from tokcompile.kernels.activation import activate
-from tokcompile.kernels.embedding_gate import embedding_gate, linear_where, rows
+from tokcompile.kernels.embedding_gate import embedding_gate, rows
 from tokcompile.kernels.host_rows import await_rows, fetch_rows, unique_ids
+from tokcompile.kernels.linear_where import linear_where
 from tokcompile.plan.pass_base import Pass, Seen
 from tokcompile.plan.plan import Taken
 from tokcompile.regions.model import Region

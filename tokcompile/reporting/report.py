@@ -18,6 +18,7 @@ from rich.text import Text
 
 from tokcompile.kinds import KINDS
 from tokcompile.regions.model import Regions
+from tokcompile.reporting.html import write
 from tokcompile.reporting.paths import path_glob, path_globs, path_template
 from tokcompile.reporting.status import STATUSES, Status
 
@@ -155,9 +156,7 @@ class Report:
         Raises:
             TokcompileError: something in ``pictures`` is no picture.
         """
-        from tokcompile.reporting.html import write
-
-        write(self, path, bench=bench, pictures=pictures)
+        write(self.to_dict(), path, bench=bench, pictures=pictures)
 
     def __str__(self) -> str:
         # markup and highlighting off: reasons hold square brackets

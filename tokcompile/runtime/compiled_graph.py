@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -19,11 +19,9 @@ from tokcompile.regions.model import Regions
 from tokcompile.reporting.report import StageReport
 from tokcompile.rewrite.added_inputs import AddedInputs
 from tokcompile.rewrite.context import Context
+from tokcompile.runtime.owner import Owner
 from tokcompile.runtime.recording import KeptEntry, ReusedEntry
 from tokcompile.runtime.variants import Variant
-
-if TYPE_CHECKING:
-    from tokcompile.runtime.session import Session
 
 aten = torch.ops.aten
 
@@ -31,7 +29,7 @@ aten = torch.ops.aten
 class CompiledGraph:
     """What the backend gives Dynamo for one graph: compiles at the first call, and again where sizes differ in kind."""
 
-    def __init__(self, session: Session, graph_module: fx.GraphModule, whole: bool) -> None:
+    def __init__(self, session: Owner, graph_module: fx.GraphModule, whole: bool) -> None:
         self.session, self.graph_module, self.whole = session, graph_module, whole
         self.stage = session.stage
         self.variants: list[Variant] = []
