@@ -58,7 +58,7 @@ def load_progress(path: str | PathLike[str] | None, session: Session, recipe: Re
                 **entry["numbers"],
                 **{n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)},
             }
-            session.resumed[entry["step"], entry["key"]] = sums
+            session.resume(entry["step"], entry["key"], sums)
         return int(meta["count"])
     except CalibrationError:
         raise

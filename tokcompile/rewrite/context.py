@@ -42,6 +42,7 @@ class Context:
         leading_tokens: how many tokens at the head of an encoder the recipe protects; None: those that are found.
         shared: what passes emit once for several regions, by a key of their own.
         memories: what decode steps hand on; None where nothing can (a graph that is exported).
+        merges: image features can enter a sequence of tokens in this graph; not in that of an image encoder.
     """
 
     captured: Captured
@@ -63,6 +64,7 @@ class Context:
     counting: Callable[[], bool] = lambda: True
     inputs: dict[fx.Node, HostSize | StateInput | MemoryInput] = field(default_factory=dict)
     memories: list[Memory] | None = None
+    merges: bool = True
     _positions: dict[str, fx.Node] = field(default_factory=dict)
     _masks: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
@@ -320,7 +322,9 @@ class Context:
                     raise self.refuse(
                         result,
                         "keys of an attention layer leave the graph as a cache that cannot say "
-                        "which tokens it holds; use tokcompile.optimize, or pass use_cache=False",
+                        "which tokens it holds; pass use_cache=False, or call a forward that "
+                        "takes the cache as an argument (tokcompile.optimize tells it what is "
+                        "kept)",
                     )
         return flow
 
