@@ -116,7 +116,7 @@ class Part(_EncoderStage):
     """A module inside a model, or a method of it, that some method other than ``forward`` calls by itself."""
 
     def __init__(self, owner: nn.Module, name: str, session: Session, stage: Stage = Stage.ENCODER) -> None:
-        self.owner, self.name, self.session, self.stage, self.failures = owner, name, session, stage, Failures()
+        self._tokcompile_owner, self.name, self.session, self.stage, self.failures = owner, name, session, stage, Failures()
         self.original = original = getattr(type(owner), name)
         functools.update_wrapper(self, types.MethodType(original, owner))
 
@@ -128,14 +128,14 @@ class Part(_EncoderStage):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
-            return self.original(self.owner, *args, **kwargs)
+            return self.original(self._tokcompile_owner, *args, **kwargs)
         if not any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
-            return self.original(self.owner, *args, **kwargs)
-        original = functools.partial(self.original, self.owner, *args, **kwargs)
-        return self.run((args, kwargs), original, self.owner, args, kwargs)[0]
+            return self.original(self._tokcompile_owner, *args, **kwargs)
+        original = functools.partial(self.original, self._tokcompile_owner, *args, **kwargs)
+        return self.run((args, kwargs), original, self._tokcompile_owner, args, kwargs)[0]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Part, (self.owner, self.name, self.session, self.stage)
+        return Part, (self._tokcompile_owner, self.name, self.session, self.stage)
 
 
 def attach_scores(result: Any, scores: torch.Tensor) -> None:

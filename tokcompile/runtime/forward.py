@@ -28,18 +28,18 @@ class Forward:
     """The forward of an optimized model. A copy of the model (or a pickle) gets one of its own, bound to the copy."""
 
     def __init__(self, owner: nn.Module, stages: Stages) -> None:
-        self.owner, self.stages = owner, stages
+        self._tokcompile_owner, self.stages = owner, stages
         functools.update_wrapper(self, types.MethodType(stages.original, owner))
         if stages.takes_embeddings:
             self.__signature__ = _with_visual_mask(inspect.signature(types.MethodType(stages.original, owner)))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():  # a part of the graph of a model around this one
-            return self.stages.original(self.owner, *args, **kwargs)
-        return self.stages(self.owner, args, kwargs)
+            return self.stages.original(self._tokcompile_owner, *args, **kwargs)
+        return self.stages(self._tokcompile_owner, args, kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Forward, (self.owner, self.stages)
+        return Forward, (self._tokcompile_owner, self.stages)
 
 
 def _with_visual_mask(signature: inspect.Signature) -> inspect.Signature:

@@ -20,7 +20,7 @@ class Generate:
     """A ``generate()`` of a model's own, which calls the models inside and may never call ``forward``."""
 
     def __init__(self, owner: nn.Module, session: Session) -> None:
-        self.owner, self.session = owner, session
+        self._tokcompile_owner, self.session = owner, session
         functools.update_wrapper(self, types.MethodType(type(owner).generate, owner))  # type: ignore[attr-defined]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -28,13 +28,13 @@ class Generate:
         Raises:
             NoMatchError: no graph took part, and ``on_no_match="error"``.
         """
-        original = type(self.owner).generate  # type: ignore[attr-defined]
-        given = _bound(original, self.owner, args, kwargs)
+        original = type(self._tokcompile_owner).generate  # type: ignore[attr-defined]
+        given = _bound(original, self._tokcompile_owner, args, kwargs)
         with self.session.calls.open(Call(visual_mask=self._visual_mask(given))) as call:
-            result = original(self.owner, *args, **kwargs)
+            result = original(self._tokcompile_owner, *args, **kwargs)
         if not call.reached:
             self.session.never_reached(
-                f"generate() of {type(self.owner).__name__}",
+                f"generate() of {type(self._tokcompile_owner).__name__}",
                 "it calls neither forward nor a model inside that generates with a cache; optimize the model that it "
                 "calls, or call forward",
             )
@@ -45,7 +45,7 @@ class Generate:
         if self.session.visual_mask is not None:
             found: torch.Tensor | None = self.session.visual_mask(given)
             return found
-        ids, config = given.get("input_ids"), getattr(self.owner, "config", None)
+        ids, config = given.get("input_ids"), getattr(self._tokcompile_owner, "config", None)
         token = next(
             (
                 t
@@ -57,29 +57,29 @@ class Generate:
         return ids == token if isinstance(ids, torch.Tensor) and token is not None else None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Generate, (self.owner, self.session)
+        return Generate, (self._tokcompile_owner, self.session)
 
 
 class PassedOn:
     """The forward of a wrapper: the model inside has a captured one. A wrapper that goes past it is captured itself."""
 
     def __init__(self, owner: nn.Module, stages: Stages) -> None:
-        self.owner, self.stages, self.passes_by = owner, stages, False
+        self._tokcompile_owner, self.stages, self.passes_by = owner, stages, False
         functools.update_wrapper(self, types.MethodType(stages.original, owner))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
-            return self.stages.original(self.owner, *args, **kwargs)
+            return self.stages.original(self._tokcompile_owner, *args, **kwargs)
         if not self.passes_by:
             with self.stages.session.calls.open(Call()) as call:
-                result = self.stages.original(self.owner, *args, **kwargs)
+                result = self.stages.original(self._tokcompile_owner, *args, **kwargs)
             if call.tried:
                 return result
             self.passes_by = True
-        return self.stages(self.owner, args, kwargs)
+        return self.stages(self._tokcompile_owner, args, kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PassedOn, (self.owner, self.stages)
+        return PassedOn, (self._tokcompile_owner, self.stages)
 
 
 def _bound(function: Any, owner: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
