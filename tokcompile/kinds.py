@@ -8,6 +8,10 @@ from enum import StrEnum
 KINDS = ("vision_encoder", "audio_encoder", "merge_point", "decoder_stack", "attention", "feed_forward", "moe")
 #: The kinds that have layers.
 STACKS = ("vision_encoder", "audio_encoder", "decoder_stack")
+#: The kinds that are rewritten one by one, in place; a step for them can choose layers.
+LOCAL = ("attention", "feed_forward", "moe")
+#: The kinds of a sequence of tokens that image features enter.
+MERGED = ("merge_point", "decoder_stack")
 
 
 class Stage(StrEnum):

@@ -1,4 +1,4 @@
-"""Apply the steps of a recipe to one graph."""
+"""Plan the steps of a recipe on one graph, then rewrite by the plan: :class:`Matching`."""
 
 from __future__ import annotations
 
@@ -12,51 +12,54 @@ from tokcompile.capture.canonical import canonicalise
 from tokcompile.capture.flops import graph_flops
 from tokcompile.capture.markers import FEATURE_SCORES
 from tokcompile.errors import NarrowError, RecipeError, UnprofitableError
-from tokcompile.kinds import Stage
-from tokcompile.plan.expectations import LOCAL, MERGED, NOT_YET, check_supported, miss
+from tokcompile.kinds import LOCAL, MERGED
+from tokcompile.plan.expectations import Expectations, miss
 from tokcompile.plan.layer_tokens import LayerTokens
-from tokcompile.plan.pass_base import Pass, Seen
+from tokcompile.plan.observed import Observed
+from tokcompile.plan.pass_base import Pass
+from tokcompile.plan.plan import Plan, PlannedStep
 from tokcompile.recipes import Recipe, Step
 from tokcompile.regions import find_regions
-from tokcompile.regions.model import Region, Regions
+from tokcompile.regions.model import Region
 from tokcompile.regions.places import layer_of, region_keys
-from tokcompile.registry import get_pass
 from tokcompile.reporting.report import Report, StepReport
 from tokcompile.rewrite.context import Context
 from tokcompile.rewrite.pruned_cache import check_readers, narrow_pruned_cache
 
 
 class Matching:
-    """What a recipe matches in the graphs of one model, and the report of it.
+    """The steps of one recipe on the graphs of one model; what came of them goes into the report.
 
     Attributes:
-        recipe, passes: the steps, each with its pass.
-        report: what was found and changed so far.
-        seen: step -> region key -> what calibration saw there.
-        resumed: sums of an earlier calibration that was broken off.
-        covering: globs of ``protect.paths`` that cover a region.
-        scored_features: some pass scores image features inside the image encoder.
+        passes: step and pass, in the order of the recipe.
+        observed: what calibration saw; None where graphs are rewritten instead.
+        expectations: what the recipe expects of the report.
+        scored_features: some pass scored image features inside the image encoder.
         pruned_encoder: an encoder that runs ahead of the decoder hands on fewer tokens than it had.
     """
 
-    def __init__(self, recipe: Recipe | None, *, on_no_match: str, model: str, observing: bool) -> None:
-        self.recipe, self.on_no_match, self.observing = recipe, on_no_match, observing
-        self.passes: list[tuple[Step, Pass]] = []
-        if recipe is not None:
-            self.passes = [(step, get_pass(step.pass_)(step.params)) for step in recipe.steps]
-            check_supported(recipe)
-        self.seen: dict[int, dict[str, Seen]] = {}
-        self.resumed: dict[tuple[int, str], dict[str, Any]] = {}
+    def __init__(
+        self,
+        recipe: Recipe | None,
+        passes: Sequence[tuple[Step, Pass]],
+        report: Report,
+        on_no_match: str,
+        observed: Observed | None = None,
+    ) -> None:
+        self.recipe, self.passes, self.report, self.observed = recipe, passes, report, observed
+        self.on_no_match = on_no_match
+        self.expectations = Expectations(recipe, passes, report, on_no_match)
         self.scored_features = self.pruned_encoder = False
-        self.covering: set[str] = set()
-        self.report = Report(model=model, recipe=recipe.name if recipe is not None else "")
-        self.report.steps = [
-            StepReport(pass_name=step.pass_, status="structure_miss", matches=0, regions=[], reason=NOT_YET)
-            for step, _ in self.passes
-        ]
 
-    def rewrite(self, ctx: Context, stage: Stage) -> None:
-        """Apply the recipe to one graph and note in the report what happened."""
+    @property
+    def wants_scores(self) -> bool:
+        """Whether a pass scores image features inside the image encoder."""
+        return any(method.scores_features for _, method in self.passes)
+
+    # .. plan
+
+    def find(self, ctx: Context) -> None:
+        """Bring the graph of ``ctx`` into the form that regions are found in, and find them."""
         canonicalise(ctx.captured)
         narrow_pruned_cache(ctx.captured)
         ctx.regions = find_regions(ctx.captured.graph)
@@ -64,46 +67,31 @@ class Matching:
         ctx.streams = [
             [s.layers[0].input, *(layer.output for layer in s.layers)] for s in ctx.regions.stacks if s.layers
         ]
-        protect = self.recipe.protect if self.recipe is not None else None
-        if protect is not None:
-            ctx.leading_tokens = protect.leading_tokens
-            self.covering.update(*(protect.covering(region.path) for region in ctx.regions.regions))
-        before = graph_flops(ctx.captured.graph)
-        self._note_regions(ctx.regions, stage)
-        if self.pruned_encoder and stage is not Stage.ENCODER:
-            check_readers(ctx)
-        layers = LayerTokens(ctx.regions, stage.value)
-        for node in ctx.captured.graph.find_nodes(op="call_function", target=FEATURE_SCORES):
-            self._score_features(ctx, node)
-        changed: list[StepReport] = []
+        if self.recipe is not None and self.recipe.protect is not None:
+            ctx.leading_tokens = self.recipe.protect.leading_tokens
+
+    def plan(self, ctx: Context, stage: str) -> Plan:
+        """What the recipe will do to the graph of ``ctx``, in which regions were found; changes nothing."""
+        steps = []
         for index, (step, method) in enumerate(self.passes):
             ctx.step = index
-            if changed and step.region in LOCAL:
-                ctx.regions = find_regions(ctx.captured.graph)  # earlier steps moved what these regions are made of
-            if self._apply(ctx, step, method, self.report.steps[index], stage):
-                changed.append(self.report.steps[index])
-        after = graph_flops(ctx.captured.graph)
-        for entry in changed:
-            entry.flop_ratio = before / max(after, 1)
-        if not any(layer["stage"] == stage for layer in self.report.layers):
-            self.report.layers += layers.after()
-
-    @property
-    def wants_scores(self) -> bool:
-        """Whether a pass scores image features inside the image encoder."""
-        return any(method.scores_features for _, method in self.passes)
-
-    def _score_features(self, ctx: Context, marker: fx.Node) -> None:
-        for index, (_, method) in enumerate(self.passes):
-            if not method.scores_features:
+            if not method.acts_in(stage) or (step.region in MERGED and not ctx.merges):
                 continue
+            steps.append(self._plan_step(ctx, step, method, stage))
+        return Plan(stage, ctx.regions, steps)
+
+    def _plan_step(self, ctx: Context, step: Step, method: Pass, stage: str) -> PlannedStep:
+        planned = PlannedStep(ctx.step, step.pass_)
+        for region in self._candidates(ctx, step):
+            if ctx.prepared is not None and ctx.prepared.has(step.pass_, ctx.key(region)):
+                planned.state.append(region.path)
             try:
-                scores = method.score_features(ctx, marker.args[0])  # type: ignore[arg-type]
+                planned.taken[region] = method.plan(ctx, region)
             except NarrowError as error:
-                self.report.steps[index].status, self.report.steps[index].reason = "condition_failed", str(error)
-                continue
-            marker.replace_all_uses_with(scores)
-            self.scored_features = True
+                planned.refused[region] = error
+        if not planned.taken and not planned.refused:
+            planned.reason = miss(ctx, step, self.recipe, stage)
+        return planned
 
     def _candidates(self, ctx: Context, step: Step) -> list[Region]:
         """The regions that a step is for.
@@ -131,29 +119,108 @@ class Matching:
             raise RecipeError(f"steps[{ctx.step}] ({step.pass_}): {outside}")
         return found
 
-    def _apply(self, ctx: Context, step: Step, method: Pass, entry: StepReport, stage: Stage) -> bool:
-        """Apply one step (or observe for it), note what came of it; whether the graph was changed."""
-        if (self.observing and method.calibration == "none") or (stage is Stage.DECODE and method.stage == "prefill"):
-            return False
-        if not ctx.merges and step.region in MERGED:
-            return False
-        problems: list[tuple[str, NarrowError]] = []  # with the path of the region; several can have one
+    # .. rewrite
+
+    def rewrite(self, ctx: Context, stage: str) -> None:
+        """Apply the recipe to one graph and note in the report what happened."""
+        self.find(ctx)
+        self.expectations.cover(ctx.regions)
+        before = graph_flops(ctx.captured.graph)
+        self._note_regions(ctx, stage)
+        if self.pruned_encoder and stage != "encoder":
+            check_readers(ctx)
+        layers = LayerTokens(ctx.regions, stage)
+        for node in ctx.captured.graph.find_nodes(op="call_function", target=FEATURE_SCORES):
+            self._score_features(ctx, node)
+        if self.observed is not None:
+            self._observe(ctx, stage)
+        else:
+            plan = self.plan(ctx, stage)
+            self._note_plan(ctx, plan)
+            changed = self._by(ctx, plan)
+            after = graph_flops(ctx.captured.graph)
+            for entry in changed:
+                entry.flop_ratio = before / max(after, 1)
+        if not any(layer["stage"] == stage for layer in self.report.layers):
+            self.report.layers += layers.after()
+
+    def _by(self, ctx: Context, plan: Plan) -> list[StepReport]:
+        """Rewrite the graph by ``plan``; the reports of the steps that changed it."""
+        changed: list[StepReport] = []
+        for planned in plan.steps:
+            ctx.step = planned.index
+            step, method = self.passes[planned.index]
+            if changed:  # earlier steps moved what the regions of this one are made of
+                if step.region in LOCAL:
+                    ctx.regions = find_regions(ctx.captured.graph)
+                planned = self._plan_step(ctx, step, method, plan.stage)
+            if self._apply(ctx, planned, plan.stage):
+                changed.append(self.report.steps[planned.index])
+        return changed
+
+    def _apply(self, ctx: Context, planned: PlannedStep, stage: str) -> bool:
+        """Apply one step and note what came of it; whether the graph was changed."""
+        (step, method), entry = self.passes[planned.index], self.report.steps[planned.index]
+        problems = [(region.path, error) for region, error in planned.refused.items()]  # several can have one path
         done: list[Region] = []
         details: dict[str, dict[str, Any]] = {}
-        for region in self._candidates(ctx, step):
+        for region in planned.taken:
             try:
-                if self.observing:
-                    seen = self._seen(ctx, region)
-                    method.observe(ctx, region, seen)
-                    self.seen.setdefault(ctx.step, {})[seen.key] = seen
-                else:
-                    details[region.path] = method.apply(ctx, region)
+                details[region.path] = method.apply(ctx, region)
                 done.append(region)
             except NarrowError as error:
                 problems.append((region.path, error))
-                if self.observing:
-                    self._forget(ctx, region)
-        reasons = list(dict.fromkeys(str(p) for _, p in problems))
+        self._note(entry, done, problems, planned.reason, stage, step, method)
+        entry.details.update(merged_details(details))
+        return bool(done)
+
+    def _observe(self, ctx: Context, stage: str) -> None:
+        """Let the passes that are calibrated put their observers on the graph."""
+        assert self.observed is not None
+        for index, (step, method) in enumerate(self.passes):
+            ctx.step = index
+            if method.calibration == "none" or not method.acts_in(stage) or (step.region in MERGED and not ctx.merges):
+                continue
+            problems: list[tuple[str, NarrowError]] = []
+            done: list[Region] = []
+            for region in self._candidates(ctx, step):
+                try:
+                    seen = self.observed.of(ctx, region)
+                    method.observe(ctx, region, seen)
+                    self.observed.note(ctx, seen)
+                    done.append(region)
+                except NarrowError as error:
+                    problems.append((region.path, error))
+                    self.observed.forget(ctx, region)
+            reason = "" if done or problems else miss(ctx, step, self.recipe, stage)
+            self._note(self.report.steps[index], done, problems, reason, stage, step, method)
+
+    def _score_features(self, ctx: Context, marker: fx.Node) -> None:
+        for index, (_, method) in enumerate(self.passes):
+            if not method.scores_features:
+                continue
+            try:
+                scores = method.score_features(ctx, marker.args[0])  # type: ignore[arg-type]
+            except NarrowError as error:
+                self.report.steps[index].status, self.report.steps[index].reason = "condition_failed", str(error)
+                continue
+            marker.replace_all_uses_with(scores)
+            self.scored_features = True
+
+    # .. the report
+
+    def _note(
+        self,
+        entry: StepReport,
+        done: Sequence[Region],
+        problems: Sequence[tuple[str, NarrowError]],
+        missing: str,
+        stage: str,
+        step: Step,
+        method: Pass,
+    ) -> None:
+        """What one step did to one graph."""
+        reasons = list(dict.fromkeys(str(error) for _, error in problems))
         if entry.matches:
             entry.status = "matched"
             later = self._no_longer(step, method, entry, stage, problems)
@@ -161,21 +228,19 @@ class Matching:
         elif done:
             entry.status, entry.reason = "matched", "; ".join(reasons)
         elif problems:
-            unprofitable = all(isinstance(p, UnprofitableError) for _, p in problems)
+            unprofitable = all(isinstance(error, UnprofitableError) for _, error in problems)
             entry.status, entry.reason = "unprofitable" if unprofitable else "condition_failed", reasons[0]
         elif entry.status in ("structure_miss", "not_captured"):
-            entry.status, entry.reason = "structure_miss", miss(self.recipe, ctx, step, stage)
+            entry.status, entry.reason = "structure_miss", missing
         if done:
             entry.matches = max(entry.matches, len(done))
-            entry.regions = sorted({*entry.regions, *(r.path for r in done)})
-            entry.details.update(merged_details(details))
-        return bool(done) and not self.observing
+            entry.regions = sorted({*entry.regions, *(region.path for region in done)})
 
     def _no_longer(
-        self, step: Step, method: Pass, entry: StepReport, stage: Stage, problems: Sequence[tuple[str, NarrowError]]
+        self, step: Step, method: Pass, entry: StepReport, stage: str, problems: Sequence[tuple[str, NarrowError]]
     ) -> list[str]:
         """Regions that were changed in one graph and stay as they are in another; warns of each once."""
-        if method.stage == "decode" and stage is not Stage.DECODE:
+        if method.stage == "decode" and stage != "decode":
             return []
         texts = dict.fromkeys(
             f"not in another {stage} graph of '{path}': {error}"
@@ -187,29 +252,18 @@ class Matching:
             warnings.warn(f"step '{step.pass_}': " + "; ".join(found), stacklevel=2)
         return found
 
-    def _seen(self, ctx: Context, region: Region) -> Seen:
-        """What calibration has seen of ``region``; noted only once the pass takes the region."""
-        key = ctx.key(region)
-        seen = self.seen.get(ctx.step, {}).get(key)
-        if seen is None:
-            layer, depth = ctx.layer(region) or (None, None)
-            seen = Seen(key, region.path, layer, depth, sums=self.resumed.pop((ctx.step, key), {}))
-        return seen
-
-    def _forget(self, ctx: Context, region: Region) -> None:
-        """A region that was refused before anything was noted of it was not seen."""
-        regions, key = self.seen.get(ctx.step, {}), ctx.key(region)
-        seen = regions.get(key)
-        if seen is not None and not (seen.sums or seen.weights or seen.facts):
-            del regions[key]
-
-    def _note_regions(self, regions: Regions, stage: Stage) -> None:
-        fresh = Report.from_regions(regions)
+    def _note_regions(self, ctx: Context, stage: str) -> None:
+        if any(region.get("stage") == stage for region in self.report.regions):
+            return
+        fresh = Report.from_regions(ctx.regions)
         for item in fresh.regions:
-            item["stage"] = stage.value
-        if not any(r.get("stage") == stage for r in self.report.regions):
-            self.report.regions += fresh.regions
-            self.report.near_misses += fresh.near_misses
+            item["stage"] = stage
+        self.report.regions += fresh.regions
+        self.report.near_misses += fresh.near_misses
+
+    def _note_plan(self, ctx: Context, plan: Plan) -> None:
+        if plan.steps and not any(known["stage"] == plan.stage for known in self.report.plans):
+            self.report.plans.append(plan.as_dict(ctx.captured.graph))
 
 
 def merged_details(details: dict[str, dict[str, Any]]) -> dict[str, Any]:

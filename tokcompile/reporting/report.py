@@ -103,6 +103,8 @@ class Report:
             feed_forward (module paths, or None), feed_forward_kind, tokens_before, tokens_after.
         recipe: name of the recipe, where it has one.
         problems: what the recipe expects and the model does not give, a line each.
+        plans: one dict for the first graph of each stage, made before it was rewritten: stage, steps (step, pass,
+            regions, reason, prepared), cuts (stack, layer, tokens) and predicted_flop_ratio.
     """
 
     model: str = ""
@@ -113,6 +115,7 @@ class Report:
     layers: list[dict[str, Any]] = field(default_factory=list)
     recipe: str = ""
     problems: list[str] = field(default_factory=list)
+    plans: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def from_regions(cls, regions: Regions, model: str = "") -> Report:
@@ -184,6 +187,8 @@ class Report:
             console.print(_regions_table(self.regions))
         else:
             lines.add("No region found.")
+        if self.plans:
+            console.print(_plans_table(self.plans))
         if self.steps:
             console.print(_steps_table(self.steps))
         for number, step in enumerate(self.steps):
@@ -223,6 +228,7 @@ def _fields(report: Report) -> dict[str, Any]:
         "layers": report.layers,
         "recipe": report.recipe,
         "problems": report.problems,
+        "plans": report.plans,
     }
 
 
@@ -239,7 +245,7 @@ class _Lines:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="", header_style="", box=None, pad_edge=False)
     for column in columns:
-        right = column in ("count", "matches", "nodes", "seconds", "FLOPs before/after")
+        right = column in ("count", "matches", "regions", "nodes", "seconds", "FLOPs before/after")
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     return table
 
@@ -258,6 +264,24 @@ def _regions_table(regions: list[dict[str, Any]]) -> Table:
         stage, _, kind, _, variant = key
         row = [kind, str(len(groups[key])), path_glob(groups[key]) or "(model)", variant]
         table.add_row(*([stage] if any(stages) else []), *row)
+    return table
+
+
+def _plans_table(plans: list[dict[str, Any]]) -> Table:
+    """What each stage was planned to become, before it was rewritten."""
+    table = _table("\nPlan", "stage", "pass", "regions", "tokens from layer on", "FLOPs before/after")
+    for plan in plans:
+        cuts = ", ".join(f"{cut['layer']}: {'?' if cut['tokens'] is None else cut['tokens']}" for cut in plan["cuts"])
+        ratio = plan["predicted_flop_ratio"]
+        for number, step in enumerate(plan["steps"]):
+            first = number == 0
+            table.add_row(
+                plan["stage"] if first else "",
+                step["pass"],
+                str(len(step["regions"])),
+                cuts if first else "",
+                f"{ratio:.2f}" if first and ratio is not None else "",
+            )
     return table
 
 

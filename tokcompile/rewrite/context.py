@@ -86,6 +86,23 @@ class Context:
         Raises:
             NarrowError: calibration made no state for the region.
         """
+        key, facts = self.key(region), self.facts(pass_name, region)
+        assert self.prepared is not None
+        nodes = {}
+        for name, tensor in self.prepared.tensors(pass_name, key).items():
+            with self.captured.graph.inserting_after(self.captured.placeholders[-1]):
+                node = self.captured.graph.placeholder(f"{pass_name}_{name}_{len(self.inputs)}")
+            node.meta["val"] = self.captured.fake(tensor)
+            self.inputs[node] = StateInput(pass_name, key, name)
+            nodes[name] = node
+        return nodes, facts
+
+    def facts(self, pass_name: str, region: Region) -> dict[str, Any]:
+        """The facts of the prepared state of a region; changes nothing.
+
+        Raises:
+            NarrowError: calibration made no state for the region.
+        """
         key = self.key(region)
         if self.prepared is None or not self.prepared.has(pass_name, key):
             raise self.refuse(
@@ -94,14 +111,7 @@ class Context:
                 "pass calibration= to tokcompile.optimize, with inputs that run "
                 "through it",
             )
-        nodes = {}
-        for name, tensor in self.prepared.tensors(pass_name, key).items():
-            with self.captured.graph.inserting_after(self.captured.placeholders[-1]):
-                node = self.captured.graph.placeholder(f"{pass_name}_{name}_{len(self.inputs)}")
-            node.meta["val"] = self.captured.fake(tensor)
-            self.inputs[node] = StateInput(pass_name, key, name)
-            nodes[name] = node
-        return nodes, self.prepared.facts[pass_name, key]
+        return self.prepared.facts[pass_name, key]
 
     def remember(
         self,

@@ -107,7 +107,7 @@ class CompiledGraph:
         )
         captured.graph_module.recompile()
         session.check_matches(self.stage)
-        if not session.observing:
+        if session.observed is None:
             fold_constants(captured)
         if session.lowering == "eager":
             propagate(captured)  # Inductor traces the graph anyway, and so derives every shape

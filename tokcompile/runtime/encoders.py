@@ -116,7 +116,13 @@ class Part(_EncoderStage):
     """A module inside a model, or a method of it, that some method other than ``forward`` calls by itself."""
 
     def __init__(self, owner: nn.Module, name: str, session: Session, stage: Stage = Stage.ENCODER) -> None:
-        self._tokcompile_owner, self.name, self.session, self.stage, self.failures = owner, name, session, stage, Failures()
+        self._tokcompile_owner, self.name, self.session, self.stage, self.failures = (
+            owner,
+            name,
+            session,
+            stage,
+            Failures(),
+        )
         self.original = original = getattr(type(owner), name)
         functools.update_wrapper(self, types.MethodType(original, owner))
 

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from tokcompile.errors import CacheError, TokcompileError
-from tokcompile.kinds import Stage
-from tokcompile.plan.expectations import MERGED
+from tokcompile.kinds import MERGED, Stage
 from tokcompile.runtime.cache import adopt, append_held, cache_argument, layers_of, note_held
 from tokcompile.runtime.calls import Call
 from tokcompile.runtime.compiled_call import CAPTURE_FAILURES, CompiledStage, by_name, captured_only

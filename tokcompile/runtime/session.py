@@ -10,13 +10,16 @@ from torch import fx
 
 from tokcompile.kinds import Stage
 from tokcompile.plan.apply import Matching
-from tokcompile.plan.expectations import Expectations
-from tokcompile.plan.pass_base import Pass, Seen
+from tokcompile.plan.expectations import check_supported
+from tokcompile.plan.observed import Observed
+from tokcompile.plan.pass_base import Pass
 from tokcompile.recipes import Recipe, Step
-from tokcompile.reporting.report import Report, StageReport
+from tokcompile.registry import get_pass
+from tokcompile.reporting.report import Report, StageReport, StepReport
 from tokcompile.rewrite.context import Context
 from tokcompile.runtime.calls import Calls
 from tokcompile.runtime.compiled_graph import CompiledGraph
+from tokcompile.runtime.fallback import Fallbacks
 from tokcompile.runtime.memories import Memories
 from tokcompile.runtime.recording import Recordings
 from tokcompile.state import PreparedState
@@ -26,7 +29,8 @@ class Session:
     """See the module. One for each optimized model; only its methods change it.
 
     Attributes:
-        matching: what the recipe matches, and the report. expectations: who says so when it does not.
+        matching: what the recipe matches. report: of that. fallbacks: calls that ran without a graph.
+        observed: what calibration saw; None where graphs are rewritten.
         graphs: what Dynamo captured, each with its compiled variants.
         recordings: who listens to what is kept. remembered: what decode steps hand on.
         calls: what is being called in each thread.
@@ -53,10 +57,19 @@ class Session:
             visual_mask: arguments of a call -> bool ``[B, S]``, or None where these do not say: the tokens of images.
         """
         self.recipe, self.lowering, self.on_no_match = recipe, lowering, on_no_match
-        self.prepared, self.observing, self.visual_mask = state, observing, visual_mask
+        self.prepared, self.visual_mask = state, visual_mask
         self.counting = True
-        self.matching = Matching(recipe, on_no_match=on_no_match, model=model, observing=observing)
-        self.expectations = Expectations(self.matching)
+        self.report = Report(model=model, recipe=recipe.name if recipe is not None else "")
+        self.passes: list[tuple[Step, Pass]] = []
+        if recipe is not None:
+            self.passes = [(step, get_pass(step.pass_)(step.params)) for step in recipe.steps]
+            check_supported(recipe)
+        self.report.steps = [
+            StepReport(step.pass_, "structure_miss", reason="no graph was captured yet") for step, _ in self.passes
+        ]
+        self.observed = Observed() if observing else None
+        self.matching = Matching(recipe, self.passes, self.report, on_no_match, self.observed)
+        self.fallbacks = Fallbacks(self.matching)
         self.graphs: list[CompiledGraph] = []
         self.recordings, self.remembered, self.calls = Recordings(), Memories(), Calls()
         self.origin: dict[str, tuple[int, torch.dtype]] = {}
@@ -76,18 +89,6 @@ class Session:
     # .. what is matched
 
     @property
-    def passes(self) -> list[tuple[Step, Pass]]:
-        return self.matching.passes
-
-    @property
-    def report(self) -> Report:
-        return self.matching.report
-
-    @property
-    def seen(self) -> dict[int, dict[str, Seen]]:
-        return self.matching.seen
-
-    @property
     def scored_features(self) -> bool:
         return self.matching.scored_features
 
@@ -100,12 +101,9 @@ class Session:
         self.matching.rewrite(ctx, stage)
 
     def check_matches(self, stage: Stage) -> None:
-        """See :meth:`Expectations.check`."""
-        self.expectations.check(stage)
-
-    def resume(self, step: int, key: str, sums: dict[str, Any]) -> None:
-        """Go on from the sums of an earlier calibration."""
-        self.matching.resumed[step, key] = sums
+        """See :meth:`tokcompile.plan.expectations.Expectations.check`."""
+        if self.observed is None:
+            self.matching.expectations.check(stage)
 
     # .. what is compiled
 
@@ -138,15 +136,15 @@ class Session:
     def served(self, stage: Stage) -> None:
         """A graph took this part of a call."""
         self.calls.note(stage)
-        self.expectations.served(stage)
+        self.fallbacks.served(stage)
 
     def fell_back(self, stage: Stage, reason: str) -> None:
-        """This part of a call ran uncompiled; see :meth:`Expectations.fell_back`."""
-        self.expectations.fell_back(stage, reason)
+        """This part of a call ran uncompiled; see :meth:`Fallbacks.fell_back`."""
+        self.fallbacks.fell_back(stage, reason)
 
     def never_reached(self, what: str, why: str) -> None:
-        """No graph took part in a whole call; see :meth:`Expectations.never_reached`."""
-        self.expectations.never_reached(what, why)
+        """No graph took part in a whole call; see :meth:`Fallbacks.never_reached`."""
+        self.fallbacks.never_reached(what, why)
 
     # .. what is known of the tensors of the dense model
 

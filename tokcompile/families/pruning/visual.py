@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import Field
@@ -10,6 +11,7 @@ from torch import Tensor, fx
 from tokcompile.capture.sizes import hint
 from tokcompile.families.pruning.compact import Compact
 from tokcompile.plan.pass_base import Pass
+from tokcompile.plan.plan import LayerCut, Taken
 from tokcompile.recipes import Budget
 from tokcompile.regions.model import Region
 from tokcompile.registry import PassParams, about
@@ -54,6 +56,19 @@ class VisualSelection(Pass):
         """
         raise NotImplementedError
 
+    def plan(self, ctx: Context, region: Region) -> Taken:
+        ctx.check(region.roles["output"], suffix=1)
+        stack = ctx.stack_below(region.roles["output"])
+        return Taken(stack, self.cuts(ctx, region, stack))
+
+    def cuts(self, ctx: Context, region: Region, stack: Region | None) -> tuple[LayerCut, ...]:
+        """Where :meth:`apply` removes tokens of ``stack``; a method that cuts again below says so here."""
+        visual, tokens = visual_tokens(region)
+        return (LayerCut(0, None if visual is None else tokens - visual + self.params.keep.count(visual)),)
+
+    def cut_layers(self, depth: int) -> list[int]:
+        return [0]
+
     def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
         return self.select(ctx, region)
 
@@ -92,3 +107,17 @@ class VisualSelection(Pass):
             value=None if tokens is merged else tokens,
         )
         return {"tokens_before": hint(merged.meta["val"].shape[1]), "tokens_after": hint(size)}
+
+
+def visual_tokens(region: Region) -> tuple[int | None, int]:
+    """How many tokens of a row are visual in the captured call (about: rows may differ), and how many there are.
+
+    The first is None where the region does not show its features row by row.
+    """
+    rows, tokens = (hint(size) for size in region.roles["output"].meta["val"].shape[:2])
+    features = region.roles.get("features")
+    value = None if features is None else features.meta.get("val")
+    if not isinstance(value, Tensor) or value.dim() < 2:
+        return None, tokens
+    count = math.prod(hint(size) for size in value.shape[:-1])
+    return min(tokens, -(-count // max(rows, 1))), tokens
