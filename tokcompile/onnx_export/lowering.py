@@ -42,6 +42,7 @@ from tokcompile.capture.captured import Captured
 from tokcompile.capture.graph import module_path, source_line
 from tokcompile.capture.trace import ASSERTIONS, inline, propagate
 from tokcompile.errors import ExportError
+from tokcompile.kinds import Stage as CallStage
 from tokcompile.onnx_export.repairs import REPAIRS, WAYS_OUT
 from tokcompile.onnx_export.simplify import simplify
 from tokcompile.regions.model import Regions
@@ -295,7 +296,7 @@ def rewrite(found: CapturedStage, session: Session, name: str) -> Context:
     """Apply the passes; sizes that depend on data stay open, and rows may always keep different numbers of tokens."""
     added = AddedInputs(found.captured, session.prepared, always_ragged=True)
     ctx = Context(found.captured, Regions(), found.args, added=added)
-    session.rewrite(ctx, name)
+    session.rewrite(ctx, CallStage(name))
     return ctx
 
 
