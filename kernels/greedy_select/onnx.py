@@ -43,7 +43,7 @@ def decompose(
 
     Args:
         features: float [B, S, D].
-        segment: int64 [B, S], see ``tokcompile.selection.segments``.
+        segment: int64 [B, S], see ``tokcompile.rewrite.selection.segments``.
         budget: int64 [B, S].
         criterion: "max_sum", "k_center" or "herding".
         pivot: float [B, S] or None.
