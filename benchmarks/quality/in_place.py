@@ -21,7 +21,8 @@ from tokcompile.families.moe import experts
 from tokcompile.families.sparse_attention.decode.base import SparseDecode
 from tokcompile.families.sparse_attention.decode.lists import ends, joined, listed
 from tokcompile.families.stem import token_table
-from tokcompile.kernels.embedding_gate import embedding_gate, linear_where, rows
+from tokcompile.kernels.embedding_gate import embedding_gate, rows
+from tokcompile.kernels.linear_where import linear_where
 from tokcompile.kernels.token_list_attention import token_list_attention
 from tokcompile.kernels.token_sparse_attention import (  # noqa: F401  sparse_prefill registers its operation
     op as sparse_prefill,

@@ -40,6 +40,7 @@ from tokcompile.formulas import feed_forward as ffn
 from tokcompile.plan.pass_base import Pass, Seen
 from tokcompile.plan.plan import Taken
 from tokcompile.regions.model import Region
+from tokcompile.regions.places import layers_meant
 from tokcompile.registry import PassParams, about, register
 from tokcompile.rewrite.context import Context
 
@@ -157,7 +158,7 @@ class MoeFromDense(Pass):
             with torch.no_grad():
                 made[key] = self._convert(layer, self.params.seed + number)
         ranked = sorted(made, key=lambda key: (made[key][1]["error"], seen[key].layer or 0))
-        chosen = set(ranked[: experts.layers_meant(self.params.convert, len(ranked))])
+        chosen = set(ranked[: layers_meant(self.params.convert, len(ranked))])
         for key, (_, facts) in made.items():
             facts |= {"converted": key in chosen, "of": len(chosen)}
         return {key: (tensors if key in chosen else {}, facts) for key, (tensors, facts) in made.items()}

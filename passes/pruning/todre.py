@@ -28,6 +28,7 @@ from tokcompile.kernels.greedy_select import op as _op  # noqa: F401  registers 
 from tokcompile.plan.plan import LayerCut
 from tokcompile.recipes import Budget
 from tokcompile.regions.model import Region
+from tokcompile.regions.places import stack_below
 from tokcompile.registry import about, register
 from tokcompile.rewrite.context import Context
 
@@ -87,7 +88,7 @@ class ToDRE(VisualSelection):
         return (*found, LayerCut(layer + 1, None if visual is None else tokens - visual))
 
     def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
-        stack = ctx.stack_below(region.roles["output"])
+        stack = stack_below(ctx.regions, region.roles["output"])
         layer = None if stack is None else self.late_layer(len(stack.layers))
         details = super().apply(ctx, region)
         if stack is None or layer is None:

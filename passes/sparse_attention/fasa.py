@@ -27,7 +27,8 @@ from torch import Tensor, fx
 from tokcompile.errors import CalibrationError
 from tokcompile.families.scores import Scores
 from tokcompile.families.sparse_attention.decode.base import SparseDecode, SparseDecodeParams
-from tokcompile.formulas.attention import HIDDEN, AttentionForm, read_attention
+from tokcompile.formulas.attention import AttentionForm, read_attention
+from tokcompile.formulas.mask import is_visible
 from tokcompile.formulas.rope import read_rope
 from tokcompile.plan.pass_base import Seen
 from tokcompile.regions.model import Region
@@ -72,7 +73,7 @@ class Fasa(SparseDecode):
             length, new = key.shape[2], query.shape[2]
             visible = torch.ones(new, length, dtype=torch.bool, device=key.device).tril(length - new)[None, None]
             for mask in masks:
-                visible = mask if mask.dtype == torch.bool else mask > HIDDEN
+                visible = is_visible(mask)
             visible = visible.expand(query.shape[0], -1, new, length)
             rows = torch.linspace(new // 2, new - 1, min(self.params.queries, new)).round().long().unique()
             for row in rows.tolist():

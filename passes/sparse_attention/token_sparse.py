@@ -20,6 +20,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, fx
 
+from tokcompile.capture.sizes import equal
 from tokcompile.errors import CalibrationError, UnprofitableError
 from tokcompile.formulas.attention import AttentionForm, read_attention
 from tokcompile.formulas.mask import MaskForm, read_mask
@@ -27,6 +28,7 @@ from tokcompile.kernels.token_sparse_attention import op as _ops  # noqa: F401  
 from tokcompile.plan.pass_base import Pass, Seen
 from tokcompile.plan.plan import Taken
 from tokcompile.regions.model import Layer, Region
+from tokcompile.regions.places import layers_meant
 from tokcompile.registry import PassParams, about, register
 from tokcompile.rewrite.context import Context
 
@@ -229,7 +231,7 @@ class TokenSparse(Pass):
                 )
             return float(facts["drift"])
         place = ctx.layer(region)
-        if place is not None and place[0] < place[1] - max(1, math.floor(self.params.calm * place[1] + 0.5)):
+        if place is not None and place[0] < place[1] - layers_meant(self.params.calm, place[1]):
             raise UnprofitableError(
                 f"layer {place[0]} of {place[1]} is not among the upper {self.params.calm:g}, "
                 "which become sparse without calibration; it stays dense",
@@ -248,9 +250,8 @@ def _layer(ctx: Context, region: Region) -> Layer | None:
 
 def _is_prefill(ctx: Context, region: Region) -> bool:
     """As many queries as keys, and more than one."""
-    sizes = [region.shapes["S"], region.shapes["T"]]
-    one, other = (s.node.expr if isinstance(s, torch.SymInt) else s for s in sizes)
-    return bool(one == other) and one != 1
+    queries, keys = region.shapes["S"], region.shapes["T"]
+    return equal(queries, keys) and not equal(queries, 1)
 
 
 def _under_pruning(ctx: Context, region: Region) -> bool:
@@ -259,4 +260,4 @@ def _under_pruning(ctx: Context, region: Region) -> bool:
     from tokcompile.regions.flow import Flow
 
     mask: fx.Node | None = region.roles.get("mask")
-    return bool(ctx.kept) and mask is not None and is_causal(Flow(ctx.captured.graph), region)
+    return bool(ctx.cuts.kept) and mask is not None and is_causal(Flow(ctx.captured.graph), region)

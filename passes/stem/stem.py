@@ -38,11 +38,13 @@ from tokcompile.families.stem import token_table
 from tokcompile.formulas import feed_forward as ffn
 from tokcompile.formulas.token_ids import first_for, ids_for
 from tokcompile.kernels.activation import activate
-from tokcompile.kernels.embedding_gate import embedding_gate, linear_where, rows
+from tokcompile.kernels.embedding_gate import embedding_gate, rows
 from tokcompile.kernels.host_rows import await_rows, fetch_rows, unique_ids
+from tokcompile.kernels.linear_where import linear_where
 from tokcompile.plan.pass_base import Pass, Seen
 from tokcompile.plan.plan import Taken
 from tokcompile.regions.model import Region
+from tokcompile.regions.places import layers_meant
 from tokcompile.registry import PassParams, about, register
 from tokcompile.rewrite.context import Context
 
@@ -138,7 +140,7 @@ class Stem(Pass):
             except ValueError as error:
                 raise CalibrationError(f"stem: {key}: {error}; calibrate with text that runs through it") from error
         ranked = sorted(fitted, key=lambda key: (-_score(fitted[key]), seen[key].layer or 0))
-        chosen = set(ranked[: _count(self.params.convert, len(ranked))])
+        chosen = set(ranked[: layers_meant(self.params.convert, len(ranked))])
         result: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
         for key, table in fitted.items():
             like = seen[key].weights["up"]
@@ -286,8 +288,3 @@ def _without(ids: Tensor, first: Tensor) -> Tensor:
 
 def _score(table: token_table.Table) -> float:
     return -math.inf if math.isnan(table.score) else table.score
-
-
-def _count(convert: float | int, layers: int) -> int:
-    """How many layers ``convert`` means: at least one."""
-    return min(convert, layers) if isinstance(convert, int) else max(1, math.floor(convert * layers + 0.5))

@@ -9,6 +9,7 @@ from torch import fx
 
 from tokcompile.capture.captured import Captured
 from tokcompile.capture.ops import is_in_place
+from tokcompile.errors import NarrowError
 
 
 def erase(node: fx.Node) -> None:
@@ -59,10 +60,15 @@ def module_path(node: fx.Node) -> str:
     return clean_path(next(reversed(stack.values()))[0])
 
 
+#: Attribute of what stands in the place of a module's method: the module. Its name is no part of a path.
+OWNER = "_tokcompile_owner"
+
+
 def clean_path(path: str) -> str:
     path = re.sub(r"^L\[['\"]\w+['\"]\]\.?", "", path)
     path = re.sub(r"\._modules\[['\"]([^'\"]+)['\"]\]", r".\1", "." + path)
     path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path)
+    path = re.sub(rf"\.\w+\.{OWNER}\b", "", path)
     return path.lstrip(".").removeprefix("_orig_mod.")
 
 
@@ -70,3 +76,8 @@ def source_line(node: fx.Node) -> str:
     """``file:line`` of the model code that made ``node``, the innermost frame ("" if unknown)."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
+
+
+def refuse(node: fx.Node, reason: str) -> NarrowError:
+    """The error, to be raised, that says why ``node`` is left as it is and which line of the model makes it."""
+    return NarrowError(reason, node=node.name, path=module_path(node), source=source_line(node))

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from tokcompile.api import RecipeLike, optimize
+from tokcompile.capture.sizes import hint
 from tokcompile.errors import ExportError
+from tokcompile.kinds import Stage as CallStage
 from tokcompile.onnx_export import parity
 from tokcompile.onnx_export.files import (
     INLINE_BYTES,
@@ -209,7 +211,7 @@ class _Job:
         else:
             check_kind(self.model)
             self._generative()
-        self.session.check_matches(None)
+        self.session.check_matches(CallStage.WHOLE)
 
     def _check_steps(self) -> None:
         """Refuse steps for one kind of call, where one file serves all of them, and positions that it cannot move.
@@ -245,10 +247,10 @@ class _Job:
             ctx = rewrite(found, self.session, name)
             self._note_kept(name, ctx)
         if name in ("forward", "prefill"):
-            self.session.check_matches(name)
+            self.session.check_matches(CallStage(name))
         self.lowered[role] = lower(found, ctx, opset=self.opset, target=self.target)
         self.paths[role] = path
-        return sorted({kept.layer for kept in ctx.kept}) if ctx is not None else []
+        return sorted({kept.layer for kept in ctx.cuts.kept}) if ctx is not None else []
 
     def _generative(self) -> None:
         model, session = self.model, self.session
@@ -275,7 +277,7 @@ class _Job:
             if session.wants_scores:
                 scores = made["image_scores"]
                 if not session.scored_features:
-                    session.check_matches("prefill")
+                    session.check_matches(CallStage.PREFILL)
             self._stage("embed_tokens", "onnx/embed_tokens.onnx", embed_stage(model, ids), "embedding", passes=False)
         elif rest:
             raise ExportError(f"inputs {', '.join(rest)}: a decoder takes input_ids and attention_mask")
@@ -367,7 +369,7 @@ class _Job:
             path = region.path or name
             cuts = {
                 k.layer: k
-                for k in ctx.kept
+                for k in ctx.cuts.kept
                 if not region.layers or any(k.path == layer.path for layer in region.layers)
             }
             if not cuts:
@@ -379,7 +381,7 @@ class _Job:
                     {
                         "stack": path,
                         "layers": list(range(start, end)),
-                        "tokens": _number(kept),
+                        "tokens": hint(kept),
                         "of": before[region.path],
                     }
                 )
@@ -505,11 +507,7 @@ def plain(value: Any) -> Any:
     return (
         value
         if isinstance(value, (str, int, float, bool, type(None)))
-        else _number(value)
+        else hint(value)
         if isinstance(value, torch.SymInt)
         else str(value)
     )
-
-
-def _number(size: Any) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)

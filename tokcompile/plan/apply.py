@@ -12,7 +12,7 @@ from tokcompile.capture.canonical import canonicalise
 from tokcompile.capture.flops import graph_flops
 from tokcompile.capture.markers import FEATURE_SCORES
 from tokcompile.errors import NarrowError, RecipeError, UnprofitableError
-from tokcompile.kinds import LOCAL
+from tokcompile.kinds import LOCAL, MERGED
 from tokcompile.plan.expectations import Expectations, miss
 from tokcompile.plan.layer_tokens import LayerTokens
 from tokcompile.plan.observed import Observed
@@ -23,6 +23,7 @@ from tokcompile.regions import find_regions
 from tokcompile.regions.model import Region
 from tokcompile.regions.places import layer_of, region_keys
 from tokcompile.reporting.report import Report, StepReport
+from tokcompile.reporting.status import Status
 from tokcompile.rewrite.context import Context
 from tokcompile.rewrite.pruned_cache import check_readers, narrow_pruned_cache
 
@@ -75,7 +76,7 @@ class Matching:
         steps = []
         for index, (step, method) in enumerate(self.passes):
             ctx.step = index
-            if not method.acts_in(stage):
+            if not method.acts_in(stage) or (step.region in MERGED and not ctx.merges):
                 continue
             steps.append(self._plan_step(ctx, step, method, stage))
         return Plan(stage, ctx.regions, steps)
@@ -90,7 +91,7 @@ class Matching:
             except NarrowError as error:
                 planned.refused[region] = error
         if not planned.taken and not planned.refused:
-            planned.reason = miss(ctx.regions, step, self.recipe, stage)
+            planned.reason = miss(ctx, step, self.recipe, stage)
         return planned
 
     def _candidates(self, ctx: Context, step: Step) -> list[Region]:
@@ -179,7 +180,7 @@ class Matching:
         assert self.observed is not None
         for index, (step, method) in enumerate(self.passes):
             ctx.step = index
-            if method.calibration == "none" or not method.acts_in(stage):
+            if method.calibration == "none" or not method.acts_in(stage) or (step.region in MERGED and not ctx.merges):
                 continue
             problems: list[tuple[str, NarrowError]] = []
             done: list[Region] = []
@@ -192,7 +193,7 @@ class Matching:
                 except NarrowError as error:
                     problems.append((region.path, error))
                     self.observed.forget(ctx, region)
-            reason = "" if done or problems else miss(ctx.regions, step, self.recipe, stage)
+            reason = "" if done or problems else miss(ctx, step, self.recipe, stage)
             self._note(self.report.steps[index], done, problems, reason, stage, step, method)
 
     def _score_features(self, ctx: Context, marker: fx.Node) -> None:
@@ -202,7 +203,7 @@ class Matching:
             try:
                 scores = method.score_features(ctx, marker.args[0])  # type: ignore[arg-type]
             except NarrowError as error:
-                self.report.steps[index].status, self.report.steps[index].reason = "condition_failed", str(error)
+                self.report.steps[index].status, self.report.steps[index].reason = Status.CONDITION_FAILED, str(error)
                 continue
             marker.replace_all_uses_with(scores)
             self.scored_features = True
@@ -221,16 +222,18 @@ class Matching:
     ) -> None:
         """What one step did to one graph."""
         reasons = list(dict.fromkeys(str(error) for _, error in problems))
-        if entry.status == "matched":
+        if entry.matches:
+            entry.status = Status.MATCHED
             later = self._no_longer(step, method, entry, stage, problems)
             entry.reason = "; ".join(filter(None, (entry.reason, *later)))
         elif done:
-            entry.status, entry.reason = "matched", "; ".join(reasons)
+            entry.status, entry.reason = Status.MATCHED, "; ".join(reasons)
         elif problems:
             unprofitable = all(isinstance(error, UnprofitableError) for _, error in problems)
-            entry.status, entry.reason = "unprofitable" if unprofitable else "condition_failed", reasons[0]
-        elif entry.status == "structure_miss":
-            entry.reason = missing
+            entry.status = Status.UNPROFITABLE if unprofitable else Status.CONDITION_FAILED
+            entry.reason = reasons[0]
+        elif entry.status in (Status.NOT_CAPTURED, Status.STRUCTURE_MISS):
+            entry.status, entry.reason = Status.STRUCTURE_MISS, missing
         if done:
             entry.matches = max(entry.matches, len(done))
             entry.regions = sorted({*entry.regions, *(region.path for region in done)})

@@ -9,7 +9,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -18,17 +18,14 @@ from rich.text import Text
 
 from tokcompile.kinds import KINDS
 from tokcompile.regions.model import Regions
+from tokcompile.reporting.html import write
 from tokcompile.reporting.paths import path_glob, path_globs, path_template
+from tokcompile.reporting.status import STATUSES, Status
 
 if TYPE_CHECKING:
     from tokcompile.reporting.bench_result import BenchResult
 
 
-#: Outcome of a step. ``matched``: rewritten. ``structure_miss``: no region of that kind. ``condition_failed``: a
-#: region, but one that cannot be rewritten as it stands. ``rewrite_failed``: the rewrite itself failed.
-#: ``not_captured``: there was no graph. ``unprofitable``: it would not pay.
-Status = Literal["matched", "structure_miss", "condition_failed", "rewrite_failed", "not_captured", "unprofitable"]
-STATUSES: tuple[str, ...] = get_args(Status)
 _WIDTH = 120
 _NEAR_MISSES_SHOWN = 3
 
@@ -39,12 +36,13 @@ class StepReport:
 
     Attributes:
         pass_name: the pass.
-        status: see :data:`Status`.
+        status: see :class:`~tokcompile.reporting.status.Status`; the text of one will do.
         matches: regions rewritten.
         regions: their module paths.
         reason: why not, or what was left out; with the module path and source line where there is one.
         flop_ratio: predicted FLOPs before / after, over the graph that the step is in; None when not predicted.
         details: what the pass has to say: ``tokens_before``, ``tokens_after`` (an int, or a formula as text) and more.
+        fell_back: calls that ran without this step because they could not be captured.
     """
 
     pass_name: str
@@ -54,10 +52,12 @@ class StepReport:
     reason: str = ""
     flop_ratio: float | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    fell_back: int = 0
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
             raise ValueError(f"status should be one of {', '.join(STATUSES)}, found {self.status!r}")
+        self.status = Status(self.status)
 
 
 @dataclass
@@ -70,6 +70,7 @@ class StageReport:
         nodes: nodes of the graph after the rewrite.
         seconds: time to capture, rewrite and lower it.
         compiled: how: "eager", part by part, or as a whole and why.
+        fell_back: calls that ran uncompiled for this reason.
     """
 
     name: str
@@ -78,6 +79,7 @@ class StageReport:
     nodes: int = 0
     seconds: float = 0.0
     compiled: str = ""
+    fell_back: int = 0
 
 
 @dataclass
@@ -158,9 +160,7 @@ class Report:
         Raises:
             TokcompileError: something in ``pictures`` is no picture.
         """
-        from tokcompile.reporting.html import write
-
-        write(self, path, bench=bench, pictures=pictures)
+        write(self.to_dict(), path, bench=bench, pictures=pictures)
 
     def __str__(self) -> str:
         # markup and highlighting off: reasons hold square brackets
@@ -195,7 +195,8 @@ class Report:
             console.print(_stages_table(self.stages))
         for stage in self.stages:
             if stage.reason:
-                lines.add(f"stage {stage.name}: {stage.reason}")
+                times = f" ({stage.fell_back} calls)" if stage.fell_back > 1 else ""
+                lines.add(f"stage {stage.name}{times}: {stage.reason}")
         found = {region["kind"] for region in self.regions}
         missed = [miss for miss in self.near_misses if miss["kind"] not in found]
         for miss in sorted(missed, key=lambda miss: -miss["score"])[:_NEAR_MISSES_SHOWN]:
@@ -203,13 +204,18 @@ class Report:
             lines.add(f"nearly a {miss['kind']}: {miss['reason']} [{place}]")
 
 
+def _counted(entry: StepReport | StageReport) -> dict[str, Any]:
+    """The fields of a step or stage; ``fell_back`` only where it counted something."""
+    return {name: value for name, value in vars(entry).items() if name != "fell_back" or value}
+
+
 def _fields(report: Report) -> dict[str, Any]:
     """The report's fields, steps and stages as dicts; values untouched (a symbolic size cannot be copied)."""
     return {
         "model": report.model,
         "regions": report.regions,
-        "steps": [vars(step) for step in report.steps],
-        "stages": [vars(stage) for stage in report.stages],
+        "steps": [_counted(step) for step in report.steps],
+        "stages": [_counted(stage) for stage in report.stages],
         "near_misses": report.near_misses,
         "layers": report.layers,
         "recipe": report.recipe,
@@ -296,8 +302,10 @@ def _short(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     """A value in JSON types."""
-    if value is None or isinstance(value, bool | str):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, str):
+        return str(value)  # of an enum: its text
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
         return str(value)  # int() would guard on it
     if isinstance(value, numbers.Integral):

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
 from tokcompile.capture.capture import from_dynamo
 from tokcompile.capture.trace import ASSERTIONS, propagate
+from tokcompile.kinds import Stage
 from tokcompile.lower.constants import fold_constants
 from tokcompile.lower.guard import Guard
 from tokcompile.lower.hoist import hoist
 from tokcompile.lower.inductor import lower
 from tokcompile.regions.model import Regions
 from tokcompile.reporting.report import StageReport
+from tokcompile.rewrite.added_inputs import AddedInputs
 from tokcompile.rewrite.context import Context
-from tokcompile.runtime.recording import KeptEntry, ReusedEntry
+from tokcompile.runtime.gate import GATE
+from tokcompile.runtime.owner import Owner
+from tokcompile.runtime.recording import ReusedEntry
 from tokcompile.runtime.variants import Variant
-
-if TYPE_CHECKING:
-    from tokcompile.runtime.session import Session
 
 aten = torch.ops.aten
 
@@ -30,20 +31,29 @@ aten = torch.ops.aten
 class CompiledGraph:
     """What the backend gives Dynamo for one graph: compiles at the first call, and again where sizes differ in kind."""
 
-    def __init__(self, session: Session, graph_module: fx.GraphModule, whole: bool) -> None:
-        self.session, self.graph_module, self.whole = session, graph_module, whole
-        self.stage = session.stage
+    def __init__(self, session: Owner, graph_module: fx.GraphModule, stage: Stage, whole: bool, merges: bool) -> None:
+        self.session, self.graph_module, self.stage = session, graph_module, stage
+        self.whole, self.merges = whole, merges
         self.variants: list[Variant] = []
 
     def __call__(self, *args: Any) -> Any:
-        for variant in self.variants:
+        found = self._fitting(args)
+        if found is None:
+            with GATE.alone():
+                found = self._fitting(args)  # another thread may have been faster
+                if found is None:
+                    variant = self._compile(args)
+                    extra = variant.extra(args)
+                    assert extra is not None
+                    found = variant, extra
+        return self._run(found[0], args, found[1])
+
+    def _fitting(self, args: Sequence[Any]) -> tuple[Variant, list[Any]] | None:
+        for variant in list(self.variants):
             extra = variant.extra(args)
             if extra is not None and variant.guard([*args, *extra]):
-                return self._run(variant, args, extra)
-        variant = self._compile(args)
-        extra = variant.extra(args)
-        assert extra is not None
-        return self._run(variant, args, extra)
+                return variant, extra
+        return None
 
     def _run(self, variant: Variant, args: Sequence[Any], extra: list[int]) -> Any:
         results = variant.run(*args, *extra)
@@ -56,13 +66,11 @@ class CompiledGraph:
             values, reused = handed[: len(memory.outputs)], handed[len(memory.outputs)]
             handed = handed[len(memory.outputs) + 1 :]
             self.session.remembered.put(args[past] if grown is None else results[grown], values, grown is None)
-            for recording in self.session.recordings:
-                name = self.session.passes[memory.step][0].pass_
-                recording.reused.append(ReusedEntry(memory.step, name, memory.path, memory.layer, reused))
-        for recording in self.session.recordings:
-            for item, indices in zip(variant.kept, kept, strict=True):
-                name = self.session.passes[item.step][0].pass_
-                recording.kept.append(KeptEntry(item.step, name, item.path, item.layer, indices.detach().clone()))
+            name = self.session.passes[memory.step][0].pass_
+            self.session.recordings.reused(ReusedEntry(memory.step, name, memory.path, memory.layer, reused))
+        for item, indices in zip(variant.kept, kept, strict=True):
+            name = self.session.passes[item.step][0].pass_
+            self.session.recordings.kept(item.step, name, item.path, item.layer, indices)
         return results
 
     def _compile(self, args: Sequence[Any]) -> Variant:
@@ -70,30 +78,29 @@ class CompiledGraph:
         started = time.perf_counter()
         captured = from_dynamo(self.graph_module, args)
         # the first compilation of a graph of static sizes is static throughout, as torch.compile does it
+        static = not captured.symbols and not self.variants
+        added = AddedInputs(captured, session.prepared, static=static, memories=[])
         ctx = Context(
             captured,
             Regions(),
             args,
             whole=self.whole,
-            static=not captured.symbols and not self.variants,
-            prepared=session.prepared,
             counting=lambda: session.counting,
-            memories=[],
+            added=added,
+            merges=self.merges,
         )
         session.rewrite(ctx, self.stage)
-        if ctx.kept:
-            session.matching.pruned_encoder |= self.stage == "encoder"
         output = next(iter(captured.graph.find_nodes(op="output")))
         results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
         memories = [
             (m, captured.placeholders.index(m.past), None if m.grown is None else results.index(m.grown))
-            for m in ctx.memories or ()
+            for m in ctx.added.memories or ()
         ]
         handed = [n for m, _, _ in memories for n in (*m.outputs, m.reused)]
-        if ctx.kept or handed:
-            output.args = ((*results, *(k.node for k in ctx.kept), *handed),)
-        inputs = [ctx.inputs[node] for node in captured.placeholders[len(args) :]]
-        prologue = hoist(captured, ctx.indices)
+        if ctx.cuts.kept or handed:
+            output.args = ((*results, *(k.node for k in ctx.cuts.kept), *handed),)
+        inputs = [ctx.added.of[node] for node in captured.placeholders[len(args) :]]
+        prologue = hoist(captured, ctx.cuts.indices)
         captured.graph.eliminate_dead_code(
             is_impure_node=lambda n: n.is_impure() and n.target not in (aten.item.default, *ASSERTIONS)
         )
@@ -107,9 +114,9 @@ class CompiledGraph:
         variant = Variant(
             run,
             Guard(captured),
-            ctx.sizes,
-            ctx.ragged,
-            ctx.kept,
+            ctx.added.sizes,
+            ctx.added.ragged,
+            ctx.cuts.kept,
             prologue,
             inputs,
             session.prepared,
@@ -117,13 +124,14 @@ class CompiledGraph:
             session.remembered,
         )
         self.variants.append(variant)
-        session.report.stages.append(
+        session.note_compiled(
             StageReport(
-                name=self.stage,
+                name=self.stage.value,
                 captured=True,
                 nodes=len(captured.graph.nodes),
                 compiled=compiled,
                 seconds=time.perf_counter() - started,
-            )
+            ),
+            cut=bool(ctx.cuts.kept),
         )
         return variant

@@ -14,6 +14,7 @@ from tokcompile.errors import NarrowError
 from tokcompile.families.pruning.restore import Restored
 from tokcompile.families.scores import Scores, read_scores
 from tokcompile.formulas.attention import read_attention
+from tokcompile.formulas.mask import is_hidden
 from tokcompile.plan.pass_base import Pass
 from tokcompile.plan.plan import LayerCut, Taken
 from tokcompile.recipes import Budget
@@ -251,5 +252,4 @@ def _mask(ctx: Context, layer: Layer) -> fx.Node | None:
 
 def _unseen(mask: Tensor) -> Tensor:
     """bool ``[B or 1, S]``: tokens that no query of any head looks at, from a mask of ``[B, H, S, S]``: padding."""
-    hidden = torch.logical_not(mask) if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min / 2
-    return hidden.all(2).all(1)
+    return is_hidden(mask).all(2).all(1)

@@ -15,9 +15,12 @@ from tokcompile.plan.pass_base import Pass
 from tokcompile.plan.plan import LayerCut, Taken
 from tokcompile.recipes import Budget
 from tokcompile.regions.model import Region
+from tokcompile.regions.places import stack_below
 from tokcompile.registry import PassParams, about
 from tokcompile.rewrite.context import Context
+from tokcompile.rewrite.narrow import check
 from tokcompile.rewrite.selection import budgets, budgets_count, keep_mask, kept_rows, segments
+from tokcompile.rewrite.visual_mask import visual_mask
 
 
 class VisualParams(PassParams):
@@ -60,7 +63,7 @@ class VisualSelection(Pass):
 
     def plan(self, ctx: Context, region: Region) -> Taken:
         ctx.check(region.roles["output"], suffix=1)
-        stack = ctx.stack_below(region.roles["output"])
+        stack = stack_below(ctx.regions, region.roles["output"])
         return Taken(stack, self.cuts(ctx, region, stack))
 
     def cuts(self, ctx: Context, region: Region, stack: Region | None) -> tuple[LayerCut, ...]:
@@ -78,7 +81,7 @@ class VisualSelection(Pass):
         """Score (``inputs`` are handed to :meth:`score`), choose, and cut."""
         merged = region.roles["output"]
         below = ctx.check(merged, suffix=1)
-        mask = ctx.visual_mask(region)
+        mask = visual_mask(ctx, region)
         keep: Budget = self.params.keep
         compact = Compact(ctx, merged, below) if getattr(self.params, "positions", "keep") == "compact" else None
 
@@ -95,7 +98,7 @@ class VisualSelection(Pass):
         tokens, kept = ctx.emit(choose, merged, mask, *inputs, before=ctx.after(merged, mask, *inputs))
         if compact is not None:
             compact.move(kept)
-        stack = ctx.stack_below(merged)
+        stack = stack_below(ctx.regions, merged)
         ctx.cut(
             merged,
             kept,
@@ -122,3 +125,20 @@ def visual_tokens(region: Region) -> tuple[int | None, int]:
         return None, tokens
     count = math.prod(hint(size) for size in value.shape[:-1])
     return min(tokens, -(-count // max(rows, 1))), tokens
+
+
+def check_rows(ctx: Context, encoder: Region, features: fx.Node) -> None:
+    """Raise unless ``features`` are, row by row, the patches of ``encoder`` (one image after the other)."""
+    tokens, prefix = encoder.roles["tokens"], int(encoder.shapes.get("prefix", 0))
+    flow = check(ctx.captured, tokens, prefix=prefix)
+    dims = flow.labels.get(features)
+    axes = [f.axis for d in dims[:-1] for f in d if f.axis is not None and f.axis.kind == "token"] if dims else []
+    parts = [p for axis in axes for p in (axis.parts or (axis,))]
+    fits = bool(parts) and all(
+        getattr(p, "kind", "") == "token" and p.start == prefix and (prefix == 0 or p.base is not None) for p in parts
+    )
+    if not fits:
+        raise ctx.refuse(
+            features,
+            "the image features are not one for each patch of the encoder, so scores of patches do not fit them",
+        )

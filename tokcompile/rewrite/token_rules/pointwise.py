@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from tokcompile.capture.ops import op_name
 from tokcompile.capture.sizes import equal, product, shape_of
 from tokcompile.rewrite.labels import is_token, plain
-from tokcompile.rewrite.token_axis import Follower, op_name, overloads, rule
+from tokcompile.rewrite.token_axis import Follower, overloads, rule
 
 aten = torch.ops.aten
 
@@ -201,11 +202,8 @@ def _reduce(self: Follower, node: fx.Node) -> Any:
         if isinstance(which, bool):
             which = None
     rank = len(dims)
-    chosen = (
-        set(range(rank))
-        if which is None or which == []
-        else {int(d) % rank for d in (which if isinstance(which, (list, tuple)) else [which])}
-    )  # type: ignore[arg-type]
+    given: Any = which if isinstance(which, (list, tuple)) else [which]
+    chosen = set(range(rank)) if which is None or which == [] else {int(d) % rank for d in given}
     if any(is_token(dims[d]) for d in chosen):
         if name in ("argmax", "argmin") or (name in ("max", "min") and isinstance(node.meta["val"], (tuple, list))):
             raise self.refuse(node, f"{name} over the token axis gives a position in the unpruned sequence")
