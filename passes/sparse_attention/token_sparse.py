@@ -21,10 +21,11 @@ from pydantic import Field, field_validator
 from torch import Tensor, fx
 
 from tokcompile.errors import CalibrationError, UnprofitableError
-from tokcompile.formulas.attention import read_attention
-from tokcompile.formulas.mask import read_mask
+from tokcompile.formulas.attention import AttentionForm, read_attention
+from tokcompile.formulas.mask import MaskForm, read_mask
 from tokcompile.kernels.token_sparse_attention import op as _ops  # noqa: F401  registers the operation
 from tokcompile.plan.pass_base import Pass, Seen
+from tokcompile.plan.plan import Taken
 from tokcompile.regions.model import Layer, Region
 from tokcompile.registry import PassParams, about, register
 from tokcompile.rewrite.context import Context
@@ -145,7 +146,16 @@ class TokenSparse(Pass):
         limit = float(torch.tensor(list(drift.values()), dtype=torch.float64).quantile(self.params.calm))
         return {key: ({}, {"drift": value, "limit": limit}) for key, value in drift.items()}
 
-    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+    def plan(self, ctx: Context, region: Region) -> Taken:
+        self._checked(ctx, region)
+        return Taken()
+
+    def _checked(self, ctx: Context, region: Region) -> tuple[AttentionForm, MaskForm, int, float | None]:
+        """The attention, its mask, the length from which on it runs sparse, and the drift of its layer.
+
+        Raises:
+            NarrowError, UnprofitableError: it stays dense.
+        """
         output = region.roles["output"]
         if region.variant["cross"] == "cross" or not _is_prefill(ctx, region):
             raise ctx.refuse(
@@ -177,6 +187,10 @@ class TokenSparse(Pass):
                 path=region.path,
                 source=region.source,
             )
+        return form, shape, least, drift
+
+    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+        p, (form, shape, least, drift) = self.params, self._checked(ctx, region)
         settings = (
             form.scale,
             form.softcap,
@@ -245,4 +259,4 @@ def _under_pruning(ctx: Context, region: Region) -> bool:
     from tokcompile.regions.flow import Flow
 
     mask: fx.Node | None = region.roles.get("mask")
-    return bool(ctx.kept) and mask is not None and is_causal(Flow(ctx.captured.graph), region)
+    return bool(ctx.cuts.kept) and mask is not None and is_causal(Flow(ctx.captured.graph), region)

@@ -80,7 +80,7 @@ class TokenSelect(SparseDecode):
     ) -> tuple[fx.Node, dict[str, Any]]:
         if self.params.reuse is None:
             return super().choose(ctx, region, form, ends, more)
-        followed = followed_keys(ctx, form) if ctx.memories is not None else None
+        followed = followed_keys(ctx, form) if ctx.added.memories is not None else None
         if followed is None:
             node, _ = super().choose(ctx, region, form, ends, more)
             return node, {"reuse": "off: this layer does not hand all its keys on to the next step (a sliding window)"}

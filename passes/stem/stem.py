@@ -41,6 +41,7 @@ from tokcompile.kernels.activation import activate
 from tokcompile.kernels.embedding_gate import embedding_gate, linear_where, rows
 from tokcompile.kernels.host_rows import await_rows, fetch_rows, unique_ids
 from tokcompile.plan.pass_base import Pass, Seen
+from tokcompile.plan.plan import Taken
 from tokcompile.regions.model import Region
 from tokcompile.registry import PassParams, about, register
 from tokcompile.rewrite.context import Context
@@ -163,10 +164,13 @@ class Stem(Pass):
             result[key] = tensors, facts
         return result
 
-    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
-        formula = self._formula(ctx, region)
-        ids, embedding, visual = self._ids(ctx, region, formula)
-        state, facts = ctx.state(self.name, region)
+    def plan(self, ctx: Context, region: Region) -> Taken:
+        self._check_converted(ctx, region, self._formula(ctx, region))
+        return Taken()
+
+    def _check_converted(self, ctx: Context, region: Region, formula: ffn.Formula) -> None:
+        """Refuse a layer that calibration left dense."""
+        facts = ctx.facts(self.name, region)
         if not facts["converted"]:
             raise UnprofitableError(
                 f"not among the {facts['of']} layers whose tables explain most of the up-projection (this one explains "
@@ -175,6 +179,12 @@ class Stem(Pass):
                 path=region.path,
                 source=region.source,
             )
+
+    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+        formula = self._formula(ctx, region)
+        ids, embedding, visual = self._ids(ctx, region, formula)
+        self._check_converted(ctx, region, formula)
+        state, facts = ctx.state(self.name, region)
         width, vocabulary = state["table"].meta["val"].shape[1], state["remap"].meta["val"].shape[0]
         if vocabulary != embedding.meta["val"].shape[0] or width != formula.width:
             raise ctx.refuse(

@@ -15,6 +15,7 @@ from tokcompile.regions.causal import is_causal
 from tokcompile.regions.flow import Flow
 from tokcompile.regions.model import Layer, Region
 from tokcompile.rewrite.context import Context
+from tokcompile.rewrite.visual_mask import feature_mask
 
 
 def layer_with(ctx: Context, region: Region) -> tuple[Region, Layer] | None:
@@ -77,14 +78,14 @@ def ids_for(ctx: Context, region: Region, like: fx.Node) -> tuple[fx.Node, fx.No
     stack, layer = layer_with(ctx, region)  # type: ignore[misc]
     flow = Flow(ctx.captured.graph)
     visual = [
-        ctx.feature_mask(m)
+        feature_mask(ctx, m)
         for m in ctx.regions.of("merge_point")
         if flow.reaches(m.roles["output"], stack.layers[0].input)
     ]
     parts = [ids, *visual]
     masked = ctx.emit(_masked, *parts, before=ctx.after(*parts)) if visual else ids
     sizes = flow.dims(layer.input)
-    kept = [None, *(k.node for k in ctx.kept)]
+    kept = [None, *(k.node for k in ctx.cuts.kept)]
     fitting = [k for k in kept if _dims(k or masked) == (None if sizes is None else sizes[:2])]
     if not fitting:
         raise ctx.refuse(

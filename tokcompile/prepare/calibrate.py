@@ -75,7 +75,7 @@ def calibrate(
     for index, (step, method) in enumerate(session.passes):
         if method.calibration == "none":
             continue
-        seen = session.seen.get(index, {})
+        seen = session.observed.seen.get(index, {})
         if not seen:
             entry = session.report.steps[index]
             raise CalibrationError(

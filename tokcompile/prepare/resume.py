@@ -25,7 +25,7 @@ def _digest(recipe: Recipe) -> str:
 
 def save_progress(path: str | PathLike[str], session: Session, recipe: Recipe, count: int) -> None:
     tensors, entries = {}, []
-    for index, regions in session.seen.items():
+    for index, regions in session.observed.seen.items():
         for key, seen in regions.items():
             numbers = {}
             for name, value in seen.sums.items():
@@ -58,7 +58,7 @@ def load_progress(path: str | PathLike[str] | None, session: Session, recipe: Re
                 **entry["numbers"],
                 **{n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)},
             }
-            session.resumed[entry["step"], entry["key"]] = sums
+            session.observed.resumed[entry["step"], entry["key"]] = sums
         return int(meta["count"])
     except CalibrationError:
         raise

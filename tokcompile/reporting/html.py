@@ -29,7 +29,7 @@ h2{font-size:18px;margin:34px 0 10px}h3{font-size:15px;margin:18px 0 6px}.dim{co
 .card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:14px 16px;margin:10px 0;
 overflow-x:auto}.mono,code{font:13px/1.45 ui-monospace,Menlo,Consolas,monospace;overflow-wrap:anywhere}
 .badge{display:inline-block;border-radius:10px;padding:0 9px;font-size:13px;border:1px solid currentColor}
-.matched{color:var(--good)}.structure_miss,.condition_failed,.rewrite_failed,.not_captured{color:var(--bad)}
+.matched{color:var(--good)}.structure_miss,.condition_failed,.rewrite_failed,.not_captured,.fell_back{color:var(--bad)}
 .unprofitable{color:var(--warn)}.unmet{border-color:var(--bad);overflow-wrap:anywhere}.unmet strong{color:var(--bad)}
 table{border-collapse:collapse;width:100%}
 th{font-weight:600;text-align:left;vertical-align:bottom;color:var(--dim);font-size:13px}
@@ -58,6 +58,7 @@ _WORDS = {
     "rewrite_failed": "the rewrite failed",
     "not_captured": "there was no graph",
     "unprofitable": "would not pay",
+    "fell_back": "the last call ran without a graph",
 }
 
 

@@ -17,6 +17,7 @@ from tokcompile.lower.hoist import hoist
 from tokcompile.lower.inductor import lower
 from tokcompile.regions.model import Regions
 from tokcompile.reporting.report import StageReport
+from tokcompile.rewrite.added_inputs import AddedInputs
 from tokcompile.rewrite.context import Context
 from tokcompile.runtime.recording import KeptEntry, ReusedEntry
 from tokcompile.runtime.variants import Variant
@@ -70,36 +71,29 @@ class CompiledGraph:
         started = time.perf_counter()
         captured = from_dynamo(self.graph_module, args)
         # the first compilation of a graph of static sizes is static throughout, as torch.compile does it
-        ctx = Context(
-            captured,
-            Regions(),
-            args,
-            whole=self.whole,
-            static=not captured.symbols and not self.variants,
-            prepared=session.prepared,
-            counting=lambda: session.counting,
-            memories=[],
-        )
+        static = not captured.symbols and not self.variants
+        added = AddedInputs(captured, session.prepared, static=static, memories=[])
+        ctx = Context(captured, Regions(), args, whole=self.whole, counting=lambda: session.counting, added=added)
         session.rewrite(ctx, self.stage)
-        if ctx.kept:
-            session.pruned_encoder |= self.stage == "encoder"
+        if ctx.cuts.kept:
+            session.matching.pruned_encoder |= self.stage == "encoder"
         output = next(iter(captured.graph.find_nodes(op="output")))
         results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
         memories = [
             (m, captured.placeholders.index(m.past), None if m.grown is None else results.index(m.grown))
-            for m in ctx.memories or ()
+            for m in ctx.added.memories or ()
         ]
         handed = [n for m, _, _ in memories for n in (*m.outputs, m.reused)]
-        if ctx.kept or handed:
-            output.args = ((*results, *(k.node for k in ctx.kept), *handed),)
-        inputs = [ctx.inputs[node] for node in captured.placeholders[len(args) :]]
-        prologue = hoist(captured, ctx.indices)
+        if ctx.cuts.kept or handed:
+            output.args = ((*results, *(k.node for k in ctx.cuts.kept), *handed),)
+        inputs = [ctx.added.of[node] for node in captured.placeholders[len(args) :]]
+        prologue = hoist(captured, ctx.cuts.indices)
         captured.graph.eliminate_dead_code(
             is_impure_node=lambda n: n.is_impure() and n.target not in (aten.item.default, *ASSERTIONS)
         )
         captured.graph_module.recompile()
         session.check_matches(self.stage)
-        if not session.observing:
+        if session.observed is None:
             fold_constants(captured)
         if session.lowering == "eager":
             propagate(captured)  # Inductor traces the graph anyway, and so derives every shape
@@ -107,9 +101,9 @@ class CompiledGraph:
         variant = Variant(
             run,
             Guard(captured),
-            ctx.sizes,
-            ctx.ragged,
-            ctx.kept,
+            ctx.added.sizes,
+            ctx.added.ragged,
+            ctx.cuts.kept,
             prologue,
             inputs,
             session.prepared,

@@ -14,6 +14,7 @@ from tokcompile.errors import NarrowError
 from tokcompile.families.pruning.restore import Restored
 from tokcompile.formulas.attention import read_attention
 from tokcompile.plan.pass_base import Pass
+from tokcompile.plan.plan import LayerCut, Taken
 from tokcompile.recipes import Budget
 from tokcompile.regions.model import Layer, Region
 from tokcompile.registry import PassParams, about
@@ -89,14 +90,33 @@ class PatchSelection(Pass):
             kept: int64 ``[B, K]``, the places of the tokens that are left. values: what :meth:`score` gave for this.
         """
 
-    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
-        depth, prefix = len(region.layers), int(region.shapes.get("prefix", 0))
+    def plan(self, ctx: Context, region: Region) -> Taken:
+        stages, prefix = self._stages(ctx, region), int(region.shapes.get("prefix", 0))
+        first = region.layers[stages[0] - 1].output
+        front, tokens = self._front(ctx, first, prefix), hint(first.meta["val"].shape[1])
+        cuts = []
+        for stage, keep in zip(stages, self.params.keep, strict=True):
+            self.check_layer(ctx, region.layers[stage - 1])
+            if not getattr(self.params, "restore", False):  # else what leaves the layers keeps all of its tokens
+                ctx.check(region.layers[stage - 1].output, prefix=front)
+            tokens = keep.count(tokens - front) + front
+            cuts.append(LayerCut(stage, tokens))
+        return Taken(region, tuple(cuts))
+
+    def _stages(self, ctx: Context, region: Region) -> list[int]:
+        """The first layer below each cut."""
+        depth = len(region.layers)
         stages = [max(1, min(depth - 1, round(f * depth))) for f in self.params.at]
         if len(set(stages)) != len(stages):
             raise ctx.refuse(
                 region.roles["tokens"],
                 f"{len(stages)} stages do not fit into {depth} layers; give fewer, or depths further apart",
             )
+        return stages
+
+    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+        depth, prefix = len(region.layers), int(region.shapes.get("prefix", 0))
+        stages = self._stages(ctx, region)
         front = self._front(ctx, region.layers[stages[0] - 1].output, prefix)
         restored = Restored(ctx, region, stages[0]) if getattr(self.params, "restore", False) else None
         try:

@@ -27,6 +27,7 @@ from tokcompile.families.sparse_attention.decode.lists import chosen, ends, join
 from tokcompile.formulas.attention import AttentionForm, with_sink
 from tokcompile.kernels.token_list_attention import token_list_attention
 from tokcompile.plan.pass_base import Pass
+from tokcompile.plan.plan import Taken
 from tokcompile.recipe.budget import Budget
 from tokcompile.regions.model import Region
 from tokcompile.registry import PassParams, about
@@ -100,6 +101,10 @@ class SparseDecode(Pass):
             float [B or 1, M, T], M = Hkv (a list for each key head) or 1 (one list for all heads).
         """
         raise NotImplementedError
+
+    def plan(self, ctx: Context, region: Region) -> Taken:
+        self._gate(ctx, region, decode_form(ctx, region))
+        return Taken()
 
     def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
         form = decode_form(ctx, region)
