@@ -113,7 +113,19 @@ class _Reader:
         self.output = region.roles["output"]
 
     def read(self) -> AttentionForm:
+        if self.region.variant["form"] == "packed":
+            return self._packed()
         return self._sdpa() if self.region.variant["form"] == "sdpa" else self._eager()
+
+    def _packed(self) -> AttentionForm:
+        """Pieces of one row: the mask says which keys are of the same piece."""
+        node = self.output
+        query, key, value, lengths, scale = (*node.args, None)[:5]
+        mask = self._emit(lambda q: block_mask(lengths, q.device), query)  # type: ignore[arg-type]
+        key, value = self._single(key, value)
+        width = query.meta["val"].shape[-1]  # type: ignore[union-attr]
+        return AttentionForm(query, key, value, 1 / math.sqrt(width) if scale is None else float(scale),  # type: ignore
+                             0.0, False, mask, None, node, lambda t: t)
 
     # .. scaled_dot_product_attention
 

@@ -85,6 +85,9 @@ def _argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
 
 def _from_sdpa(flow: Flow, node: fx.Node) -> Region:
     query, key, value = node.args[:3]
+    if flow.op[node] == "packed_attention":
+        variant = {"form": "packed", "mask": "blocks", "softcap": "no"}
+        return _describe(flow, node, {"query": query, "key": key, "value": value, "output": node}, variant)  # type: ignore
     mask = _argument(node, 3, "attn_mask")
     causal = bool(_argument(node, 5, "is_causal", False))
     roles = {"query": query, "key": key, "value": value, "output": node}

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
+from tokcompile.capture.by_values import ByValues, UntraceableError
 from tokcompile.capture.capture import DYNAMO_CONFIG
 from tokcompile.errors import TokcompileError
 from tokcompile.runtime.session import Session
 
 #: What Dynamo raises when it cannot capture a stage as one graph.
-CAPTURE_FAILURES = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.InternalTorchDynamoError,
+CAPTURE_FAILURES = (UntraceableError, torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.InternalTorchDynamoError,
                      torch._dynamo.exc.FailOnRecompileLimitHit,
                      torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode)
 _CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"
@@ -31,12 +32,14 @@ def _fresh(function: Callable[..., Any]) -> Callable[..., Any]:
                               function.__closure__)
 
 
-def compile_stage(function: Callable[..., Any], session: Session, *, dynamic: bool = False) -> Callable[..., Any]:
+def compile_stage(function: Callable[..., Any], session: Session, *, dynamic: bool = False,
+                  by_values: bool = False) -> Callable[..., Any]:
     """``function`` captured as one graph.
 
     Args:
         dynamic: sizes are symbolic from the start; else, as in ``torch.compile``, from the second size on. What
             cannot be captured with static sizes is tried once more with symbolic ones.
+        by_values: what cannot be captured this way either is captured for the values of its small integer inputs.
     """
 
     def compiled(dynamic: bool | None) -> Callable[..., Any]:
@@ -46,7 +49,7 @@ def compile_stage(function: Callable[..., Any], session: Session, *, dynamic: bo
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal inner, dynamic
+        nonlocal inner, dynamic, by_values
         with torch._dynamo.config.patch(**DYNAMO_CONFIG), _open_forms():
             try:
                 return inner(*args, **kwargs)
@@ -54,6 +57,12 @@ def compile_stage(function: Callable[..., Any], session: Session, *, dynamic: bo
                 if dynamic:
                     raise
                 inner, dynamic = compiled(True), True
+            try:
+                return inner(*args, **kwargs)
+            except CAPTURE_FAILURES as error:
+                if not by_values or isinstance(error, UntraceableError):
+                    raise
+                inner = ByValues(function, session.backend, session.graphs.remove, error)
                 return inner(*args, **kwargs)
 
     return call

@@ -97,6 +97,6 @@ class CompiledGraph:
                           memories, session.remembered)
         self.variants.append(variant)
         session.report.stages.append(StageReport(
-            name=self.stage, captured=True, nodes=len(captured.graph.nodes), compiled=compiled,
+            name=self.stage, captured=True, reason=self.graph_module.meta.get("values", ""), nodes=len(captured.graph.nodes), compiled=compiled,
             seconds=time.perf_counter() - started))
         return variant

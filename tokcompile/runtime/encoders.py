@@ -50,7 +50,7 @@ class Encoder(_EncoderStage):
             rows = torch.cat([f.reshape(-1, f.shape[-1]) for f in result.pooler_output])
             return result, torch.ops.tokcompile.feature_scores(rows)
 
-        self.compiled = compile_stage(encode_and_score if session.wants_scores else encode, session)
+        self.compiled = compile_stage(encode_and_score if session.wants_scores else encode, session, by_values=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = by_name(self.original, self.base, args, kwargs)

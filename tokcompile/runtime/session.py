@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from tokcompile.capture.canonical import canonicalise
+from tokcompile.capture.failures import explain_failure
 from tokcompile.capture.flops import graph_flops
 from tokcompile.capture.markers import FEATURE_SCORES
 from tokcompile.errors import NarrowError, NoMatchError, RecipeError, UnprofitableError
@@ -90,8 +91,7 @@ class Session:
         return sum(len(g.variants) for g in self.graphs)
 
     def note_uncaptured(self, stage: str, error: BaseException) -> None:
-        reason = " ".join(str(error).split("\n\n")[0].split())[:500]
-        self.report.stages.append(StageReport(name=stage, captured=False, reason=f"{type(error).__name__}: {reason}"))
+        self.report.stages.append(StageReport(name=stage, captured=False, reason=explain_failure(error)))
 
     @contextlib.contextmanager
     def at_stage(self, name: str) -> Iterator[None]:
