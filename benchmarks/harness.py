@@ -66,15 +66,39 @@ class Row:
 COLUMNS = [f.name for f in fields(Row)]
 
 
-def row(benchmark: str, model: str, recipe: str, times: Sequence[float], *, batch: int, tokens: int,
-        baseline: Sequence[float] | None = None, flop_ratio: float | None = None,
-        formula: float | None = None, load: float | None = None, cpu_seconds: float | None = None) -> Row:
+def row(
+    benchmark: str,
+    model: str,
+    recipe: str,
+    times: Sequence[float],
+    *,
+    batch: int,
+    tokens: int,
+    baseline: Sequence[float] | None = None,
+    flop_ratio: float | None = None,
+    formula: float | None = None,
+    load: float | None = None,
+    cpu_seconds: float | None = None,
+) -> Row:
     """A line of the result file from the measured times."""
     median = quantile(times, 0.5)
     speedup = quantile(baseline, 0.5) / median if baseline else None
     return Row(
-        benchmark, model, recipe, batch, tokens, median, quantile(times, 0.2), quantile(times, 0.8), len(times),
-        flop_ratio, formula, speedup, speedup / flop_ratio if speedup and flop_ratio else None, cpu_seconds, load,
+        benchmark,
+        model,
+        recipe,
+        batch,
+        tokens,
+        median,
+        quantile(times, 0.2),
+        quantile(times, 0.8),
+        len(times),
+        flop_ratio,
+        formula,
+        speedup,
+        speedup / flop_ratio if speedup and flop_ratio else None,
+        cpu_seconds,
+        load,
         **versions(),
     )
 
@@ -111,28 +135,37 @@ def number(text: str) -> float | None:
 def markdown(lines: Sequence[Mapping[str, str]]) -> str:
     """A table of the lines of a result file, and what they were measured with."""
     cpu = any(m.get("cpu_seconds") for m in lines)
-    rows = ["| model | recipe | batch | median ms (p20 to p80) | speed-up | FLOP ratio | share of ceiling |"
-            + (" CPU s |" if cpu else ""), "|---|---|--:|--:|--:|--:|--:|" + ("--:|" if cpu else "")]
+    rows = [
+        "| model | recipe | batch | median ms (p20 to p80) | speed-up | FLOP ratio | share of ceiling |"
+        + (" CPU s |" if cpu else ""),
+        "|---|---|--:|--:|--:|--:|--:|" + ("--:|" if cpu else ""),
+    ]
     for m in lines:
         share = f"{100 * float(m['share_of_ceiling']):.0f} %" if m["share_of_ceiling"] else ""
         times = f"{m['median_ms']} ({m['p20_ms']} to {m['p80_ms']})"
         ratios = [f"{float(m[k]):.2f}" if m[k] else "" for k in ("speedup", "flop_ratio")]
-        rows.append(f"| {m['model']} | {m['recipe']} | {m['batch']} | {times} | {' | '.join(ratios)} | {share} |"
-                    + (f" {m['cpu_seconds']} |" if cpu else ""))
+        rows.append(
+            f"| {m['model']} | {m['recipe']} | {m['batch']} | {times} | {' | '.join(ratios)} | {share} |"
+            + (f" {m['cpu_seconds']} |" if cpu else "")
+        )
     first = lines[0]
     rounds = ", ".join(sorted({m["repeats"] for m in lines}, key=int))
-    note = (f"{rounds} rounds; {first['cpu']}, {first['threads']} threads; torch {first['torch']}, "
-            f"transformers {first['transformers']}, tokcompile {first['tokcompile']}; "
-            f"load before the run {first['load'] or 'unknown'}.")
+    note = (
+        f"{rounds} rounds; {first['cpu']}, {first['threads']} threads; torch {first['torch']}, "
+        f"transformers {first['transformers']}, tokcompile {first['tokcompile']}; "
+        f"load before the run {first['load'] or 'unknown'}."
+    )
     return "\n".join([*rows, "", note])
 
 
 def write_docs(path: Path, results: Path, titles: Mapping[str, str]) -> None:
     """Replace what stands behind the marker in ``path`` by the tables of all result files."""
     head = path.read_text().split(MARKER)[0]
-    parts = [f"## {title}\n\n{markdown(read_csv(results / f'{name}.csv'))}\n\n"
-             f"![{name}](../benchmarks/results/{name}.png)"
-             for name, title in titles.items() if (results / f"{name}.csv").exists()]
+    parts = [
+        f"## {title}\n\n{markdown(read_csv(results / f'{name}.csv'))}\n\n![{name}](../benchmarks/results/{name}.png)"
+        for name, title in titles.items()
+        if (results / f"{name}.csv").exists()
+    ]
     path.write_text(f"{head}{MARKER}\n\n" + "\n\n".join(parts or ["No results yet."]) + "\n")
 
 
@@ -146,13 +179,16 @@ def plot(path: Path, lines: Sequence[Mapping[str, str]], title: str) -> None:
     groups: dict[tuple[str, str], list[Mapping[str, str]]] = {}
     for line in lines:
         groups.setdefault((line["model"], line["batch"]), []).append(line)
-    figure, axes = plt.subplots(len(groups), 1, squeeze=False, layout="constrained",
-                                figsize=(8, 0.9 + 0.42 * len(lines) + 0.45 * len(groups)))
+    figure, axes = plt.subplots(
+        len(groups), 1, squeeze=False, layout="constrained", figsize=(8, 0.9 + 0.42 * len(lines) + 0.45 * len(groups))
+    )
     for ax, ((model, batch), members) in zip(axes[:, 0], groups.items(), strict=True):
         names = [m["recipe"] for m in members]
         median = [float(m["median_ms"]) for m in members]
-        errors = [[t - float(m["p20_ms"]) for t, m in zip(median, members, strict=True)],
-                  [float(m["p80_ms"]) - t for t, m in zip(median, members, strict=True)]]
+        errors = [
+            [t - float(m["p20_ms"]) for t, m in zip(median, members, strict=True)],
+            [float(m["p80_ms"]) - t for t, m in zip(median, members, strict=True)],
+        ]
         colours = ["#9aa5b1" if n.startswith((BASELINE, ONNX_BASELINE)) else "#2f6fb0" for n in names]
         ax.barh(names, median, xerr=errors, color=colours, error_kw={"elinewidth": 1, "capsize": 2}, height=0.7)
         for i, m in enumerate(members):

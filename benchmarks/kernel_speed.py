@@ -82,8 +82,11 @@ class Sizes:
     tokens: tuple[int, ...]
 
 
-LENGTHS = {"prefill": tuple(n * K for n in (4, 8, 16, 32, 64, 128)),
-           "cache": tuple(n * K for n in (4, 8, 16, 32, 64, 128, 256)), "tokens": (1, 16, 512, 4096)}
+LENGTHS = {
+    "prefill": tuple(n * K for n in (4, 8, 16, 32, 64, 128)),
+    "cache": tuple(n * K for n in (4, 8, 16, 32, 64, 128, 256)),
+    "tokens": (1, 16, 512, 4096),
+}
 LARGE = Sizes(32, 8, 128, 4096, 14336, torch.bfloat16, **LENGTHS)
 SMALL = Sizes(9, 3, 64, 576, 1536, torch.float32, **LENGTHS)
 TINY = Sizes(4, 2, 16, 32, 64, torch.float32, (256,), (320,), (1, 24))
@@ -180,9 +183,11 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> Ten
 
 def _qkv(s: Sizes, queries: int, length: int, device: str) -> dict[str, Tensor]:
     normal, _ = _tensors(device)
-    return {"query": normal(1, s.heads, queries, s.head_dim, dtype=s.dtype),
-            "key": normal(1, s.kv_heads, length, s.head_dim, dtype=s.dtype),
-            "value": normal(1, s.kv_heads, length, s.head_dim, dtype=s.dtype)}
+    return {
+        "query": normal(1, s.heads, queries, s.head_dim, dtype=s.dtype),
+        "key": normal(1, s.kv_heads, length, s.head_dim, dtype=s.dtype),
+        "value": normal(1, s.kv_heads, length, s.head_dim, dtype=s.dtype),
+    }
 
 
 def blocks(s: Sizes, length: int, share: float | None) -> Case:
@@ -215,11 +220,20 @@ def blocks(s: Sizes, length: int, share: float | None) -> Case:
     qo, kv = 2 * s.heads * length * s.head_dim * size, 2 * s.kv_heads * length * s.head_dim * size
     part = 1 if share is None else share
     return Case(
-        "block_list_attention", "all blocks" if share is None else f"{share:.0%} of the blocks", length, make,
-        lambda query, key, value, index, count: block_list_attention(query, key, value, index, count, None, BLOCK_Q,
-                                                                     BLOCK_K),
+        "block_list_attention",
+        "all blocks" if share is None else f"{share:.0%} of the blocks",
+        length,
+        make,
+        lambda query, key, value, index, count: block_list_attention(
+            query, key, value, index, count, None, BLOCK_Q, BLOCK_K
+        ),
         lambda query, key, value, **_: sdpa(query, key, value, True),
-        4 * s.heads * s.head_dim * pairs * part, qo + kv, 4 * s.heads * s.head_dim * pairs, qo + kv, launches)
+        4 * s.heads * s.head_dim * pairs * part,
+        qo + kv,
+        4 * s.heads * s.head_dim * pairs,
+        qo + kv,
+        launches,
+    )
 
 
 def listed(s: Sizes, length: int, budget: int) -> Case:
@@ -236,10 +250,19 @@ def listed(s: Sizes, length: int, budget: int) -> Case:
         return made(query, key, value, index)[0]
 
     work, bytes_ = 4 * s.heads * s.head_dim, 2 * s.kv_heads * s.head_dim * size
-    return Case("token_list_attention", f"{budget} keys", length, make,
-                lambda query, key, value, index: token_list_attention(query, key, value, index),
-                lambda query, key, value, **_: sdpa(query, key, value), work * budget, bytes_ * budget, work * length,
-                bytes_ * length, launches)
+    return Case(
+        "token_list_attention",
+        f"{budget} keys",
+        length,
+        make,
+        lambda query, key, value, index: token_list_attention(query, key, value, index),
+        lambda query, key, value, **_: sdpa(query, key, value),
+        work * budget,
+        bytes_ * budget,
+        work * length,
+        bytes_ * length,
+        launches,
+    )
 
 
 def rows(s: Sizes, length: int) -> Case:
@@ -252,11 +275,19 @@ def rows(s: Sizes, length: int) -> Case:
         return made(query, key)[0]
 
     keys = s.kv_heads * length * s.head_dim * size
-    return Case("attention_rows", f"last {window} queries", length, functools.partial(_qkv, s, window, length),
-                lambda query, key, value: attention_rows(query, key),
-                lambda query, key, value: sdpa(query, key, value),
-                4 * s.heads * window * length * s.head_dim, 2 * keys + 4 * s.heads * length,
-                4 * s.heads * window * length * s.head_dim, 2 * keys, launches)
+    return Case(
+        "attention_rows",
+        f"last {window} queries",
+        length,
+        functools.partial(_qkv, s, window, length),
+        lambda query, key, value: attention_rows(query, key),
+        lambda query, key, value: sdpa(query, key, value),
+        4 * s.heads * window * length * s.head_dim,
+        2 * keys + 4 * s.heads * length,
+        4 * s.heads * window * length * s.head_dim,
+        2 * keys,
+        launches,
+    )
 
 
 def gathered(s: Sizes, length: int) -> Case:
@@ -280,8 +311,19 @@ def gathered(s: Sizes, length: int) -> Case:
         return [launch(source, index, result, source.shape[2], False)]
 
     moved = 2 * s.heads * kept * s.head_dim * size + 8 * s.heads * kept
-    return Case("gather_rows", "half of the rows", length, make,
-                lambda source, index: gather_rows(source, index), dense, 0, moved, 0, moved, launches)
+    return Case(
+        "gather_rows",
+        "half of the rows",
+        length,
+        make,
+        lambda source, index: gather_rows(source, index),
+        dense,
+        0,
+        moved,
+        0,
+        moved,
+        launches,
+    )
 
 
 def experts(s: Sizes, tokens: int) -> Case:
@@ -291,11 +333,13 @@ def experts(s: Sizes, tokens: int) -> Case:
 
     def make(device: str) -> dict[str, Any]:
         normal, _ = _tensors(device)
-        return {"x": normal(tokens, s.width, dtype=s.dtype),
-                "index": normal(tokens, number, dtype=torch.float32).topk(active, -1).indices,
-                "weight": normal(tokens, active, dtype=s.dtype),
-                "gate_up": normal(number, 2 * inner, s.width, dtype=s.dtype),
-                "down": normal(number, s.width, inner, dtype=s.dtype)}
+        return {
+            "x": normal(tokens, s.width, dtype=s.dtype),
+            "index": normal(tokens, number, dtype=torch.float32).topk(active, -1).indices,
+            "weight": normal(tokens, active, dtype=s.dtype),
+            "gate_up": normal(number, 2 * inner, s.width, dtype=s.dtype),
+            "down": normal(number, s.width, inner, dtype=s.dtype),
+        }
 
     def dense(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         # the same numbers as one gated layer; layout does not matter for time
@@ -310,10 +354,19 @@ def experts(s: Sizes, tokens: int) -> Case:
     neurons = 3 * s.width * inner
     used = number if tokens > 1 else active
     io = 2 * tokens * s.width * size
-    return Case("grouped_ffn", "6 of 8 experts", tokens, make,
-                lambda **t: grouped_ffn(**t, activation="silu"), dense,
-                2 * neurons * active * tokens, neurons * used * size + io,
-                2 * neurons * number * tokens, neurons * number * size + io, launches)
+    return Case(
+        "grouped_ffn",
+        "6 of 8 experts",
+        tokens,
+        make,
+        lambda **t: grouped_ffn(**t, activation="silu"),
+        dense,
+        2 * neurons * active * tokens,
+        neurons * used * size + io,
+        2 * neurons * number * tokens,
+        neurons * number * size + io,
+        launches,
+    )
 
 
 def table(s: Sizes, tokens: int) -> Case:
@@ -322,8 +375,11 @@ def table(s: Sizes, tokens: int) -> Case:
 
     def make(device: str) -> dict[str, Any]:
         normal, below = _tensors(device)
-        return {"gate": normal(tokens, s.inner, dtype=s.dtype), "table": normal(count, s.inner, dtype=s.dtype),
-                "index": below(count, tokens)}
+        return {
+            "gate": normal(tokens, s.inner, dtype=s.dtype),
+            "table": normal(count, s.inner, dtype=s.dtype),
+            "index": below(count, tokens),
+        }
 
     def launches(gate: Tensor, table: Tensor, index: Tensor) -> list[Launch]:
         from tokcompile.kernels.embedding_gate.triton import launch
@@ -331,10 +387,19 @@ def table(s: Sizes, tokens: int) -> Case:
         return [launch(gate, table, index, "silu", None, None, torch.empty_like(gate))]
 
     moved = 3 * tokens * s.inner * size
-    return Case("embedding_gate", "silu(gate) * row", tokens, make,
-                lambda gate, table, index: embedding_gate(gate, table, index, "silu"),
-                lambda gate, table, index: functional.silu(gate) * functional.embedding(index, table),
-                0, moved, 0, moved, launches)
+    return Case(
+        "embedding_gate",
+        "silu(gate) * row",
+        tokens,
+        make,
+        lambda gate, table, index: embedding_gate(gate, table, index, "silu"),
+        lambda gate, table, index: functional.silu(gate) * functional.embedding(index, table),
+        0,
+        moved,
+        0,
+        moved,
+        launches,
+    )
 
 
 def token_sparse(s: Sizes, length: int, keep: float) -> Case:
@@ -345,11 +410,20 @@ def token_sparse(s: Sizes, length: int, keep: float) -> Case:
     kept = int(keep * (length - window)) + window
     qo, kv = 2 * s.heads * length * s.head_dim * size, 2 * s.kv_heads * length * s.head_dim * size
     dense = 2 * s.heads * s.head_dim * length * (length + 1)
-    return Case("token_sparse", f"{keep:.0%} of the tokens", length, functools.partial(_qkv, s, length, length),
-                lambda query, key, value: torch.ops.tokcompile.token_sparse_attention(
-                    query, key, value, keep=keep, least=0, window=window),
-                lambda query, key, value: sdpa(query, key, value, True),
-                2 * s.heads * s.head_dim * (2 * window * length + kept * (kept + 1)), qo + kv, dense, qo + kv)
+    return Case(
+        "token_sparse",
+        f"{keep:.0%} of the tokens",
+        length,
+        functools.partial(_qkv, s, length, length),
+        lambda query, key, value: torch.ops.tokcompile.token_sparse_attention(
+            query, key, value, keep=keep, least=0, window=window
+        ),
+        lambda query, key, value: sdpa(query, key, value, True),
+        2 * s.heads * s.head_dim * (2 * window * length + kept * (kept + 1)),
+        qo + kv,
+        dense,
+        qo + kv,
+    )
 
 
 def decoding(s: Sizes, length: int, name: str, budget: int = 256) -> Case:
@@ -360,9 +434,10 @@ def decoding(s: Sizes, length: int, name: str, budget: int = 256) -> Case:
     from tokcompile.passes.sparse_attention.tokenselect import TokenSelect
 
     method = {"fasa": Fasa, "tokenselect": TokenSelect}[name](
-        {"fasa": Fasa, "tokenselect": TokenSelect}[name].Params(budget=budget))
+        {"fasa": Fasa, "tokenselect": TokenSelect}[name].Params(budget=budget)
+    )
     budget = min(budget, length // 2)
-    size, scale = s.dtype.itemsize, s.head_dim ** -0.5
+    size, scale = s.dtype.itemsize, s.head_dim**-0.5
 
     def make(device: str) -> dict[str, Any]:
         planes = torch.zeros(s.kv_heads, s.head_dim, device=device)
@@ -377,8 +452,18 @@ def decoding(s: Sizes, length: int, name: str, budget: int = 256) -> Case:
 
     work, bytes_ = 4 * s.heads * s.head_dim, 2 * s.kv_heads * s.head_dim * size
     score = 2 * s.head_dim * length * (s.kv_heads if name == "fasa" else s.heads)
-    return Case(name, f"{budget} keys", length, make, run, lambda query, key, value, **_: sdpa(query, key, value),
-                work * budget + score, bytes_ * (budget + length / 2), work * length, bytes_ * length)
+    return Case(
+        name,
+        f"{budget} keys",
+        length,
+        make,
+        run,
+        lambda query, key, value, **_: sdpa(query, key, value),
+        work * budget + score,
+        bytes_ * (budget + length / 2),
+        work * length,
+        bytes_ * length,
+    )
 
 
 CASES: dict[str, Callable[[Sizes], Iterator[Case]]] = {
@@ -427,8 +512,10 @@ def times(calls: dict[str, Callable[[], Any]], repeats: int, device: str, clock:
     from triton.testing import do_bench
 
     with torch.inference_mode():
-        return {name: do_bench(call, warmup=50, rep=max(100, 10 * repeats), return_mode="all")
-                for name, call in calls.items()}
+        return {
+            name: do_bench(call, warmup=50, rep=max(100, 10 * repeats), return_mode="all")
+            for name, call in calls.items()
+        }
 
 
 def usage(case: Case, capability: int) -> str:
@@ -440,8 +527,15 @@ def usage(case: Case, capability: int) -> str:
     return "/".join(str(max(getattr(u, name) for u in used)) for name in ("registers", "spilled", "shared"))
 
 
-def measure(case: Case, device: str, seconds: float, repeats: int | None, limits: tuple[float, float],
-            longest: float, clock: str) -> list[Row] | None:
+def measure(
+    case: Case,
+    device: str,
+    seconds: float,
+    repeats: int | None,
+    limits: tuple[float, float],
+    longest: float,
+    clock: str,
+) -> list[Row] | None:
     """Two lines, the kernel and the dense operation; None: one call takes longer than ``longest`` seconds."""
     now = CLOCKS[clock]
     with torch.inference_mode():
@@ -463,32 +557,57 @@ def measure(case: Case, device: str, seconds: float, repeats: int | None, limits
     for name, flops, moved in (("tokcompile", case.flops, case.moved), ("dense", case.dense_flops, case.dense_moved)):
         taken = median[name] / 1e3
         bound = max(flops / limits[0], moved / limits[1])
-        lines.append(Row(
-            case.kernel, case.name, case.length, name, median[name], harness.quantile(found[name], 0.2),
-            harness.quantile(found[name], 0.8), len(found[name]), flops / taken / 1e9 if flops else None,
-            moved / taken / 1e9, bound / taken, median["dense"] / median[name] if name == "tokcompile" else None))
+        lines.append(
+            Row(
+                case.kernel,
+                case.name,
+                case.length,
+                name,
+                median[name],
+                harness.quantile(found[name], 0.2),
+                harness.quantile(found[name], 0.8),
+                len(found[name]),
+                flops / taken / 1e9 if flops else None,
+                moved / taken / 1e9,
+                bound / taken,
+                median["dense"] / median[name] if name == "tokcompile" else None,
+            )
+        )
     return lines
 
 
-def run(names: Sequence[str], device: str, quick: bool, seconds: float, repeats: int | None,
-        longest: float, clock: str = "wall", compiles: bool = True,
-        tell: Callable[[Row], None] = lambda row: None) -> list[Row]:
+def run(
+    names: Sequence[str],
+    device: str,
+    quick: bool,
+    seconds: float,
+    repeats: int | None,
+    longest: float,
+    clock: str = "wall",
+    compiles: bool = True,
+    tell: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
     """All cases of the named kernels. A length at which one call takes longer than ``longest`` ends its case."""
     sizes = TINY if quick else LARGE if device == "cuda" else SMALL
     load, limits = harness.load(), peaks(device, sizes.dtype, clock, quick)
     seen = harness.versions()
-    origin: dict[str, Any] = {"peak_gflops": limits[0] / 1e9, "peak_gbs": limits[1] / 1e9, "load": load,
-                              "clock": clock, "dtype": str(sizes.dtype).removeprefix("torch."),
-                              "threads": torch.get_num_threads(),
-                              "device": torch.cuda.get_device_name() if device == "cuda" else seen["cpu"],
-                              "torch": seen["torch"], "tokcompile": seen["tokcompile"]}
+    origin: dict[str, Any] = {
+        "peak_gflops": limits[0] / 1e9,
+        "peak_gbs": limits[1] / 1e9,
+        "load": load,
+        "clock": clock,
+        "dtype": str(sizes.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else seen["cpu"],
+        "torch": seen["torch"],
+        "tokcompile": seen["tokcompile"],
+    }
     found: list[Row] = []
     for name in names:
         ended: set[str] = set()
         compiled = {(c.name, c.length): c for c in CASES[name](TINY if quick else LARGE)}
         for case in CASES[name](sizes):
-            lines = None if case.name in ended else measure(case, device, seconds, repeats, limits, longest,
-                                                                         clock)
+            lines = None if case.name in ended else measure(case, device, seconds, repeats, limits, longest, clock)
             if lines is None:
                 ended.add(case.name)
                 lines = [Row(case.kernel, case.name, case.length, "tokcompile")]
@@ -515,22 +634,45 @@ def markdown(lines: Sequence[dict[str, str]]) -> str:
     """A table for each kernel: the kernel beside the dense operation, and what the compiled kernel uses."""
     parts = []
     for kernel in dict.fromkeys(m["kernel"] for m in lines):
-        table_ = [f"## {kernel}", "",
-                  "| case | length | ms (p20 to p80) | dense ms (p20 to p80) | speed-up | GFLOP/s | GB/s | "
-                  "share of the limit | dense's share | sm_80 | sm_90 |", "|---|--:|" + "--:|" * 9]
+        table_ = [
+            f"## {kernel}",
+            "",
+            "| case | length | ms (p20 to p80) | dense ms (p20 to p80) | speed-up | GFLOP/s | GB/s | "
+            "share of the limit | dense's share | sm_80 | sm_90 |",
+            "|---|--:|" + "--:|" * 9,
+        ]
         mine = [m for m in lines if m["kernel"] == kernel]
         for m in (m for m in mine if m["contestant"] == "tokcompile"):
-            other = next((o for o in mine if o["contestant"] == "dense" and (o["case"], o["length"]) == (
-                m["case"], m["length"])), None)
-            cells = [m["case"], _length(m["length"]), _times(m), _times(other), m["speedup"], m["gflops"], m["gbs"],
-                     _percent(m), _percent(other), m["sm_80"], m["sm_90"]]
+            other = next(
+                (
+                    o
+                    for o in mine
+                    if o["contestant"] == "dense" and (o["case"], o["length"]) == (m["case"], m["length"])
+                ),
+                None,
+            )
+            cells = [
+                m["case"],
+                _length(m["length"]),
+                _times(m),
+                _times(other),
+                m["speedup"],
+                m["gflops"],
+                m["gbs"],
+                _percent(m),
+                _percent(other),
+                m["sm_80"],
+                m["sm_90"],
+            ]
             table_.append("| " + " | ".join(cells) + " |")
         parts.append("\n".join(table_))
         first = mine[0]
         clock = "CPU time" if first["clock"] == "cpu" else "wall time"
-        parts.append(f"{clock}; {first['device']}, threads: {first['threads']}, {first['dtype']}; measured peaks: "
-                     f"{first['peak_gflops']} GFLOP/s, {first['peak_gbs']} GB/s; torch {first['torch']}; load before "
-                     f"the run {first['load'] or 'unknown'}.")
+        parts.append(
+            f"{clock}; {first['device']}, threads: {first['threads']}, {first['dtype']}; measured peaks: "
+            f"{first['peak_gflops']} GFLOP/s, {first['peak_gbs']} GB/s; torch {first['torch']}; load before "
+            f"the run {first['load'] or 'unknown'}."
+        )
     return "\n\n".join(parts)
 
 
@@ -552,11 +694,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(CASES), help="comma-separated: " + ", ".join(CASES))
     parser.add_argument("--quick", action="store_true", help="tiny sizes, 2 rounds: a smoke test")
     parser.add_argument("--seconds", type=float, default=2.0, help="that a case may take, about")
-    parser.add_argument("--longest", type=float, default=None,
-                        help="seconds of one call; longer lengths are left out (8 on the CPU, no limit on CUDA)")
+    parser.add_argument(
+        "--longest",
+        type=float,
+        default=None,
+        help="seconds of one call; longer lengths are left out (8 on the CPU, no limit on CUDA)",
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave the columns sm_80 and sm_90 empty")
-    parser.add_argument("--clock", default="wall", choices=sorted(CLOCKS),
-                        help="cpu: CPU time, for one thread on a machine that computes other things too; not for CUDA")
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=sorted(CLOCKS),
+        help="cpu: CPU time, for one thread on a machine that computes other things too; not for CUDA",
+    )
     parser.add_argument("--repeats", type=int, help="rounds, instead of as many as fit")
     parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
     options = parser.parse_args(argv)
@@ -569,8 +719,20 @@ def main(argv: list[str] | None = None) -> int:
     longest = options.longest or (math.inf if device == "cuda" else 8.0)
     out = options.out or (Path(tempfile.gettempdir()) / "tokcompile-quick" if options.quick else harness.RESULTS)
     for name in names:  # file and page after each kernel: a run that is cut off leaves what it has
-        save(out, run([name], device, options.quick, options.seconds, options.repeats or (2 if options.quick else None),
-                      longest, options.clock, not options.no_compile, _show))
+        save(
+            out,
+            run(
+                [name],
+                device,
+                options.quick,
+                options.seconds,
+                options.repeats or (2 if options.quick else None),
+                longest,
+                options.clock,
+                not options.no_compile,
+                _show,
+            ),
+        )
     print(out / "kernels.csv")
     return 0
 

@@ -89,10 +89,10 @@ def steps_after(dense: Any) -> Callable[[Any, Item], tuple[float, int]]:
             caches[id(ids)] = dense(input_ids=ids[:, :given], use_cache=True, logits_to_keep=1).past_key_values
         cache, rows = copy.deepcopy(caches[id(ids)]), []
         for place in range(given, ids.shape[1] - 1):
-            found = model(input_ids=ids[:, place: place + 1], past_key_values=cache, use_cache=True)
+            found = model(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True)
             cache = found.past_key_values
             rows.append(found.logits[0, -1])
-        return _loss(torch.stack(rows).float(), ids[0, given + 1:])
+        return _loss(torch.stack(rows).float(), ids[0, given + 1 :])
 
     return observe
 
@@ -127,9 +127,16 @@ def quiz_task(model: Any, tokenizer: Any) -> Task:
 
     def right(model: Any, item: tuple[torch.Tensor, str]) -> float:
         ids, capital = item
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False,
-                             pad_token_id=tokenizer.eos_token_id, stop_strings=["\n"], tokenizer=tokenizer)
-        return float(language._same(tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True), capital))
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=10,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+            stop_strings=["\n"],
+            tokenizer=tokenizer,
+        )
+        return float(language._same(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True), capital))
 
     return Task("capitals", items, right, [Measure("accuracy", score=mean_percent)])
 
@@ -145,8 +152,10 @@ def prefill_candidates(model: Any, data: Calibration, shares: Sequence[float] = 
             params = TokenSparse.Params(keep=share, select=select, **common)
             yield f"token_sparse {select} keep={share}", partial(in_place.sparse_prefill_of, model, params)
     for coverage in (0.005, 0.02, 0.1):
-        yield f"token_sparse coverage={coverage}", partial(
-            in_place.sparse_prefill_of, model, TokenSparse.Params(coverage=coverage, **common))
+        yield (
+            f"token_sparse coverage={coverage}",
+            partial(in_place.sparse_prefill_of, model, TokenSparse.Params(coverage=coverage, **common)),
+        )
 
 
 def decode_candidates(model: Any, data: Calibration, budgets: Sequence[int] = (64, 128, 32)) -> Candidates:
@@ -154,18 +163,26 @@ def decode_candidates(model: Any, data: Calibration, budgets: Sequence[int] = (6
     for budget in budgets:
         fasa = Fasa(Fasa.Params(budget=budget, planes=8))
         yield f"fasa budget={budget}", partial(_fasa, model, fasa, data)
-        yield f"tokenselect budget={budget}", partial(
-            in_place.sparse_decode_of, model, TokenSelect(TokenSelect.Params(budget=budget)))
+        yield (
+            f"tokenselect budget={budget}",
+            partial(in_place.sparse_decode_of, model, TokenSelect(TokenSelect.Params(budget=budget))),
+        )
         if budget >= 32:
             variants: dict[str, dict[str, Any]] = {"reuse": {"reuse": 0.9}}
             if budget >= 64:
                 variants |= {"latest": {"recent": 16}, "latest reuse": {"recent": 16, "reuse": 0.9}}
             for name, more in variants.items():
-                yield f"tokenselect {name} budget={budget}", partial(
-                    in_place.sparse_decode_of, model, TokenSelect(TokenSelect.Params(budget=budget, **more)))
+                yield (
+                    f"tokenselect {name} budget={budget}",
+                    partial(in_place.sparse_decode_of, model, TokenSelect(TokenSelect.Params(budget=budget, **more))),
+                )
         for choose in ("random", "window"):
-            yield f"{choose} budget={budget}", partial(
-                in_place.sparse_decode_of, model, DecodeControl(DecodeControl.Params(budget=budget, choose=choose)))
+            yield (
+                f"{choose} budget={budget}",
+                partial(
+                    in_place.sparse_decode_of, model, DecodeControl(DecodeControl.Params(budget=budget, choose=choose))
+                ),
+            )
 
 
 def _fasa(model: Any, method: Fasa, data: Calibration) -> torch.nn.Module:
@@ -187,21 +204,28 @@ def stem_candidates(model: Any, seen: Any, shares: Sequence[float] = (0.1, 0.25,
         if share <= 0.25:
             yield f"random layers stem layers={share}", partial(make, random_layers=0)
             yield f"random rows stem layers={share}", partial(make, random_rows=0)
-        yield f"first token too stem layers={share}", partial(
-            in_place.tables_of, model, Stem.Params(convert=share, dense_first=0), seen)
+        yield (
+            f"first token too stem layers={share}",
+            partial(in_place.tables_of, model, Stem.Params(convert=share, dense_first=0), seen),
+        )
 
 
-def moe_candidates(model: Any, seen: Any,
-                   budgets: Sequence[tuple[float, int]] = ((0.875, 4), (0.75, 3), (0.5, 1))) -> Candidates:
+def moe_candidates(
+    model: Any, seen: Any, budgets: Sequence[tuple[float, int]] = ((0.875, 4), (0.75, 3), (0.5, 1))
+) -> Candidates:
     """Routers at each share of the neurons; CMoE's split and router; controls: a random router on either split, a
     random split with one, and the neurons of most energy for all tokens."""
     cmoe = {"split": "activity", "choice": "analytic", "rounds": 1}
-    kinds: dict[str, dict[str, Any]] = {"top_k": {}, "relu": {"router": "relu"},
-                                        "random router": {"choice": "random"},
-                                        "cmoe top_k": cmoe, "cmoe relu": {**cmoe, "router": "relu"},
-                                        "cmoe random router": {**cmoe, "choice": "random"},
-                                        "cmoe split fitted router": {**cmoe, "choice": "fitted"},
-                                        "random split and router": {"choice": "random", "split": "random"}}
+    kinds: dict[str, dict[str, Any]] = {
+        "top_k": {},
+        "relu": {"router": "relu"},
+        "random router": {"choice": "random"},
+        "cmoe top_k": cmoe,
+        "cmoe relu": {**cmoe, "router": "relu"},
+        "cmoe random router": {**cmoe, "choice": "random"},
+        "cmoe split fitted router": {**cmoe, "choice": "fitted"},
+        "random split and router": {"choice": "random", "split": "random"},
+    }
     for share, active in budgets:
         for name, more in kinds.items():
             params = MoeFromDense.Params(experts=8, shared=3, active=active, gate="off", **more)
@@ -226,14 +250,22 @@ def quiz_candidates(model: Any, data: Calibration) -> Candidates:
 
 
 GROUPS: dict[str, tuple[Callable[[Any, Any], Task], Callable[[Any, Calibration], Candidates], tuple[int, int]]] = {
-    "prefill": (prefill_task, prefill_candidates, (0, 0)), "decode": (decode_task, decode_candidates, (4, 384)),
-    "ffn": (ffn_task, ffn_candidates, (16, 256)), "quiz": (quiz_task, quiz_candidates, (16, 256))}
+    "prefill": (prefill_task, prefill_candidates, (0, 0)),
+    "decode": (decode_task, decode_candidates, (4, 384)),
+    "ffn": (ffn_task, ffn_candidates, (16, 256)),
+    "quiz": (quiz_task, quiz_candidates, (16, 256)),
+}
 """Name -> task, candidates, and how many sequences of which length calibrate."""
 
 
-CONTROLS = {"token_sparse attention ": "token_sparse random ", "fasa ": "random ", "tokenselect b": "random b",
-            "stem ": "random layers stem ", "moe top_k ": "moe random router ",
-            "moe cmoe top_k ": "moe cmoe random router "}
+CONTROLS = {
+    "token_sparse attention ": "token_sparse random ",
+    "fasa ": "random ",
+    "tokenselect b": "random b",
+    "stem ": "random layers stem ",
+    "moe top_k ": "moe random router ",
+    "moe cmoe top_k ": "moe cmoe random router ",
+}
 """How the name of a candidate begins -> how that of its random control at the same budget does. None for router relu,
 which uses more neurons than its name says."""
 
@@ -243,8 +275,10 @@ def against_random(results: Path) -> None:
 
     Rows that were measured elsewhere (the journal is not kept with the CSV) stay as they are."""
     journal = Journal(journal_path(results))
-    keys = {(journal.names[key], len(next(iter(measured.stats.values()), ()))): key
-            for key, measured in journal.entries.items()}
+    keys = {
+        (journal.names[key], len(next(iter(measured.stats.values()), ()))): key
+        for key, measured in journal.entries.items()
+    }
     rows = read_rows(results)
     scores = {"perplexity": perplexity, "accuracy": mean_percent}
     for row in rows:
@@ -289,12 +323,19 @@ def plot(path: Path, rows: Sequence[EvalRow]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [(task, kinds, label) for task, kinds, label in (
-        ("after sparse prefill", "", "share of the tokens that a head keeps (coverage: what it may lose)"),
-        ("sparse decoding", "", "keys of a query"), ("feed-forward", "moe", "share of the neurons that are active"),
-        ("feed-forward", "stem", "share of the layers with a table")) if curves(rows, task)]
-    figure, axes = pyplot.subplots(1, max(1, len(panels)), figsize=(4.4 * max(1, len(panels)), 3.8), squeeze=False,
-                                   layout="constrained")
+    panels = [
+        (task, kinds, label)
+        for task, kinds, label in (
+            ("after sparse prefill", "", "share of the tokens that a head keeps (coverage: what it may lose)"),
+            ("sparse decoding", "", "keys of a query"),
+            ("feed-forward", "moe", "share of the neurons that are active"),
+            ("feed-forward", "stem", "share of the layers with a table"),
+        )
+        if curves(rows, task)
+    ]
+    figure, axes = pyplot.subplots(
+        1, max(1, len(panels)), figsize=(4.4 * max(1, len(panels)), 3.8), squeeze=False, layout="constrained"
+    )
     for ax, (task, kinds, label) in zip(axes[0], panels, strict=False):
         for kind, points in curves(rows, task).items():
             if kinds not in kind:
@@ -318,15 +359,23 @@ def markdown(rows: Sequence[EvalRow]) -> str:
     parts = []
     for task in dict.fromkeys(r.task for r in rows):
         mine = [r for r in rows if r.task == task]
-        lines = [f"## {task}", "", f"{mine[0].items} items, {mine[0].metric}.", "",
-                 "| candidate | value [95 %] | minus dense [95 %] | minus random [95 %] |", "|---|--:|--:|--:|"]
+        lines = [
+            f"## {task}",
+            "",
+            f"{mine[0].items} items, {mine[0].metric}.",
+            "",
+            "| candidate | value [95 %] | minus dense [95 %] | minus random [95 %] |",
+            "|---|--:|--:|--:|",
+        ]
         for r in mine:
             if r.value is None:
                 lines.append(f"| {r.candidate} | {r.status}: {r.reason} | | |")
                 continue
-            lines.append(f"| {r.candidate} | {r.value:.4g} [{r.low:.4g}, {r.high:.4g}] | "
-                         f"{difference_text(r.minus_dense, r.minus_dense_low, r.minus_dense_high)} | "
-                         f"{difference_text(r.minus_random, r.minus_random_low, r.minus_random_high)} |")
+            lines.append(
+                f"| {r.candidate} | {r.value:.4g} [{r.low:.4g}, {r.high:.4g}] | "
+                f"{difference_text(r.minus_dense, r.minus_dense_low, r.minus_dense_high)} | "
+                f"{difference_text(r.minus_random, r.minus_random_low, r.minus_random_high)} |"
+            )
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -339,8 +388,9 @@ def page(results: Path, docs: Path | None) -> None:
     if docs is not None:
         head = docs.read_text().split(MARKER)[0]
         origin = f"torch {rows[0].torch}, transformers {rows[0].transformers}, tokcompile {rows[0].tokcompile}; fp32."
-        docs.write_text(f"{head}{MARKER}\n\n![curves](../benchmarks/results/language.png)\n\n{markdown(rows)}\n\n"
-                        f"{origin}\n")
+        docs.write_text(
+            f"{head}{MARKER}\n\n![curves](../benchmarks/results/language.png)\n\n{markdown(rows)}\n\n{origin}\n"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -360,14 +410,24 @@ def main(argv: list[str] | None = None) -> int:
             make, candidates, (sequences, length) = GROUPS[name]
             task = make(model, tokenizer)
             data = language.calibration(tokenizer, sequences, length) if sequences else []
-            known = {r.candidate for r in read_rows(options.results) if r.task == task.name and r.model == MODEL
-                     } if options.missing and options.results.exists() else ()
+            known = (
+                {r.candidate for r in read_rows(options.results) if r.task == task.name and r.model == MODEL}
+                if options.missing and options.results.exists()
+                else ()
+            )
             for title, made in candidates(model, data):  # one by one: tables and experts of many would fill the memory
                 if title in known:
                     continue
                 changed = made()
-                evaluate(model, [task], {title: changed}, label=MODEL, with_controls=False,
-                         results=options.results, progress=_progress)
+                evaluate(
+                    model,
+                    [task],
+                    {title: changed},
+                    label=MODEL,
+                    with_controls=False,
+                    results=options.results,
+                    progress=_progress,
+                )
                 if reused := getattr(changed, "reused", None):
                     print(f"{title}: {sum(reused) / len(reused):.1%} of the lists were reused", file=sys.stderr)
     page(options.results, DOCS if options.results == RESULTS else None)

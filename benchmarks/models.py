@@ -37,12 +37,26 @@ def vlm(quick: bool = False, layers: int | None = None) -> LlavaForConditionalGe
     width, inner, heads, depth = (64, 128, 4, 4) if quick else (896, 4864, 14, 24)
     side = 8 if quick else 24
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, projection_dim=32,
-                                       num_attention_heads=2, image_size=14 * side, patch_size=14),
-        text_config=Qwen2Config(hidden_size=width, intermediate_size=inner, num_attention_heads=heads,
-                                num_key_value_heads=2, num_hidden_layers=layers or depth, vocab_size=32_000,
-                                max_position_embeddings=4096),
-        image_token_index=IMAGE_TOKEN, image_seq_length=side * side,
+        vision_config=CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            projection_dim=32,
+            num_attention_heads=2,
+            image_size=14 * side,
+            patch_size=14,
+        ),
+        text_config=Qwen2Config(
+            hidden_size=width,
+            intermediate_size=inner,
+            num_attention_heads=heads,
+            num_key_value_heads=2,
+            num_hidden_layers=layers or depth,
+            vocab_size=32_000,
+            max_position_embeddings=4096,
+        ),
+        image_token_index=IMAGE_TOKEN,
+        image_seq_length=side * side,
     )
     return LlavaForConditionalGeneration(config).eval()
 
@@ -66,8 +80,12 @@ def vlm_call(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
 def prefill_kwargs(inputs: dict[str, Tensor]) -> dict[str, Any]:
     """Keyword arguments of ``forward`` (made anew for each call: a forward may change the dict of features)."""
     features = BaseModelOutputWithPooling(pooler_output=tuple(inputs["features"].unbind(0)))
-    return {"input_ids": inputs["input_ids"], "mm_encoder_outputs": {"image": features}, "use_cache": True,
-            "logits_to_keep": 1}
+    return {
+        "input_ids": inputs["input_ids"],
+        "mm_encoder_outputs": {"image": features},
+        "use_cache": True,
+        "logits_to_keep": 1,
+    }
 
 
 def vlm_flops(model: LlavaForConditionalGeneration, tokens: Sequence[int]) -> int:
@@ -96,8 +114,11 @@ def vit(quick: bool = False) -> Dinov2Model:
     """A ViT-S/14 of the DINOv2 kind with random weights, for its own image size (no interpolated positions)."""
     torch.manual_seed(0)
     width, heads, size, depth = (64, 4, 56, 8) if quick else (384, 6, 224, 12)
-    return Dinov2Model(Dinov2Config(hidden_size=width, num_attention_heads=heads, image_size=size,
-                                    num_hidden_layers=depth, patch_size=14)).eval()
+    return Dinov2Model(
+        Dinov2Config(
+            hidden_size=width, num_attention_heads=heads, image_size=size, num_hidden_layers=depth, patch_size=14
+        )
+    ).eval()
 
 
 def vit_flops(model: Dinov2Model, size: int, tokens: Sequence[int]) -> int:
@@ -123,5 +144,13 @@ def vit_ratio(model: Dinov2Model, size: int, keep: Sequence[float], at: Sequence
 def llama(layers: int = 32, hidden: int = 128) -> LlamaForCausalLM:
     """A Llama as deep as the 7B one; narrow, since only its graph matters."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-                                        num_attention_heads=8, num_key_value_heads=2, vocab_size=1000)).eval()
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            vocab_size=1000,
+        )
+    ).eval()

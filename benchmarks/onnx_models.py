@@ -50,13 +50,26 @@ def _vit(folder: Path, quick: bool, repeats: int, load: float | None) -> list[ha
     pixels = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(0))
     dense, pruned = (_served(folder, "vit", model, {"pixel_values": pixels}, r) for r in (None, "vit_prune_50"))
     feed = pixels.numpy()
-    times = harness.interleaved({harness.ONNX_BASELINE: lambda: dense(pixel_values=feed),
-                                 "vit_prune_50": lambda: pruned(pixel_values=feed)}, repeats)
+    times = harness.interleaved(
+        {harness.ONNX_BASELINE: lambda: dense(pixel_values=feed), "vit_prune_50": lambda: pruned(pixel_values=feed)},
+        repeats,
+    )
     tokens, base = (size // 14) ** 2 + 1, times[harness.ONNX_BASELINE]
-    return [harness.row("onnx", name, harness.ONNX_BASELINE, base, batch=8, tokens=tokens, load=load),
-            harness.row("onnx", name, "vit_prune_50", times["vit_prune_50"], batch=8, tokens=tokens, baseline=base,
-                        flop_ratio=_ratio(pruned), formula=models.vit_ratio(model, size, [0.56] * 3, [0.25, 0.5, 0.75]),
-                        load=load)]
+    return [
+        harness.row("onnx", name, harness.ONNX_BASELINE, base, batch=8, tokens=tokens, load=load),
+        harness.row(
+            "onnx",
+            name,
+            "vit_prune_50",
+            times["vit_prune_50"],
+            batch=8,
+            tokens=tokens,
+            baseline=base,
+            flop_ratio=_ratio(pruned),
+            formula=models.vit_ratio(model, size, [0.56] * 3, [0.25, 0.5, 0.75]),
+            load=load,
+        ),
+    ]
 
 
 def _vlm(folder: Path, quick: bool, repeats: int, load: float | None) -> list[harness.Row]:
@@ -74,8 +87,20 @@ def _vlm(folder: Path, quick: bool, repeats: int, load: float | None) -> list[ha
     tokens, base = ids.shape[1], times[harness.ONNX_BASELINE]
     found = [harness.row("onnx", name, harness.ONNX_BASELINE, base, batch=1, tokens=tokens, load=load)]
     for recipe, late in recipes.items():
-        found.append(harness.row("onnx", name, recipe, times[recipe], batch=1, tokens=tokens, baseline=base, load=load,
-                                 flop_ratio=_ratio(served[recipe]), formula=models.vlm_ratio(model, 0.10, late)))
+        found.append(
+            harness.row(
+                "onnx",
+                name,
+                recipe,
+                times[recipe],
+                batch=1,
+                tokens=tokens,
+                baseline=base,
+                load=load,
+                flop_ratio=_ratio(served[recipe]),
+                formula=models.vlm_ratio(model, 0.10, late),
+            )
+        )
     return found
 
 
@@ -87,9 +112,14 @@ def prefill(model: tokcompile.OnnxModel, ids: Any, features: Any) -> dict[str, A
     shapes = {v["name"]: v["shape"] for v in model.manifest["files"]["decoder"]["inputs"]}
     feed: dict[str, Any] = {
         n: np.zeros([s if isinstance(s, int) else len(ids) if i == 0 else 0 for i, s in enumerate(shape)], np.float32)
-        for n, shape in shapes.items() if n.startswith("past_")}
-    feed |= {"inputs_embeds": embeds, "attention_mask": np.ones_like(ids),
-             "position_ids": np.arange(ids.shape[1])[None]}
+        for n, shape in shapes.items()
+        if n.startswith("past_")
+    }
+    feed |= {
+        "inputs_embeds": embeds,
+        "attention_mask": np.ones_like(ids),
+        "position_ids": np.arange(ids.shape[1])[None],
+    }
     if "visual_mask" in shapes:
         feed |= {"visual_mask": visual, "image_features": features}
     else:

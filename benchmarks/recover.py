@@ -105,8 +105,10 @@ def stretches(tokenizer: Any, which: slice, each: int) -> Items:
     found = []
     for _, text in articles()[which]:
         ids = tokenizer.encode(text, add_special_tokens=False)
-        found += [{"input_ids": torch.tensor([ids[at:at + LENGTH]])}
-                  for at in range(0, min(len(ids) - LENGTH + 1, each * LENGTH), LENGTH)]
+        found += [
+            {"input_ids": torch.tensor([ids[at : at + LENGTH]])}
+            for at in range(0, min(len(ids) - LENGTH + 1, each * LENGTH), LENGTH)
+        ]
     return found
 
 
@@ -138,8 +140,11 @@ class Reading:
 def compressed(dense: Any, run: Run, data: Items) -> Any:
     """The model that ``optimize`` makes of the recipe."""
     recipe = Recipe.load(run.recipe)
-    document = {"recipe_version": 1, "description": recipe.description,
-                "steps": [s.model_dump(by_alias=True, exclude_none=True) for s in recipe.steps]}
+    document = {
+        "recipe_version": 1,
+        "description": recipe.description,
+        "steps": [s.model_dump(by_alias=True, exclude_none=True) for s in recipe.steps],
+    }
     document["steps"][0]["params"] = {**document["steps"][0].get("params", {}), **run.params}
     return tokcompile.optimize(dense, document, calibration=data, lowering="eager")
 
@@ -180,8 +185,9 @@ def train(model: Any, dense: Any, run: Run, texts: Items, steps: int, look: Any 
             yield {**item, "labels": item["input_ids"]} if run.labels else item  # no token follows the last position
 
     teacher = Labels(dense.config.vocab_size) if run.labels else dense
-    return tokcompile.recover(model, teacher, feed(), steps=steps, trainable=patterns(model, run.trainable), lr=run.lr,
-                              tokens=run.tokens)
+    return tokcompile.recover(
+        model, teacher, feed(), steps=steps, trainable=patterns(model, run.trainable), lr=run.lr, tokens=run.tokens
+    )
 
 
 def tune(dense: Any, tokenizer: Any, name: str, rates: Sequence[float], steps: int) -> None:
@@ -197,8 +203,11 @@ def tune(dense: Any, tokenizer: Any, name: str, rates: Sequence[float], steps: i
                 p.data = start[n]  # recover trains a copy of it
         report = train(model, dense, replace(run, lr=rate), stretches(tokenizer, TRAINED, 4), steps)
         after = reading.of(model)[0]
-        print(f"{name}: lr {rate:g}: KL {sum(after) / len(after):.4f} after {steps} steps, "
-              f"{report.seconds / steps:.1f} s a step", flush=True)
+        print(
+            f"{name}: lr {rate:g}: KL {sum(after) / len(after):.4f} after {steps} steps, "
+            f"{report.seconds / steps:.1f} s a step",
+            flush=True,
+        )
 
 
 def measure(dense: Any, tokenizer: Any, name: str, steps: int, every: int, results: Path) -> None:
@@ -221,19 +230,38 @@ def measure(dense: Any, tokenizer: Any, name: str, steps: int, every: int, resul
     def look(step: int, losses: Sequence[float] = (), values: int = 0, seconds: float | None = None) -> None:
         kls, perplexity = evaluated.of(model)
         first[:] = first or kls
-        points.append(Point(
-            name, " ".join(run.trainable), values, run.lr, step, step * LENGTH, None, sum(kls) / len(kls),
-            sum(a < b for a, b in zip(kls, first, strict=True)) if step else None, perplexity, reference,
-            capitals(model) if step in (0, steps) else None, dense_capitals, seconds, os.getloadavg()[0],
-            torch.__version__, tokcompile.__version__))
+        points.append(
+            Point(
+                name,
+                " ".join(run.trainable),
+                values,
+                run.lr,
+                step,
+                step * LENGTH,
+                None,
+                sum(kls) / len(kls),
+                sum(a < b for a, b in zip(kls, first, strict=True)) if step else None,
+                perplexity,
+                reference,
+                capitals(model) if step in (0, steps) else None,
+                dense_capitals,
+                seconds,
+                os.getloadavg()[0],
+                torch.__version__,
+                tokcompile.__version__,
+            )
+        )
         for number, point in enumerate(points):
             since = points[number - 1].step if number else 0
-            if losses[since:point.step]:
-                point.loss = sum(losses[since:point.step]) / (point.step - since)
+            if losses[since : point.step]:
+                point.loss = sum(losses[since : point.step]) / (point.step - since)
             point.values = values or point.values
         write(results, name, points)
-        print(f"{name}, step {step}: KL {points[-1].kl:.4f}, perplexity {perplexity:.2f} (dense {reference:.2f}), "
-              f"capitals {points[-1].capitals}", flush=True)
+        print(
+            f"{name}, step {step}: KL {points[-1].kl:.4f}, perplexity {perplexity:.2f} (dense {reference:.2f}), "
+            f"capitals {points[-1].capitals}",
+            flush=True,
+        )
 
     look(0)
     started = time.perf_counter()
@@ -284,8 +312,12 @@ def plot(path: Path, rows: Sequence[Point]) -> None:
         left.plot([p.step for p in mine], [p.kl / mine[0].kl for p in mine], marker="o", markersize=4, label=name)
         right.plot([p.step for p in mine], [p.perplexity for p in mine], marker="o", markersize=4, label=name)
     right.axhline(rows[0].dense_perplexity, color="0.5", linestyle=":", label="dense")
-    left.set(xlabel="steps of 128 tokens", ylabel="KL(dense | model) over that at step 0",
-             title="text that nothing was trained on", ylim=(0, None))
+    left.set(
+        xlabel="steps of 128 tokens",
+        ylabel="KL(dense | model) over that at step 0",
+        title="text that nothing was trained on",
+        ylim=(0, None),
+    )
     right.set(xlabel="steps of 128 tokens", ylabel="perplexity (log)", yscale="log", title="the same text")
     left.legend(fontsize=7)
     right.legend(fontsize=7)
@@ -303,9 +335,12 @@ def markdown(rows: Sequence[Point]) -> str:
         if quiz and b.step and b.capitals is not None:
             quiz += f" → {b.capitals:.1f} %"
         trained = b.trained.replace("prepared", "tables" if "stem" in name else "experts, routers").replace(
-            " converted ", ", ")
-        lines.append(f"| {name} | {trained} ({b.values / 1e6:.1f} M) | {b.lr:g} | {b.step} | {a.kl:.3f} → {b.kl:.3f} | "
-                     f"{a.perplexity:.2f} → {b.perplexity:.2f} | {quiz} |")
+            " converted ", ", "
+        )
+        lines.append(
+            f"| {name} | {trained} ({b.values / 1e6:.1f} M) | {b.lr:g} | {b.step} | {a.kl:.3f} → {b.kl:.3f} | "
+            f"{a.perplexity:.2f} → {b.perplexity:.2f} | {quiz} |"
+        )
     known = "" if rows[0].dense_capitals is None else f"{rows[0].dense_capitals:.1f} %"
     lines.append(f"| dense | | | | 0 | {rows[0].dense_perplexity:.2f} | {known} |")
     return "\n".join(lines)
@@ -317,8 +352,10 @@ def page(results: Path, docs: Path | None) -> None:
     plot(results.with_suffix(".png"), rows)
     if docs is not None:
         head = docs.read_text().split(MARKER)[0]
-        docs.write_text(f"{head}{MARKER}\n\n{markdown(rows)}\n\n![curves](../benchmarks/results/recover.png)\n\n"
-                        f"torch {rows[0].torch}, tokcompile {rows[0].tokcompile}; fp32.\n")
+        docs.write_text(
+            f"{head}{MARKER}\n\n{markdown(rows)}\n\n![curves](../benchmarks/results/recover.png)\n\n"
+            f"torch {rows[0].torch}, tokcompile {rows[0].tokcompile}; fp32.\n"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:

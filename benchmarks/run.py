@@ -73,12 +73,25 @@ def bench_vlm(quick: bool, repeats: int, load: float | None) -> list[harness.Row
     calls[DENSE] = lambda: models.vlm_call(chosen, inputs)
     times = harness.interleaved(calls, repeats)
     tokens, base = inputs["input_ids"].shape[1], times[harness.BASELINE]
-    rows = [harness.row("vlm", _vlm_name(quick), harness.BASELINE, base, batch=1, tokens=tokens, load=load),
-            harness.row("vlm", _vlm_name(quick), DENSE, times[DENSE], batch=1, tokens=tokens, baseline=base, load=load)]
+    rows = [
+        harness.row("vlm", _vlm_name(quick), harness.BASELINE, base, batch=1, tokens=tokens, load=load),
+        harness.row("vlm", _vlm_name(quick), DENSE, times[DENSE], batch=1, tokens=tokens, baseline=base, load=load),
+    ]
     for recipe, late in (("vlm_prune_90", 0.875), ("vlm_random_90", None)):
-        rows.append(harness.row("vlm", _vlm_name(quick), recipe, times[recipe], batch=1, tokens=tokens, baseline=base,
-                                flop_ratio=tokcompile.report(optimized[recipe]).steps[0].flop_ratio,
-                                formula=models.vlm_ratio(model, 0.10, late), load=load))
+        rows.append(
+            harness.row(
+                "vlm",
+                _vlm_name(quick),
+                recipe,
+                times[recipe],
+                batch=1,
+                tokens=tokens,
+                baseline=base,
+                flop_ratio=tokcompile.report(optimized[recipe]).steps[0].flop_ratio,
+                formula=models.vlm_ratio(model, 0.10, late),
+                load=load,
+            )
+        )
     return rows
 
 
@@ -87,8 +100,11 @@ def _vlm_name(quick: bool) -> str:
 
 
 #: Recipe -> share of the patches kept at each of its depths, and the depths.
-VIT = {"vit_prune_30": (0.78, (0.25, 0.5, 0.75)), "vit_prune_50": (0.56, (0.25, 0.5, 0.75)),
-       "vit_merge_50": (0.725, (0.08, 0.25, 0.42))}
+VIT = {
+    "vit_prune_30": (0.78, (0.25, 0.5, 0.75)),
+    "vit_prune_50": (0.56, (0.25, 0.5, 0.75)),
+    "vit_merge_50": (0.725, (0.08, 0.25, 0.42)),
+}
 
 
 def bench_vit(quick: bool, repeats: int, load: float | None) -> list[harness.Row]:
@@ -114,10 +130,20 @@ def bench_vit(quick: bool, repeats: int, load: float | None) -> list[harness.Row
         rows.append(harness.row("vit", name, harness.BASELINE, base, batch=batch, tokens=tokens, load=load))
         rows.append(harness.row("vit", name, DENSE, times[DENSE], batch=batch, tokens=tokens, baseline=base, load=load))
         for recipe, (keep, at) in VIT.items():
-            rows.append(harness.row(
-                "vit", name, recipe, times[recipe], batch=batch, tokens=tokens, baseline=base, load=load,
-                flop_ratio=tokcompile.report(optimized[recipe]).steps[0].flop_ratio,
-                formula=models.vit_ratio(model, size, [keep] * 3, at)))
+            rows.append(
+                harness.row(
+                    "vit",
+                    name,
+                    recipe,
+                    times[recipe],
+                    batch=batch,
+                    tokens=tokens,
+                    baseline=base,
+                    load=load,
+                    flop_ratio=tokcompile.report(optimized[recipe]).steps[0].flop_ratio,
+                    formula=models.vit_ratio(model, size, [keep] * 3, at),
+                )
+            )
     return rows
 
 
@@ -144,10 +170,19 @@ def bench_compile(quick: bool, repeats: int, load: float | None) -> list[harness
                 tokens, batch = seen["tokens"], seen["batch"]
         title = _vlm_name(quick) if name == "vlm" else _vit_name(quick)
         for contestant in contestants:
-            rows.append(harness.row(
-                "compile", title, contestant, times[contestant], batch=batch, tokens=tokens, load=load,
-                cpu_seconds=harness.quantile(cpu[contestant], 0.5),
-                baseline=None if contestant == harness.BASELINE else times[harness.BASELINE]))
+            rows.append(
+                harness.row(
+                    "compile",
+                    title,
+                    contestant,
+                    times[contestant],
+                    batch=batch,
+                    tokens=tokens,
+                    load=load,
+                    cpu_seconds=harness.quantile(cpu[contestant], 0.5),
+                    baseline=None if contestant == harness.BASELINE else times[harness.BASELINE],
+                )
+            )
     return rows
 
 
@@ -209,8 +244,9 @@ def bench_detect(quick: bool, repeats: int, load: float | None) -> list[harness.
     times = {"Dynamo (torch.compile's own)": dynamo, **times}
     name = f"Llama, {model.config.num_hidden_layers} layers"
     # the first round is a warm-up: imports and caches
-    return [harness.row("detect", name, step, values[1:], batch=1, tokens=128, load=load)
-            for step, values in times.items()]
+    return [
+        harness.row("detect", name, step, values[1:], batch=1, tokens=128, load=load) for step, values in times.items()
+    ]
 
 
 def bench_onnx(quick: bool, repeats: int, load: float | None, exports: str | None = None) -> list[harness.Row]:
@@ -222,7 +258,10 @@ def bench_onnx(quick: bool, repeats: int, load: float | None, exports: str | Non
 
 
 BENCHMARKS: dict[str, tuple[Callable[..., list[harness.Row]], int]] = {
-    "vlm": (bench_vlm, 15), "vit": (bench_vit, 15), "compile": (bench_compile, 1), "detect": (bench_detect, 5),
+    "vlm": (bench_vlm, 15),
+    "vit": (bench_vit, 15),
+    "compile": (bench_compile, 1),
+    "detect": (bench_detect, 5),
     "onnx": (bench_onnx, 15),
 }
 """Name -> (function, rounds)."""
@@ -295,14 +334,32 @@ def _show(rows: list[harness.Row]) -> None:
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("benchmark", "model", "recipe", "batch", "median ms", "p20", "p80", "speed-up", "FLOP ratio",
-                   "by hand", "share"):
+    for column in (
+        "benchmark",
+        "model",
+        "recipe",
+        "batch",
+        "median ms",
+        "p20",
+        "p80",
+        "speed-up",
+        "FLOP ratio",
+        "by hand",
+        "share",
+    ):
         table.add_column(column, justify="left" if column in ("benchmark", "model", "recipe") else "right")
     for r in rows:
         numbers = [f"{t:.0f}" if t >= 100 else f"{t:.1f}" for t in (r.median_ms, r.p20_ms, r.p80_ms)]
         ratios = ["" if v is None else f"{v:.2f}" for v in (r.speedup, r.flop_ratio, r.flop_ratio_formula)]
-        table.add_row(r.benchmark, r.model, r.recipe, str(r.batch), *numbers, *ratios,
-                      "" if r.share_of_ceiling is None else f"{100 * r.share_of_ceiling:.0f} %")
+        table.add_row(
+            r.benchmark,
+            r.model,
+            r.recipe,
+            str(r.batch),
+            *numbers,
+            *ratios,
+            "" if r.share_of_ceiling is None else f"{100 * r.share_of_ceiling:.0f} %",
+        )
     Console(width=max(120, Console().width)).print(table)
 
 

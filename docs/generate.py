@@ -1,7 +1,7 @@
 """Write what the documentation takes from the code: ``python docs/generate.py`` (``--check`` only compares).
 
-    recipes/schema.json     JSON Schema of a recipe file
-    docs/reference.md       every key of a recipe, every pass with its parameters, every recipe that ships
+recipes/schema.json     JSON Schema of a recipe file
+docs/reference.md       every key of a recipe, every pass with its parameters, every recipe that ships
 """
 
 from __future__ import annotations
@@ -24,24 +24,36 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def generated() -> dict[Path, str]:
     """Every generated file and what it should hold."""
-    return {ROOT / "recipes" / "schema.json": json.dumps(shipped_schema(), indent=2, ensure_ascii=False) + "\n",
-            ROOT / "docs" / "reference.md": reference()}
+    return {
+        ROOT / "recipes" / "schema.json": json.dumps(shipped_schema(), indent=2, ensure_ascii=False) + "\n",
+        ROOT / "docs" / "reference.md": reference(),
+    }
 
 
 def reference() -> str:
     """The recipe reference."""
-    parts = ["<!-- written by docs/generate.py -->\n# Recipe reference\n",
-             "[Recipes](recipes.md) says how they work; this is every key, pass and recipe.\n"]
-    for title, model in (("A recipe", Recipe), ("`steps[i]`", Step), ("`steps[i].target`", Target),
-                         ("`steps[i].expect`", Expect), ("`protect`", Protect)):
+    parts = [
+        "<!-- written by docs/generate.py -->\n# Recipe reference\n",
+        "[Recipes](recipes.md) says how they work; this is every key, pass and recipe.\n",
+    ]
+    for title, model in (
+        ("A recipe", Recipe),
+        ("`steps[i]`", Step),
+        ("`steps[i].target`", Target),
+        ("`steps[i].expect`", Expect),
+        ("`protect`", Protect),
+    ):
         parts.append(f"## {title}\n\n{_table(model)}")
     parts.append("## Passes\n")
     for name in shipped_passes():
         method = get_pass(name)
         source = pass_source(name)
         also = "".join(f"; with `target: {{region: {kind}}}` on `{kind}`" for kind in method.also)
-        parts.append(f"### `{name}`\n\n{pass_summary(name)} Works on `{method.regions}`{also}.\n"
-                     + (f"\nSource: {source}\n" if source else "") + f"\n{_table(method.Params)}")
+        parts.append(
+            f"### `{name}`\n\n{pass_summary(name)} Works on `{method.regions}`{also}.\n"
+            + (f"\nSource: {source}\n" if source else "")
+            + f"\n{_table(method.Params)}"
+        )
     parts.append("## Recipes that ship\n")
     for name in shipped():
         recipe = Recipe.load(name)
@@ -63,16 +75,23 @@ def _table(model: type[BaseModel]) -> str:
     rows = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for p in found:
         default = "required" if p.required else f"`{json.dumps(p.default)}`" if p.default is not None else ""
-        cells = {"key": f"`{p.name}`", "type": p.type, "default": default, "unit": p.unit, "source": p.source,
-                 "meaning": p.description}
+        cells = {
+            "key": f"`{p.name}`",
+            "type": p.type,
+            "default": default,
+            "unit": p.unit,
+            "source": p.source,
+            "meaning": p.description,
+        }
         rows.append("| " + " | ".join(cells[c].replace("|", "\\|") for c in columns) + " |")
     return "\n".join(rows) + "\n"
 
 
 def stale() -> list[Path]:
     """The files that do not hold what they should."""
-    return [path for path, text in generated().items()
-            if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    return [
+        path for path, text in generated().items() if not path.is_file() or path.read_text(encoding="utf-8") != text
+    ]
 
 
 def main(argv: list[str]) -> int:

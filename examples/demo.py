@@ -75,8 +75,9 @@ class Stopwatch:
 
 def quantiles(times: Sequence[float]) -> tuple[float, float, float]:
     """Median, 20th and 80th percentile."""
-    median, low, high = torch.tensor(times, dtype=torch.float64).quantile(
-        torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)).tolist()
+    median, low, high = (
+        torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)).tolist()
+    )
     return median, low, high
 
 
@@ -93,8 +94,9 @@ def plainly_compiled(model: nn.Module) -> nn.Module:
     return model
 
 
-def first_token_times(models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor],
-                      repeats: int) -> dict[str, Stopwatch]:
+def first_token_times(
+    models: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], repeats: int
+) -> dict[str, Stopwatch]:
     """Time to the first token, and of its stages. Models take turns, so that load from outside hits all alike."""
     watches = {name: Stopwatch() for name in models}
     with torch.inference_mode():
@@ -140,8 +142,9 @@ def kept_patches(recording: Any, input_ids: Tensor, image_token: int) -> list[li
     return rows
 
 
-def picture(view: Image.Image, panels: Sequence[tuple[str, Sequence[int]]], grid: int = small_vlm.GRID,
-            cell: int = 22) -> Image.Image:
+def picture(
+    view: Image.Image, panels: Sequence[tuple[str, Sequence[int]]], grid: int = small_vlm.GRID, cell: int = 22
+) -> Image.Image:
     """The photograph, and beside it one copy for each panel with the dropped patches dimmed."""
     side, gap, head = grid * cell, 12, 22
     view = view.resize((side, side), Image.Resampling.BICUBIC)
@@ -192,8 +195,9 @@ def ask(model: nn.Module, processor: Any, photo: Image.Image, question: str, new
 
 
 def _generate(model: Any, inputs: Mapping[str, Tensor], new_tokens: int) -> Any:
-    return model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True,
-                          output_logits=True)
+    return model.generate(
+        **inputs, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
 
 
 def divergence(dense: Answer, other: Answer) -> float:
@@ -210,8 +214,9 @@ def same_token(dense: Answer, other: Answer) -> bool:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold", box=None,
-                  pad_edge=False)
+    table = Table(
+        title=title or None, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False
+    )
     table.add_column("")
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -223,8 +228,17 @@ def _head(console: Console, text: str) -> None:
     console.rule(f"[bold]{text}", align="left", style="dim")
 
 
-def show_vlm(console: Console, model: nn.Module, processor: Any, photos: Sequence[tuple[str, Image.Image]], out: Path,
-             *, fast: bool = False, repeats: int = 10, trained: bool = True) -> dict[str, float]:
+def show_vlm(
+    console: Console,
+    model: nn.Module,
+    processor: Any,
+    photos: Sequence[tuple[str, Image.Image]],
+    out: Path,
+    *,
+    fast: bool = False,
+    repeats: int = 10,
+    trained: bool = True,
+) -> dict[str, float]:
     """The vision-language model: found and changed, time, agreement, pictures. Returns the figures shown."""
     first = processor.prepare([photos[0][1]], QUESTIONS[:1])
     lowering = "eager" if fast else "inductor"
@@ -240,8 +254,10 @@ def show_vlm(console: Console, model: nn.Module, processor: Any, photos: Sequenc
     step = report.steps[0]
     text = int((first["input_ids"] != processor.image_token_id).sum())
     before, after = step.details["tokens_before"] - text, step.details["tokens_after"] - text
-    console.print(f"\n[bold]Visual tokens {before} -> {after}[/] (then 0 in the last layers), "
-                  f"text tokens {text} -> {text}. Compiled in {seconds:.0f} s.")
+    console.print(
+        f"\n[bold]Visual tokens {before} -> {after}[/] (then 0 in the last layers), "
+        f"text tokens {text} -> {text}. Compiled in {seconds:.0f} s."
+    )
 
     repeats = 1 if fast else repeats
     baseline = share(model) if fast else plainly_compiled(model)
@@ -251,37 +267,54 @@ def show_vlm(console: Console, model: nn.Module, processor: Any, photos: Sequenc
         watches = first_token_times({name: baseline, RECIPE: pruned}, first, repeats)
     console.print(times_table(watches, ("time to first token", "image encoder", "language model")))
     ratio = step.flop_ratio or float("nan")
-    console.print(f"[dim]batch 1, fp32, {torch.get_num_threads()} threads. FLOPs of the language model before / after: "
-                  f"{ratio:.2f}; the image encoder is {'un' if fast else ''}compiled on both sides and not pruned.[/]")
+    console.print(
+        f"[dim]batch 1, fp32, {torch.get_num_threads()} threads. FLOPs of the language model before / after: "
+        f"{ratio:.2f}; the image encoder is {'un' if fast else ''}compiled on both sides and not pruned.[/]"
+    )
 
     _head(console, "Answers (random tokens at the same budget: first token)")
     if not trained:
         console.print("[yellow]The projector is untrained (run examples/train_projector.py): answers mean nothing.[/]")
-    figures = show_answers(console, {"dense": model, "pruned": pruned, "random": control}, processor, photos, out,
-                           QUESTIONS[:1] if fast else QUESTIONS)
+    figures = show_answers(
+        console,
+        {"dense": model, "pruned": pruned, "random": control},
+        processor,
+        photos,
+        out,
+        QUESTIONS[:1] if fast else QUESTIONS,
+    )
     for stage in ("time to first token", "language model"):
         a, b = (quantiles(watches[n].times[stage])[0] for n in (name, RECIPE))
         figures[f"speedup, {stage}"] = a / b
     return figures | {"flop_ratio": ratio, "visual_before": before, "visual_after": after}
 
 
-def show_answers(console: Console, models: Mapping[str, nn.Module], processor: Any,
-                 photos: Sequence[tuple[str, Image.Image]], out: Path, questions: Sequence[str]) -> dict[str, float]:
+def show_answers(
+    console: Console,
+    models: Mapping[str, nn.Module],
+    processor: Any,
+    photos: Sequence[tuple[str, Image.Image]],
+    out: Path,
+    questions: Sequence[str],
+) -> dict[str, float]:
     """Greedy answers side by side, agreement of the first token, pictures."""
     table = _table("", "question", "dense", "pruned", "random")
     scores: dict[str, list[tuple[bool, float]]] = {"pruned": [], "random": []}
     for name, photo in photos:
         for number, question in enumerate(questions):
-            answers = {n: ask(m, processor, photo, question, 1 if n == "random" else NEW_TOKENS)
-                       for n, m in models.items()}
+            answers = {
+                n: ask(m, processor, photo, question, 1 if n == "random" else NEW_TOKENS) for n, m in models.items()
+            }
             for n, found in scores.items():
                 found.append((same_token(answers["dense"], answers[n]), divergence(answers["dense"], answers[n])))
             texts = [a.text for a in answers.values()]
             place = Text(name if number == 0 else "", "bold")
             table.add_row(place, question, *texts[:2], Text(f"{texts[2]} ...", "dim"))
             if number == 0:
-                panels = [(f"{n}: {len(answers[n].kept)} of {small_vlm.TOKENS_PER_IMAGE} kept", answers[n].kept)
-                          for n in scores]
+                panels = [
+                    (f"{n}: {len(answers[n].kept)} of {small_vlm.TOKENS_PER_IMAGE} kept", answers[n].kept)
+                    for n in scores
+                ]
                 picture(small_vlm.square_view(photo), panels).save(out / f"kept_{name}.png")
     console.print(table)
     summary = _table("", "same first token", "KL(dense || this) of it, mean, nats")
@@ -292,20 +325,30 @@ def show_answers(console: Console, models: Mapping[str, nn.Module], processor: A
         figures |= {f"top1, {n}": hits / len(found), f"kl, {n}": mean}
     console.print()
     console.print(summary)
-    console.print(f"[dim]{len(photos)} photographs x {len(questions)} questions: an illustration, not an evaluation. "
-                  f"Agreement is with the dense model, whose answers are a small model's and often wrong.\n"
-                  f"Pictures: {out}/kept_<name>.png[/]")
+    console.print(
+        f"[dim]{len(photos)} photographs x {len(questions)} questions: an illustration, not an evaluation. "
+        f"Agreement is with the dense model, whose answers are a small model's and often wrong.\n"
+        f"Pictures: {out}/kept_<name>.png[/]"
+    )
     return figures
 
 
-def show_vit(console: Console, model: nn.Module, photos: Sequence[tuple[str, Image.Image]], out: Path,
-             *, fast: bool = False, repeats: int = 15) -> dict[str, float]:
+def show_vit(
+    console: Console,
+    model: nn.Module,
+    photos: Sequence[tuple[str, Image.Image]],
+    out: Path,
+    *,
+    fast: bool = False,
+    repeats: int = 15,
+) -> dict[str, float]:
     """The vision encoder alone: features of pruned and dense, time. Returns the figures shown."""
     _head(console, f"{type(model).__name__} (vision encoder alone) with {VIT_RECIPE}")
     pixels = small_vlm.to_pixels([photo for _, photo in photos])
     with console.status("finding regions, rewriting, compiling ..."):
-        pruned = tokcompile.optimize(model, recipe=VIT_RECIPE, inputs={"pixel_values": pixels},
-                                     lowering="eager" if fast else "inductor")
+        pruned = tokcompile.optimize(
+            model, recipe=VIT_RECIPE, inputs={"pixel_values": pixels}, lowering="eager" if fast else "inductor"
+        )
         plain = model if fast else torch.compile(model)
         watches = {"uncompiled" if fast else "torch.compile": Stopwatch(), VIT_RECIPE: Stopwatch()}
         with torch.inference_mode():
@@ -321,16 +364,20 @@ def show_vit(console: Console, model: nn.Module, photos: Sequence[tuple[str, Ima
         dense = model(pixel_values=pixels).last_hidden_state[:, 0]
     similar = F.cosine_similarity(found, dense, dim=-1)
     step = tokcompile.report(pruned).steps[0]
-    console.print(f"\nTokens {step.details['tokens_before']} -> {step.details['tokens_after']}, by layer "
-                  f"{step.details['tokens_by_layer']}; FLOPs before / after {step.flop_ratio:.2f}")
+    console.print(
+        f"\nTokens {step.details['tokens_before']} -> {step.details['tokens_after']}, by layer "
+        f"{step.details['tokens_by_layer']}; FLOPs before / after {step.flop_ratio:.2f}"
+    )
     console.print(times_table(watches, ["encoder"]))
     table = _table("", *(name for name, _ in photos))
     table.add_row("cosine of the class feature to dense", *(f"{float(v):.3f}" for v in similar))
     away = F.cosine_similarity(dense[:, None], dense[None], dim=-1)[~torch.eye(len(dense), dtype=torch.bool)]
     console.print(table)
     if len(dense) > 1:
-        console.print(f"[dim]for comparison, two different photographs: {float(away.mean()):.3f} on average. "
-                      f"Pictures: {out}/vit_<name>.png[/]")
+        console.print(
+            f"[dim]for comparison, two different photographs: {float(away.mean()):.3f} on average. "
+            f"Pictures: {out}/vit_<name>.png[/]"
+        )
     for row, (name, photo) in enumerate(photos):
         panels = [(f"layer {k.layer} on", [int(i) - 1 for i in k.indices[row] if int(i) > 0]) for k in recording.kept]
         picture(small_vlm.square_view(photo), panels).save(out / f"vit_{name}.png")

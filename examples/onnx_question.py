@@ -59,10 +59,14 @@ def ask(directory: Path, picture: Image.Image, question: str = QUESTION, max_new
     def encode(text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
-    ids = [*encode("<|im_start|>user\n"), *[model.generation["image_token_id"]] * TOKENS_PER_IMAGE,
-           *encode("\n"), *encode(f"{question}<|im_end|>\n<|im_start|>assistant\n")]
+    ids = [
+        *encode("<|im_start|>user\n"),
+        *[model.generation["image_token_id"]] * TOKENS_PER_IMAGE,
+        *encode("\n"),
+        *encode(f"{question}<|im_end|>\n<|im_start|>assistant\n"),
+    ]
     found = model.generate(np.array([ids]), pixel_values=pixels(picture), max_new_tokens=max_new_tokens)
-    answer: str = tokenizer.decode(found[0, len(ids):].tolist(), skip_special_tokens=True)
+    answer: str = tokenizer.decode(found[0, len(ids) :].tolist(), skip_special_tokens=True)
     return answer.strip()
 
 

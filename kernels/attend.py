@@ -38,8 +38,10 @@ def shape_of(name: str, value: Tensor, dims: str, dtypes: tuple[torch.dtype, ...
     """Raise ValueError unless ``value`` has as many dimensions as ``dims`` has letters, and one of the types."""
     if value.ndim != len(dims.split()) or value.dtype not in dtypes:
         types = " or ".join(str(t).removeprefix("torch.") for t in dtypes)
-        raise ValueError(f"{name} must be {types} [{', '.join(dims.split())}], "
-                         f"found {str(value.dtype).removeprefix('torch.')} {list(value.shape)}")
+        raise ValueError(
+            f"{name} must be {types} [{', '.join(dims.split())}], "
+            f"found {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        )
 
 
 def check_heads(query: Tensor, key: Tensor, value: Tensor | None = None) -> None:
@@ -120,8 +122,9 @@ def logits(query: Tensor, key: Tensor, scale: float, softcap: float) -> Tensor:
     return score.div_(softcap).tanh_().mul_(softcap) if softcap else score
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float,
-           hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, hidden: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Attention over the keys that are not hidden; rows without a key give 0 and a log-sum-exp of -inf.
 
     Args:
@@ -145,9 +148,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: flo
     return output, top.add_(total.log_()).squeeze(-1)
 
 
-def attend_backward(grad_output: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
-                    output: Tensor, lse: Tensor, scale: float, softcap: float,
-                    hidden: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def attend_backward(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    scale: float,
+    softcap: float,
+    hidden: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Derivatives of :func:`attend` for query, key and value; shapes as there."""
     score = logits(query, key, scale, softcap)
     weight = torch.exp(score - lse.masked_fill(lse == -math.inf, math.inf).unsqueeze(-1))
@@ -170,8 +182,9 @@ def head_of(heads: int, kv_heads: int, device: torch.device) -> Tensor:
     return torch.arange(heads, device=device) // (heads // kv_heads)
 
 
-def attend_traceable(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float,
-                     hidden: Tensor) -> tuple[Tensor, Tensor]:
+def attend_traceable(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, hidden: Tensor
+) -> tuple[Tensor, Tensor]:
     """As :func:`attend`, in differentiable operations that ONNX has and without a look at any value."""
     if isinstance(key.shape[-2], int) and key.shape[-2] == 0:
         return attend(query, key, value, scale, softcap, hidden)
@@ -198,14 +211,15 @@ def register_derivative(operation: Any, backward: Any, extra: int) -> None:
     rest = len(operation._opoverload._schema.arguments) - 3
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.settings = inputs[3 + extra:]
-        ctx.save_for_backward(*inputs[:3], *output, *inputs[3:3 + extra])
+        ctx.settings = inputs[3 + extra :]
+        ctx.save_for_backward(*inputs[:3], *output, *inputs[3 : 3 + extra])
 
     def derive(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         return (*backward(grad_output, grad_lse, *ctx.saved_tensors, *ctx.settings), *[None] * rest)
 
-    def fake(grad_output: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
-             *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def fake(
+        grad_output: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
     backward.register_fake(fake)

@@ -28,8 +28,14 @@ except ImportError:  # Triton has no build for this platform
 #: Multiprocessors that are assumed where the device is not there (an H100 has 132).
 PROCESSORS = 132
 
-_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32",
-          torch.int64: "i64", torch.bool: "i1"}
+_TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
 
 
 def interpreted() -> bool:

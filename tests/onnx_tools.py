@@ -22,11 +22,18 @@ def arrays(inputs: dict[str, Tensor]) -> dict[str, Any]:
 def both(path: Path, model: Any, inputs: dict[str, Tensor]) -> tuple[float, bool]:
     """Relative error of the logits of all steps, and whether the tokens are equal."""
     logits: list[Any] = []
-    found = OnnxModel.from_pretrained(path).generate(**arrays(inputs), max_new_tokens=STEPS, eos_token_id=-1,
-                                                     on_logits=logits.append)
+    found = OnnxModel.from_pretrained(path).generate(
+        **arrays(inputs), max_new_tokens=STEPS, eos_token_id=-1, on_logits=logits.append
+    )
     with torch.no_grad():
-        out = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, eos_token_id=10_000,
-                             return_dict_in_generate=True, output_logits=True)
+        out = model.generate(
+            **inputs,
+            max_new_tokens=STEPS,
+            do_sample=False,
+            eos_token_id=10_000,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
     wanted = torch.stack(out.logits, 1).numpy()
     error = float(np.linalg.norm(np.stack(logits, 1) - wanted) / np.linalg.norm(wanted))
     return error, np.array_equal(found, out.sequences.numpy())

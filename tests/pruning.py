@@ -63,17 +63,20 @@ def hidden(recording: Recording, length: int, layers: int, start: int = 0) -> or
     return dropped
 
 
-def generate(model: nn.Module, inputs: dict[str, Tensor], max_new_tokens: int = 8,
-             **kwargs: Any) -> tuple[oracle.Run, Recording]:
+def generate(
+    model: nn.Module, inputs: dict[str, Tensor], max_new_tokens: int = 8, **kwargs: Any
+) -> tuple[oracle.Run, Recording]:
     """Generation with an optimized model, and what it kept."""
     with torch.no_grad(), tokcompile.record(model) as recording:
         out = model.generate(  # type: ignore[operator]
-            **inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, output_logits=True, **kwargs)
-    return oracle.Run(list(out.logits), out.sequences[:, inputs["input_ids"].shape[1]:]), recording
+            **inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, output_logits=True, **kwargs
+        )
+    return oracle.Run(list(out.logits), out.sequences[:, inputs["input_ids"].shape[1] :]), recording
 
 
-def run(model: nn.Module, case: Case, inputs: dict[str, Tensor], max_new_tokens: int = 8,
-        **kwargs: Any) -> tuple[oracle.Run, Recording]:
+def run(
+    model: nn.Module, case: Case, inputs: dict[str, Tensor], max_new_tokens: int = 8, **kwargs: Any
+) -> tuple[oracle.Run, Recording]:
     """As :func:`generate`; a model without ``generate`` is called once, and its logits are those of the last token."""
     if case.has_generate:
         return generate(model, inputs, max_new_tokens, **kwargs)
@@ -82,8 +85,7 @@ def run(model: nn.Module, case: Case, inputs: dict[str, Tensor], max_new_tokens:
     return oracle.Run([logits], logits.argmax(-1, keepdim=True)), recording
 
 
-def check(model: nn.Module, case: Case, inputs: dict[str, Tensor], max_new_tokens: int = 8,
-          **kwargs: Any) -> Recording:
+def check(model: nn.Module, case: Case, inputs: dict[str, Tensor], max_new_tokens: int = 8, **kwargs: Any) -> Recording:
     """``model`` (optimized) equals the dense model that hides what ``model`` dropped, at every step."""
     found, recording = run(model, case, inputs, max_new_tokens, **kwargs)
     dropped = hidden(recording, inputs["attention_mask"].shape[1], len(case.decoder_layers))

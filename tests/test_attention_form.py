@@ -166,7 +166,7 @@ def test_every_attention_can_be_computed_from_its_form(name):
     found, wanted = run(model, inputs, captured), run(model, inputs)
     keep = inputs.get("attention_mask")
     if keep is not None:
-        keep = keep[:, -wanted.shape[1]:].bool()
+        keep = keep[:, -wanted.shape[1] :].bool()
         found, wanted = found[keep], wanted[keep]
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-6)
 
@@ -208,8 +208,10 @@ class Odd(nn.Module):
         return (weight @ v).transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize(("kind", "message"), [("scaled_after", "scaled after the mask"), ("sharpened", "found mul"),
-                                               ("dropout", r"dropout of 0.1.*model.eval")])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("scaled_after", "scaled after the mask"), ("sharpened", "found mul"), ("dropout", r"dropout of 0.1.*model.eval")],
+)
 def test_other_formulas_are_refused_with_the_node(kind, message):
     (captured,) = capture_graphs(Odd(kind).train(), {"x": torch.randn(2, 5, 32)})
     ctx = Context(captured, find_regions(captured.graph), [])

@@ -12,8 +12,18 @@ from tokcompile.kernels.attention_rows import attention_rows, decompose, support
 from tokcompile.kernels.attention_rows.triton import attention_rows_triton, launches
 
 
-def make(batch=2, heads=4, kv_heads=2, queries=3, length=20, width=8, places="none", dtype=torch.float32, seed=0,
-         device="cpu"):
+def make(
+    batch=2,
+    heads=4,
+    kv_heads=2,
+    queries=3,
+    length=20,
+    width=8,
+    places="none",
+    dtype=torch.float32,
+    seed=0,
+    device="cpu",
+):
     """places: none, one (for all heads) or heads: a row of padding in front of each list."""
     g = torch.Generator().manual_seed(seed)
     query = torch.randn(batch, heads, queries, width, generator=g)
@@ -31,7 +41,7 @@ def visible(query, key, position, causal, window):
     if position is None:
         position = torch.arange(length, device=query.device).expand(batch, 1, length)
     position = position.expand(batch, key.shape[1], length).repeat_interleave(heads // key.shape[1], 1).long()
-    mine, theirs = position[..., length - queries:, None], position[:, :, None]
+    mine, theirs = position[..., length - queries :, None], position[:, :, None]
     seen = (theirs >= 0).expand(batch, heads, queries, length).clone()
     if causal:
         seen &= theirs <= mine
@@ -45,8 +55,9 @@ def expected(query, key, position, scale=None, causal=True, window=0, softcap=0.
     score = query.double() @ keys.transpose(-1, -2) * (query.shape[3] ** -0.5 if scale is None else scale)
     if softcap:
         score = softcap * torch.tanh(score / softcap)
-    weight = torch.nan_to_num(torch.where(visible(query, key, position, causal, window), score,
-                                          -float("inf")).softmax(-1))
+    weight = torch.nan_to_num(
+        torch.where(visible(query, key, position, causal, window), score, -float("inf")).softmax(-1)
+    )
     return weight.sum(2) if sums else weight
 
 
@@ -57,12 +68,24 @@ def same(found, wanted, dtype):
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.integers(1, 2), st.integers(1, 2), st.integers(1, 3), st.integers(1, 4), st.integers(4, 24),
-       st.integers(1, 9), st.sampled_from(["none", "one", "heads"]), st.booleans(), st.sampled_from([0, 3]),
-       st.sampled_from([0.0, 1.5]), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
-       st.integers(0, 10**6))
-def test_equals_rows_of_the_matrix(batch, kv, group, queries, length, width, places, causal, window, cap, sums, dtype,
-                                   seed):
+@given(
+    st.integers(1, 2),
+    st.integers(1, 2),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(4, 24),
+    st.integers(1, 9),
+    st.sampled_from(["none", "one", "heads"]),
+    st.booleans(),
+    st.sampled_from([0, 3]),
+    st.sampled_from([0.0, 1.5]),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    st.integers(0, 10**6),
+)
+def test_equals_rows_of_the_matrix(
+    batch, kv, group, queries, length, width, places, causal, window, cap, sums, dtype, seed
+):
     args = make(batch, kv * group, kv, queries, length, width, places, dtype, seed)
     for function in (attention_rows, decompose):
         found = function(*args, 0.4, causal, window, cap, sums)
@@ -81,7 +104,7 @@ def test_batch_equals_single_runs():
     query, key, position = make(places="one")
     whole = attention_rows(query, key, position)
     for b in range(2):
-        torch.testing.assert_close(whole[b: b + 1], attention_rows(*(t[b: b + 1] for t in (query, key, position))))
+        torch.testing.assert_close(whole[b : b + 1], attention_rows(*(t[b : b + 1] for t in (query, key, position))))
 
 
 def test_opcheck_and_errors():
@@ -103,15 +126,17 @@ def test_opcheck_and_errors():
 
 
 def triton_equals_matrix(device):
-    for number, (shape, options, parts) in enumerate((
-        ({"width": 64, "queries": 40, "length": 200}, (), 3),
-        ({"width": 40, "queries": 5, "length": 90, "places": "heads"}, (0.3, True, 9, 2.0), 2),
-        ({"places": "one", "queries": 33, "length": 70}, (None, False), 1),
-        ({"heads": 3, "kv_heads": 1, "width": 24, "queries": 7, "length": 50}, (None, True, 0, 0.0, False), None),
-        ({"batch": 1, "queries": 1, "length": 1, "width": 5}, (), None),
-    )):
+    for number, (shape, options, parts) in enumerate(
+        (
+            ({"width": 64, "queries": 40, "length": 200}, (), 3),
+            ({"width": 40, "queries": 5, "length": 90, "places": "heads"}, (0.3, True, 9, 2.0), 2),
+            ({"places": "one", "queries": 33, "length": 70}, (None, False), 1),
+            ({"heads": 3, "kv_heads": 1, "width": 24, "queries": 7, "length": 50}, (None, True, 0, 0.0, False), None),
+            ({"batch": 1, "queries": 1, "length": 1, "width": 5}, (), None),
+        )
+    ):
         # the interpreter multiplies blocks of bf16 as if they were integers
-        for dtype in (torch.float32, torch.float16, torch.bfloat16)[:3 if device == "cuda" else 2]:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)[: 3 if device == "cuda" else 2]:
             args = make(**shape, dtype=dtype, seed=number, device=device)
             assert supports(*args[:2])[0]
             same(attention_rows_triton(*args, *options, parts=parts), expected(*args, *options), torch.float32)

@@ -35,8 +35,10 @@ METHODS = ["class_attention", "patch_random", "patch_pool", "patch_merge"]
 
 
 def recipe(name: str, **params: Any) -> dict[str, Any]:
-    return {"recipe_version": 1, "steps": [
-        {"pass": name, "target": {"region": "audio_encoder"}, "params": {"keep": KEEP, "at": AT, **params}}]}
+    return {
+        "recipe_version": 1,
+        "steps": [{"pass": name, "target": {"region": "audio_encoder"}, "params": {"keep": KEEP, "at": AT, **params}}],
+    }
 
 
 def optimized(model: nn.Module, name: str, **params: Any) -> Any:
@@ -48,10 +50,24 @@ def whisper() -> Any:
     """24 frames, width 24 and 4 heads of 6; 48 mel frames enter."""
     torch.manual_seed(0)
     config = WhisperConfig(
-        vocab_size=97, d_model=24, encoder_layers=4, decoder_layers=2, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=10, max_source_positions=24,
-        max_target_positions=32, decoder_start_token_id=1, bos_token_id=1, eos_token_id=96, pad_token_id=96,
-        suppress_tokens=None, begin_suppress_tokens=None)
+        vocab_size=97,
+        d_model=24,
+        encoder_layers=4,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        num_mel_bins=10,
+        max_source_positions=24,
+        max_target_positions=32,
+        decoder_start_token_id=1,
+        bos_token_id=1,
+        eos_token_id=96,
+        pad_token_id=96,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
     return randomize(WhisperForConditionalGeneration(config).eval())
 
 
@@ -65,14 +81,16 @@ IDS = torch.randint(1, 90, (3, 5), generator=torch.Generator().manual_seed(1))
 
 def attention_by_hand(attention: Any, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Output, weights ``[B, H, S, S]`` and keys ``[B, H, S, Dh]``, with ``bias [B, S]`` on the logits of each key."""
-    query, key, value = (p(x).unflatten(-1, (4, 6)).transpose(1, 2)
-                         for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+    query, key, value = (
+        p(x).unflatten(-1, (4, 6)).transpose(1, 2) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
     weights = (query @ key.transpose(-1, -2) / 6**0.5 + bias[:, None, None]).softmax(-1)
     return attention.out_proj((weights @ value).transpose(1, 2).flatten(2)), weights, key
 
 
-def encode_by_hand(model: Any, features: Tensor, name: str, kept: dict[int, Tensor], size_bias: bool = True,
-                   reach: int = 100) -> Tensor:
+def encode_by_hand(
+    model: Any, features: Tensor, name: str, kept: dict[int, Tensor], size_bias: bool = True, reach: int = 100
+) -> Tensor:
     """The encoder of ``model``, layer by layer. ``kept``: layer -> places ``[B, K]`` of what that layer still has.
 
     The places are those of the frames when nothing was dropped. For merging they are only compared, not used.
@@ -90,12 +108,16 @@ def encode_by_hand(model: Any, features: Tensor, name: str, kept: dict[int, Tens
                 x, sizes = torch.stack([r[0] for r in rows]), torch.stack([r[2] for r in rows])
                 assert torch.equal(places.gather(1, left), kept[number])
             elif name == "patch_pool":
-                x = torch.stack([x[:, i:i + 2].mean(1) for i in range(0, x.shape[1], 2)], 1)
+                x = torch.stack([x[:, i : i + 2].mean(1) for i in range(0, x.shape[1], 2)], 1)
                 left = torch.arange(0, places.shape[1], 2).expand(len(x), -1)
                 assert torch.equal(places.gather(1, left), kept[number])
             else:
-                left = torch.stack([torch.stack([torch.where(row == p)[0][0] for p in want])
-                                    for row, want in zip(places, kept[number], strict=True)])
+                left = torch.stack(
+                    [
+                        torch.stack([torch.where(row == p)[0][0] for p in want])
+                        for row, want in zip(places, kept[number], strict=True)
+                    ]
+                )
                 if name == "class_attention":  # what frames get, summed over heads, averaged over those that look
                     best = weights.mean(2).sum(1).topk(count).indices.sort().values
                     assert torch.equal(left, best)
@@ -114,8 +136,10 @@ def test_the_reference_is_the_model(whisper: Any) -> None:
         close(encode_by_hand(whisper, frames(2), "", {}), whisper.model.encoder(frames(2)).last_hidden_state)
 
 
-@pytest.mark.parametrize(("name", "params"), [(n, {}) for n in METHODS] + [
-    ("patch_merge", {"size_bias": False}), ("patch_merge", {"reach": 1})])
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [(n, {}) for n in METHODS] + [("patch_merge", {"size_bias": False}), ("patch_merge", {"reach": 1})],
+)
 def test_frames_that_are_left_equal_the_model_by_hand(whisper: Any, name: str, params: Any) -> None:
     restore = {"restore": False} if name == "patch_merge" else {}
     model, features = optimized(whisper, name, **params, **restore), frames(3)
@@ -127,8 +151,10 @@ def test_frames_that_are_left_equal_the_model_by_hand(whisper: Any, name: str, p
         encoded = encode_by_hand(whisper, features, name, kept, **params)
         assert encoded.shape == (3, 6, 24)
         close(found.encoder_last_hidden_state, encoded)
-        close(found.logits, whisper(encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
-                                    decoder_input_ids=IDS).logits)
+        close(
+            found.logits,
+            whisper(encoder_outputs=BaseModelOutput(last_hidden_state=encoded), decoder_input_ids=IDS).logits,
+        )
     if name == "class_attention":
         assert not torch.equal(kept[1][0], kept[1][1])
 
@@ -139,15 +165,21 @@ def test_encoder_first_and_generation_equal_the_model_by_hand(whisper: Any) -> N
     with torch.no_grad(), tokcompile.record(model) as recording:
         alone = model.get_encoder()(features)
     with torch.no_grad():
-        encoded = encode_by_hand(whisper, features, "class_attention",
-                                 {entry.layer: entry.indices for entry in recording.kept})
+        encoded = encode_by_hand(
+            whisper, features, "class_attention", {entry.layer: entry.indices for entry in recording.kept}
+        )
         close(alone.last_hidden_state, encoded)
         outputs = BaseModelOutput(last_hidden_state=encoded)
         wanted = whisper(encoder_outputs=outputs, decoder_input_ids=IDS).logits
         close(model(encoder_outputs=alone, decoder_input_ids=IDS).logits, wanted)
         close(model(input_features=features, decoder_input_ids=IDS).logits, wanted)
-        settings: Any = {"decoder_input_ids": START.expand(3, -1), "max_new_tokens": 6, "do_sample": False,
-                         "return_dict_in_generate": True, "output_logits": True}
+        settings: Any = {
+            "decoder_input_ids": START.expand(3, -1),
+            "max_new_tokens": 6,
+            "do_sample": False,
+            "return_dict_in_generate": True,
+            "output_logits": True,
+        }
         want = GenerationMixin.generate(whisper, encoder_outputs=outputs, **settings)
         for given in ({"input_features": features}, {"encoder_outputs": alone}):
             got = GenerationMixin.generate(model, **given, **settings)
@@ -170,8 +202,10 @@ def test_a_decoder_attends_to_restored_frames_by_how_many_they_are(whisper: Any)
     query = torch.randn(3, 2, 24, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found = attention(query, key_value_states=all_)[0]
-        q, k, v = (p(x).unflatten(-1, (4, 6)).transpose(1, 2) for p, x in (
-            (attention.q_proj, query), (attention.k_proj, few), (attention.v_proj, few)))
+        q, k, v = (
+            p(x).unflatten(-1, (4, 6)).transpose(1, 2)
+            for p, x in ((attention.q_proj, query), (attention.k_proj, few), (attention.v_proj, few))
+        )
         logits = q @ k.transpose(-1, -2) / 6**0.5 + same.sum(1).log()[:, None, None]
         close(found, attention.out_proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2)))
 
@@ -191,8 +225,9 @@ def test_keeping_all_changes_nothing(whisper: Any, name: str) -> None:
     model = optimized(whisper, name, keep=[1.0], at=[0.5])
     ids = torch.tensor([[1, 2], [3, 4]])
     with torch.no_grad():
-        found, wanted = (m(input_features=frames(2), decoder_input_ids=ids, use_cache=False).logits
-                         for m in (model, whisper))
+        found, wanted = (
+            m(input_features=frames(2), decoder_input_ids=ids, use_cache=False).logits for m in (model, whisper)
+        )
     if name == "patch_merge":  # adds a bias of zeros to attention, which may be another kernel
         close(found, wanted)
     else:
@@ -202,8 +237,9 @@ def test_keeping_all_changes_nothing(whisper: Any, name: str) -> None:
 def test_the_backend_is_one_graph(whisper: Any) -> None:
     ids = torch.tensor([[1, 2], [3, 4]])
     given = {"input_features": frames(2), "decoder_input_ids": ids, "use_cache": False}
-    compiled = torch.compile(whisper, backend="tokcompile",
-                             options={"recipe": recipe("class_attention"), "lowering": "eager"})
+    compiled = torch.compile(
+        whisper, backend="tokcompile", options={"recipe": recipe("class_attention"), "lowering": "eager"}
+    )
     with torch.no_grad():
         assert torch.equal(compiled(**given).logits, optimized(whisper, "class_attention")(**given).logits)
 
@@ -237,10 +273,21 @@ def test_attention_weights_over_frames_that_are_gone_are_refused(whisper: Any) -
 def speech_to_text() -> Any:
     torch.manual_seed(0)
     config = Speech2TextConfig(
-        vocab_size=64, d_model=24, encoder_layers=4, decoder_layers=2, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, input_feat_per_channel=10,
-        max_source_positions=100, max_target_positions=32, conv_channels=24, num_conv_layers=2,
-        decoder_start_token_id=1)
+        vocab_size=64,
+        d_model=24,
+        encoder_layers=4,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        input_feat_per_channel=10,
+        max_source_positions=100,
+        max_target_positions=32,
+        conv_channels=24,
+        num_conv_layers=2,
+        decoder_start_token_id=1,
+    )
     return randomize(Speech2TextForConditionalGeneration(config).eval())
 
 
@@ -249,8 +296,12 @@ def padded() -> dict[str, Tensor]:
     mask = torch.ones(2, 96, dtype=torch.int64)
     mask[1, 20:] = 0
     features = torch.randn(2, 96, 10, generator=torch.Generator().manual_seed(3)) * mask[..., None]
-    return {"input_features": features, "attention_mask": mask, "decoder_input_ids": torch.tensor([[1, 2], [3, 4]]),
-            "use_cache": False}  # type: ignore[dict-item]
+    return {
+        "input_features": features,
+        "attention_mask": mask,
+        "decoder_input_ids": torch.tensor([[1, 2], [3, 4]]),
+        "use_cache": False,
+    }  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize("name", ["class_attention", "patch_random"])
@@ -268,8 +319,12 @@ def test_a_mask_follows_the_frames(speech_to_text: Any, name: str) -> None:
             encoded = base.encoder(inputs["input_features"], attention_mask=inputs["attention_mask"])[0]
         seen = torch.ones(2, 24)
         seen[1, 5:] = 0
-        wanted = base.decoder(inputs["decoder_input_ids"], encoder_hidden_states=encoded,
-                              encoder_attention_mask=seen * ~dropped[3], use_cache=False)[0]
+        wanted = base.decoder(
+            inputs["decoder_input_ids"],
+            encoder_hidden_states=encoded,
+            encoder_attention_mask=seen * ~dropped[3],
+            use_cache=False,
+        )[0]
         close(found, speech_to_text.lm_head(wanted))
 
 
@@ -290,9 +345,18 @@ def test_samples_instead_of_mel_frames() -> None:
     """wav2vec 2.0: a convolution adds the positions, above the layers."""
     torch.manual_seed(0)
     config = Wav2Vec2Config(
-        vocab_size=32, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64,
-        conv_dim=(16, 16), conv_stride=(5, 4), conv_kernel=(10, 4), num_feat_extract_layers=2,
-        num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4)
+        vocab_size=32,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=64,
+        conv_dim=(16, 16),
+        conv_stride=(5, 4),
+        conv_kernel=(10, 4),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=4,
+    )
     dense = randomize(Wav2Vec2Model(config).eval())
     model, samples = optimized(dense, "class_attention"), torch.randn(2, 485)
     with torch.no_grad(), tokcompile.record(model) as recording:
@@ -327,7 +391,8 @@ def test_a_recipe_says_that_it_means_audio(whisper: Any) -> None:
     step = {"pass": "patch_random", "params": {"keep": [0.5], "at": [0.5]}}
     with pytest.raises(NoMatchError, match=r"found 1 audio_encoder.*say target: \{region: audio_encoder\}"):
         tokcompile.optimize(whisper, {"recipe_version": 1, "steps": [step]}, lowering="eager")(
-            input_features=frames(2), decoder_input_ids=START.expand(2, -1))
+            input_features=frames(2), decoder_input_ids=START.expand(2, -1)
+        )
     wrong = {"recipe_version": 1, "steps": [{**step, "target": {"region": "moe"}}]}
     with pytest.raises(RecipeError, match="works on vision_encoder or audio_encoder, not on moe"):
         tokcompile.optimize(whisper, wrong)

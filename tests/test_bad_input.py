@@ -33,8 +33,10 @@ def untouched(model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[None]:
     def state() -> Any:
         modules = list(model.modules())
         # transformers installs its recording hooks once, when they are first needed, and notes it on the module
-        attributes = [{key: id(value) for key, value in vars(m).items() if key != "_output_capturing_hooks_installed"}
-                      for m in modules]
+        attributes = [
+            {key: id(value) for key, value in vars(m).items() if key != "_output_capturing_hooks_installed"}
+            for m in modules
+        ]
         config = copy.deepcopy(vars(model.config)) if hasattr(model, "config") else None
         settings = torch._dynamo.config.capture_scalar_outputs, torch.backends.mha.get_fastpath_enabled()
         return attributes, str(config), [type(m).forward for m in modules], settings
@@ -125,14 +127,18 @@ def test_warn_and_ignore() -> None:
 # ------------------------------------------------------------------------------------------------- bad arguments
 
 
-@pytest.mark.parametrize(("steps", "says"), [
-    ([{"pass": "randon", "params": {"keep": 0.5}}], r"randon.*random"),
-    ([{"pass": "random", "params": {"keep": 1.5}}], r"keep"),
-    ([{"pass": "random", "params": {"keep": -0.1}}], r"keep"),
-    ([{"pass": "random", "params": {}}], r"keep"),
-    ([{"pass": "random", "params": {"keep": 0.5, "sede": 1}}], r"sede.*seed"),
-    ([{"pass": "class_attention", "params": {"keep": [0.5, 0.5], "at": [0.5]}}], r"keep has 2 stages and at has 1"),
-    ([{"pass": "class_attention", "params": {"keep": [0.5, 0.5], "at": [0.7, 0.2]}}], r"ascending fractions")])
+@pytest.mark.parametrize(
+    ("steps", "says"),
+    [
+        ([{"pass": "randon", "params": {"keep": 0.5}}], r"randon.*random"),
+        ([{"pass": "random", "params": {"keep": 1.5}}], r"keep"),
+        ([{"pass": "random", "params": {"keep": -0.1}}], r"keep"),
+        ([{"pass": "random", "params": {}}], r"keep"),
+        ([{"pass": "random", "params": {"keep": 0.5, "sede": 1}}], r"sede.*seed"),
+        ([{"pass": "class_attention", "params": {"keep": [0.5, 0.5], "at": [0.5]}}], r"keep has 2 stages and at has 1"),
+        ([{"pass": "class_attention", "params": {"keep": [0.5, 0.5], "at": [0.7, 0.2]}}], r"ascending fractions"),
+    ],
+)
 def test_a_bad_recipe(steps: list[dict[str, Any]], says: str) -> None:
     model = nn.Linear(2, 2)
     with untouched(model, {"input": torch.ones(1, 2)}), pytest.raises(RecipeError, match=f"(?s){says}"):
@@ -221,9 +227,13 @@ class _Encoder(nn.Module):
         return self.norm(x)
 
 
-@pytest.mark.parametrize(("layer", "says"), [
-    (_ConvLayer, r"found kernel \[3, 3\]|a view splits the token axis of 16 .* folded to a grid or to windows"),
-    (_TokenMLPLayer, r"a linear layer mixes the token axis \(a token-mixing MLP\)")])
+@pytest.mark.parametrize(
+    ("layer", "says"),
+    [
+        (_ConvLayer, r"found kernel \[3, 3\]|a view splits the token axis of 16 .* folded to a grid or to windows"),
+        (_TokenMLPLayer, r"a linear layer mixes the token axis \(a token-mixing MLP\)"),
+    ],
+)
 def test_layers_that_need_every_token(layer: type[_Layer], says: str) -> None:
     with torch.random.fork_rng(devices=[]):
         model = randomize(_Encoder(layer))

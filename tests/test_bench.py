@@ -24,8 +24,14 @@ def vlm() -> BenchResult:
     model, inputs = tiny_vlm()
     state = dict(vars(model))
     steps: list[tuple[str, int, int]] = []
-    result = tokcompile.bench(model, inputs, ["vlm_prune_90", "vlm_random_90"], new_tokens=3,
-                              progress=lambda *step: steps.append(step), **FAST)
+    result = tokcompile.bench(
+        model,
+        inputs,
+        ["vlm_prune_90", "vlm_random_90"],
+        new_tokens=3,
+        progress=lambda *step: steps.append(step),
+        **FAST,
+    )
     assert vars(model) == state  # it ran on copies
     assert steps[-1][0] == "memory of vlm_random_90"
     assert any(text == "round 3 of 3" for text, _, _ in steps)

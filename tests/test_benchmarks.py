@@ -76,8 +76,9 @@ def test_flops_by_hand_agree_with_the_report_on_the_vlm(recipe: str, late: float
 
 def test_flops_by_hand_agree_with_the_report_on_the_vit() -> None:
     model = models.vit(quick=True)
-    optimized = tokcompile.optimize(model, recipe="vit_prune_50", inputs={"pixel_values": torch.randn(2, 3, 56, 56)},
-                                    lowering="eager")
+    optimized = tokcompile.optimize(
+        model, recipe="vit_prune_50", inputs={"pixel_values": torch.randn(2, 3, 56, 56)}, lowering="eager"
+    )
     wanted = models.vit_ratio(model, 56, [0.56] * 3, [0.25, 0.5, 0.75])
     assert tokcompile.report(optimized).steps[0].flop_ratio == pytest.approx(wanted, rel=0.01)
 

@@ -15,8 +15,25 @@ from tokcompile.kernels.block_list_attention.triton import block_list_attention_
 OP = torch.ops.tokcompile.block_list_attention
 
 
-def make(batch=2, heads=4, kv_heads=2, queries=20, length=20, width=8, lists=None, capacity=3, block_q=8, block_k=4,
-         places="none", value_width=None, dtype=torch.float32, seed=0, listed=True, counted=True, device="cpu"):
+def make(
+    batch=2,
+    heads=4,
+    kv_heads=2,
+    queries=20,
+    length=20,
+    width=8,
+    lists=None,
+    capacity=3,
+    block_q=8,
+    block_k=4,
+    places="none",
+    value_width=None,
+    dtype=torch.float32,
+    seed=0,
+    listed=True,
+    counted=True,
+    device="cpu",
+):
     """Random arguments: lists of distinct blocks, some slots empty, counts from 0 to the capacity."""
     g = torch.Generator().manual_seed(seed)
     query = torch.randn(batch, heads, queries, width, generator=g)
@@ -45,9 +62,11 @@ def visible(query, key, value, index, count, position, block_q, block_k, scale=N
             m = h // (mask.shape[1] // index.shape[1])
             for row in range(index.shape[2]):
                 entries = index[b, m, row].tolist()
-                for block in entries if count is None else entries[:int(count[b, m, row])]:
+                for block in entries if count is None else entries[: int(count[b, m, row])]:
                     if block >= 0:
-                        listed[b, h, row * block_q: (row + 1) * block_q, block * block_k: (block + 1) * block_k] = True
+                        listed[b, h, row * block_q : (row + 1) * block_q, block * block_k : (block + 1) * block_k] = (
+                            True
+                        )
     return mask & listed
 
 
@@ -60,13 +79,29 @@ def cases(draw):
     kv_heads, sharing, group = (draw(st.integers(1, 2)) for _ in range(3))
     length = draw(st.integers(1, 26))
     args = make(
-        draw(st.integers(1, 2)), kv_heads * sharing * group, kv_heads, draw(st.integers(1, length)), length,
-        draw(st.integers(1, 9)), kv_heads * sharing, draw(st.integers(1, 4)), draw(st.sampled_from([4, 7])),
-        draw(st.sampled_from([3, 4])), draw(st.sampled_from(["none", "one", "heads"])), draw(st.integers(1, 9)),
+        draw(st.integers(1, 2)),
+        kv_heads * sharing * group,
+        kv_heads,
+        draw(st.integers(1, length)),
+        length,
+        draw(st.integers(1, 9)),
+        kv_heads * sharing,
+        draw(st.integers(1, 4)),
+        draw(st.sampled_from([4, 7])),
+        draw(st.sampled_from([3, 4])),
+        draw(st.sampled_from(["none", "one", "heads"])),
+        draw(st.integers(1, 9)),
         draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])),
-        draw(st.integers(0, 2**31)), draw(st.booleans()), draw(st.booleans()))
-    options = (draw(st.sampled_from([None, 0.3])), draw(st.booleans()), draw(st.sampled_from([0, 3])),
-               draw(st.sampled_from([0.0, 1.5])))
+        draw(st.integers(0, 2**31)),
+        draw(st.booleans()),
+        draw(st.booleans()),
+    )
+    options = (
+        draw(st.sampled_from([None, 0.3])),
+        draw(st.booleans()),
+        draw(st.sampled_from([0, 3])),
+        draw(st.sampled_from([0.0, 1.5])),
+    )
     return args, options
 
 
@@ -114,9 +149,9 @@ def test_batch_equals_single_runs():
     args = make(places="one")
     whole = block_list_attention(*args)
     for b in range(2):
-        single = block_list_attention(*(t[b: b + 1] if isinstance(t, torch.Tensor) else t for t in args))
+        single = block_list_attention(*(t[b : b + 1] if isinstance(t, torch.Tensor) else t for t in args))
         for x, y in zip(whole, single, strict=True):
-            torch.testing.assert_close(x[b: b + 1], y, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(x[b : b + 1], y, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 1.5])
@@ -180,23 +215,49 @@ def test_onnxruntime_computes_the_same():
 
 
 def triton_equals_dense(device):
-    for number, (shape, options) in enumerate((
-        ({"width": 64, "queries": 70, "length": 90, "block_q": 32, "block_k": 16}, ()),
-        ({"width": 40, "queries": 50, "length": 50, "block_q": 16, "block_k": 32, "places": "heads", "lists": 2},
-         (0.4, True, 9, 2.0)),
-        ({"heads": 3, "kv_heads": 1, "width": 24, "value_width": 17, "queries": 33, "length": 40, "block_q": 16,
-          "block_k": 16}, (None, False)),
-        ({"width": 32, "queries": 100, "length": 150, "block_q": 64, "block_k": 64, "listed": False, "places": "one"},
-         (None, True, 20)),
-        ({"width": 128, "queries": 40, "length": 40, "block_q": 16, "block_k": 16, "listed": False}, (None, False)),
-        ({"batch": 1, "queries": 1, "length": 1, "width": 5, "block_q": 16, "block_k": 16, "capacity": 1}, ()),
-    )):
+    for number, (shape, options) in enumerate(
+        (
+            ({"width": 64, "queries": 70, "length": 90, "block_q": 32, "block_k": 16}, ()),
+            (
+                {"width": 40, "queries": 50, "length": 50, "block_q": 16, "block_k": 32, "places": "heads", "lists": 2},
+                (0.4, True, 9, 2.0),
+            ),
+            (
+                {
+                    "heads": 3,
+                    "kv_heads": 1,
+                    "width": 24,
+                    "value_width": 17,
+                    "queries": 33,
+                    "length": 40,
+                    "block_q": 16,
+                    "block_k": 16,
+                },
+                (None, False),
+            ),
+            (
+                {
+                    "width": 32,
+                    "queries": 100,
+                    "length": 150,
+                    "block_q": 64,
+                    "block_k": 64,
+                    "listed": False,
+                    "places": "one",
+                },
+                (None, True, 20),
+            ),
+            ({"width": 128, "queries": 40, "length": 40, "block_q": 16, "block_k": 16, "listed": False}, (None, False)),
+            ({"batch": 1, "queries": 1, "length": 1, "width": 5, "block_q": 16, "block_k": 16, "capacity": 1}, ()),
+        )
+    ):
         # the interpreter multiplies blocks of bf16 as if they were integers
-        for dtype in (torch.float32, torch.float16, torch.bfloat16)[:3 if device == "cuda" else 2]:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)[: 3 if device == "cuda" else 2]:
             args = make(**shape, dtype=dtype, seed=number, device=device)
             assert supports(*args[:3], *args[6:])[0]
-            for found, wanted in zip(block_list_attention_triton(*args, *options), expected(args, *options),
-                                     strict=True):
+            for found, wanted in zip(
+                block_list_attention_triton(*args, *options), expected(args, *options), strict=True
+            ):
                 close(found, wanted, dtype)
 
 

@@ -40,8 +40,10 @@ class MeanOut(Pass):
         ctx.observe(add, region.roles["output"])
 
     def prepare(self, seen):
-        return {key: ({"mean": nn.Parameter(self.params.scale * s.sums["sum"] / s.sums["count"])}, {"layer": s.layer})
-                for key, s in seen.items()}
+        return {
+            key: ({"mean": nn.Parameter(self.params.scale * s.sums["sum"] / s.sums["count"])}, {"layer": s.layer})
+            for key, s in seen.items()
+        }
 
     def apply(self, ctx, region):
         state, facts = ctx.state(self.name, region)
@@ -61,9 +63,16 @@ def _registered(monkeypatch):
 
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCABULARY)).eval()
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=VOCABULARY,
+        )
+    ).eval()
 
 
 def recipe(**target) -> dict:
@@ -78,8 +87,11 @@ def batches(count: int = 3) -> list[dict]:
 def means(dense: nn.Module, data: list[dict]) -> dict[str, Tensor]:
     """The same by module hooks."""
     seen: dict[str, list[Tensor]] = {}
-    hooks = [m.register_forward_hook(lambda _m, _i, o, n=n: seen.setdefault(n, []).append(o.reshape(-1, 32)))
-             for n, m in dense.named_modules() if n.endswith(".mlp")]
+    hooks = [
+        m.register_forward_hook(lambda _m, _i, o, n=n: seen.setdefault(n, []).append(o.reshape(-1, 32)))
+        for n, m in dense.named_modules()
+        if n.endswith(".mlp")
+    ]
     with torch.no_grad():
         for item in data:
             dense(**item)
@@ -181,12 +193,15 @@ def test_generated_text_is_calibration_data():
     torch.testing.assert_close(state.state_dict()["mean_out.model.layers.0.mlp.mean"], expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("data", "message"), [
-    ([], "is empty"),
-    ([{"pixels": torch.zeros(1)}], r"item 0 has the keys \['pixels'\]"),
-    ([{}], "has the keys"),
-    (["text"], "is a str"),
-])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "is empty"),
+        ([{"pixels": torch.zeros(1)}], r"item 0 has the keys \['pixels'\]"),
+        ([{}], "has the keys"),
+        (["text"], "is a str"),
+    ],
+)
 def test_bad_data(data, message):
     dense = model()
     with pytest.raises(CalibrationError, match=message):

@@ -23,6 +23,7 @@ from tokcompile.capture.trace import is_fake
 
 aten = torch.ops.aten
 
+
 @dataclass
 class Recorder:
     """A backend that captures each graph and runs it; every call is compared with the graph of Dynamo itself."""
@@ -103,10 +104,7 @@ def shallow(case: Case) -> Case:
 
 
 def params(cases: dict[str, Any]) -> list[Any]:
-    return [
-        pytest.param(name, marks=[pytest.mark.slow] if name == "gemma3_window" else [])
-        for name in cases
-    ]
+    return [pytest.param(name, marks=[pytest.mark.slow] if name == "gemma3_window" else []) for name in cases]
 
 
 @pytest.mark.parametrize("name", params({n: c for n, c in {**VLMS, **VARIANTS}.items() if not n.startswith("plain")}))

@@ -21,12 +21,16 @@ def test_export_program_runs_and_shows_its_regions(name: str) -> None:
     inputs = case.inputs(2)
     with torch.no_grad():
         program = torch.export.export(
-            case.model, (), dict(inputs), dynamic_shapes={key: {0: torch.export.Dim.DYNAMIC} for key in inputs})
+            case.model, (), dict(inputs), dynamic_shapes={key: {0: torch.export.Dim.DYNAMIC} for key in inputs}
+        )
     captured = from_export(program)
     regions = find_regions(captured.graph)
     layers = len(case.layers)
     assert Counter(r.kind for r in regions.regions) == {
-        "vision_encoder": 1, "attention": layers, "feed_forward": layers}
+        "vision_encoder": 1,
+        "attention": layers,
+        "feed_forward": layers,
+    }
     attention = regions.of("attention")[0].roles["output"]
     assert module_path(attention)
     assert source_line(attention)
@@ -34,8 +38,9 @@ def test_export_program_runs_and_shows_its_regions(name: str) -> None:
     state = {**program.state_dict, **program.constants}
     for batch in (2, 5):
         inputs = case.inputs(batch)
-        args = [state[spec.target] if spec.target else inputs[spec.arg.name] for spec in
-                program.graph_signature.input_specs]
+        args = [
+            state[spec.target] if spec.target else inputs[spec.arg.name] for spec in program.graph_signature.input_specs
+        ]
         with torch.no_grad():
             found = captured.graph_module(*args)[0]
         assert torch.equal(found, case.run(inputs))

@@ -54,7 +54,11 @@ def test_list_and_show(call: Any) -> None:
     data = json.loads(call("recipes", "show", "todre", "--json")[1])
     assert data["recipe"] is None
     assert [p["name"] for p in data["passes"]["todre"]["parameters"]] == [
-        "keep", "positions", "criterion", "drop_layer"]
+        "keep",
+        "positions",
+        "criterion",
+        "drop_layer",
+    ]
     code, _, err = call("recipes", "show", "vlm_prune_09")
     assert (code, "did you mean 'vlm_prune_90'?" in err) == (RECIPE, True)
 
@@ -114,12 +118,15 @@ TEXT = "recipe_version: 1\ndescription: x\nsteps:\n  - pass: todre\n    params: 
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(0, len(TEXT)), st.integers(0, 9),
-       st.text(max_size=8) | st.sampled_from(["!!python/name:os.system ''", "&a ", "*a", "{", "[[", "\0", "- - -"]))
+@given(
+    st.integers(0, len(TEXT)),
+    st.integers(0, 9),
+    st.text(max_size=8) | st.sampled_from(["!!python/name:os.system ''", "&a ", "*a", "{", "[[", "\0", "- - -"]),
+)
 def test_any_file_is_ok_or_has_mistakes(tmp_path: Path, capsys: Any, at: int, removed: int, added: str) -> None:
     """Fuzz: exit code 0 with a recipe that loads, or 3 with a line and a column; never anything else."""
     file = tmp_path / "fuzz.yaml"
-    file.write_bytes((TEXT[:at] + added + TEXT[at + removed:]).encode("utf-8", "surrogatepass"))
+    file.write_bytes((TEXT[:at] + added + TEXT[at + removed :]).encode("utf-8", "surrogatepass"))
     code = main(["lint", str(file), "--json"])
     out, err = capsys.readouterr()
     [entry] = json.loads(out)
@@ -176,8 +183,22 @@ def test_optimize(call: Any, tmp_path: Path) -> None:
 
 
 def test_bench(call: Any, tmp_path: Path) -> None:
-    code, out, _ = call("bench", VLM, "-r", "vlm_random_90", "--no-compile", "--lowering", "eager", "--rounds", 2,
-                        "--new-tokens", 2, "--json", "--out", tmp_path)
+    code, out, _ = call(
+        "bench",
+        VLM,
+        "-r",
+        "vlm_random_90",
+        "--no-compile",
+        "--lowering",
+        "eager",
+        "--rounds",
+        2,
+        "--new-tokens",
+        2,
+        "--json",
+        "--out",
+        tmp_path,
+    )
     assert code == OK
     rows = json.loads(out)["rows"]
     assert [row["name"] for row in rows] == ["dense eager", "vlm_random_90"]
@@ -193,8 +214,21 @@ def test_export_hands_everything_over(call: Any, tmp_path: Path, monkeypatch: py
         return "max error 1e-6"
 
     monkeypatch.setattr(tokcompile, "export_onnx", export_onnx, raising=False)
-    code, out, _ = call("export", VIT, "--recipe", "vit_prune_50", "--out", tmp_path, "--no-check", "--opset", 18,
-                        "--target", "contrib", "--all-logits", "--overwrite")
+    code, out, _ = call(
+        "export",
+        VIT,
+        "--recipe",
+        "vit_prune_50",
+        "--out",
+        tmp_path,
+        "--no-check",
+        "--opset",
+        18,
+        "--target",
+        "contrib",
+        "--all-logits",
+        "--overwrite",
+    )
     assert code == OK
     assert "max error 1e-6" in out
     assert (given_["recipe"].name, given_["check"], given_["out"]) == ("vit_prune_50", False, tmp_path)
@@ -217,8 +251,11 @@ def test_a_folder_of_transformers(call: Any, tmp_path: Path) -> None:
     """A text model, an encoder and a model with images, each saved by save_pretrained; inputs are made up."""
     from tokcompile.demo import tiny_llm, tiny_vit, tiny_vlm
 
-    for name, make, kinds in (("llm", tiny_llm, {"decoder_stack"}), ("vit", tiny_vit, {"vision_encoder"}),
-                              ("vlm", tiny_vlm, {"vision_encoder", "merge_point", "decoder_stack"})):
+    for name, make, kinds in (
+        ("llm", tiny_llm, {"decoder_stack"}),
+        ("vit", tiny_vit, {"vision_encoder"}),
+        ("vlm", tiny_vlm, {"vision_encoder", "merge_point", "decoder_stack"}),
+    ):
         make()[0].save_pretrained(tmp_path / name)
         code, out, err = call("explain", tmp_path / name, "--tokens", 16, "--batch", 2, "--json")
         assert code == OK, err
@@ -281,11 +318,13 @@ def test_a_missing_package_and_a_defect(call: Any, monkeypatch: pytest.MonkeyPat
 
         return raising
 
-    for error, code, message in ((ModuleNotFoundError("x", name="onnxscript"), MISSING, "pip install onnxscript"),
-                                 (PermissionError(13, "Permission denied", "/x"), MISSING, "/x: Permission denied"),
-                                 (ZeroDivisionError("by zero"), DEFECT, "a defect of tokcompile"),
-                                 (TokcompileError("no [bold] way"), REFUSED, "no [bold] way"),
-                                 (KeyboardInterrupt(), 130, "")):
+    for error, code, message in (
+        (ModuleNotFoundError("x", name="onnxscript"), MISSING, "pip install onnxscript"),
+        (PermissionError(13, "Permission denied", "/x"), MISSING, "/x: Permission denied"),
+        (ZeroDivisionError("by zero"), DEFECT, "a defect of tokcompile"),
+        (TokcompileError("no [bold] way"), REFUSED, "no [bold] way"),
+        (KeyboardInterrupt(), 130, ""),
+    ):
         monkeypatch.setattr(tokcompile, "export_onnx", fail(error), raising=False)
         found, _, err = call("export", VIT)
         assert found == code
@@ -297,8 +336,9 @@ def test_a_missing_package_and_a_defect(call: Any, monkeypatch: pytest.MonkeyPat
 
 def test_a_function_in_a_file_and_a_pass_in_a_file(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_passes", dict(registry._passes))
-    (tmp_path / "make.py").write_text("import torch\ndef make():\n    return torch.nn.Linear(3, 3), {'input': "
-                                      "torch.ones(1, 3)}\n")
+    (tmp_path / "make.py").write_text(
+        "import torch\ndef make():\n    return torch.nn.Linear(3, 3), {'input': torch.ones(1, 3)}\n"
+    )
     code, out, _ = call("explain", f"{tmp_path / 'make.py'}:make")
     assert code == OK
     assert "No region found." in out
@@ -308,8 +348,18 @@ def test_a_function_in_a_file_and_a_pass_in_a_file(call: Any, tmp_path: Path, mo
 
 
 def test_every_command_has_help_with_an_example(call: Any) -> None:
-    for command in (["recipes", "list"], ["recipes", "show"], ["recipes", "new"], ["recipes", "schema"], ["lint"],
-                    ["explain"], ["optimize"], ["bench"], ["export"], ["demo"]):
+    for command in (
+        ["recipes", "list"],
+        ["recipes", "show"],
+        ["recipes", "new"],
+        ["recipes", "schema"],
+        ["lint"],
+        ["explain"],
+        ["optimize"],
+        ["bench"],
+        ["export"],
+        ["demo"],
+    ):
         code, out, _ = call(*command, "--help")
         assert code == OK
         assert "Example" in out
@@ -320,10 +370,20 @@ def test_every_command_has_help_with_an_example(call: Any) -> None:
 
 def test_as_a_program(tmp_path: Path) -> None:
     """In a process of its own: results on one stream, messages on the other, no traceback."""
-    done = subprocess.run([sys.executable, "-m", "tokcompile.cli", "lint", "vlm_prune_90"], capture_output=True,
-                          text=True, check=False, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "tokcompile.cli", "lint", "vlm_prune_90"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (OK, "vlm_prune_90: ok\n", "")
-    done = subprocess.run([sys.executable, "-m", "tokcompile.cli", "explain", "./nothing"], capture_output=True,
-                          text=True, check=False, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "tokcompile.cli", "explain", "./nothing"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
     assert (done.returncode, done.stdout) == (MISSING, "")
     assert done.stderr == "error: ./nothing: no such folder\n"

@@ -21,8 +21,9 @@ def _run(model: nn.Module, x: torch.Tensor, lowering: str) -> tuple[torch.Tensor
             nonlocal found
             captured = from_dynamo(graph_module)
             run, _ = lower(captured, lowering)
-            found = len(captured.graph.find_nodes(
-                op="call_function", target=torch.ops.tokcompile.measured_linear.default))
+            found = len(
+                captured.graph.find_nodes(op="call_function", target=torch.ops.tokcompile.measured_linear.default)
+            )
             return run(*args)
 
         return call
@@ -39,8 +40,11 @@ def _model() -> nn.Module:
 @pytest.mark.inductor
 def test_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_linear, "LEAST_FLOPS", 0)
-    monkeypatch.setattr(cpu_linear, "_faster", {(256, 64, torch.get_num_threads()): {14: True},
-                                                (64, 256, torch.get_num_threads()): {14: True}})
+    monkeypatch.setattr(
+        cpu_linear,
+        "_faster",
+        {(256, 64, torch.get_num_threads()): {14: True}, (64, 256, torch.get_num_threads()): {14: True}},
+    )
     model, x = _model(), torch.randn(2, 7, 64)
     with torch.no_grad():
         found, count = _run(model, x, "inductor")

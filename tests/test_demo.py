@@ -36,11 +36,21 @@ def _tiny() -> tuple[Any, Any]:
     from transformers import Dinov2Config, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     config = LlavaConfig(
-        vision_config=Dinov2Config(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, patch_size=14,
-                                   image_size=224),
-        text_config=LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                                num_key_value_heads=2, vocab_size=64),
-        image_token_index=4, image_seq_length=256, vision_feature_layer=-1)
+        vision_config=Dinov2Config(
+            hidden_size=32, num_hidden_layers=4, num_attention_heads=2, patch_size=14, image_size=224
+        ),
+        text_config=LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=64,
+        ),
+        image_token_index=4,
+        image_seq_length=256,
+        vision_feature_layer=-1,
+    )
     model = LlavaForConditionalGeneration(config).eval()
     model.generation_config.pad_token_id = 0
     return model, small_vlm.Processor(_Letters(), 4)
@@ -96,7 +106,9 @@ def test_divergence_and_first_token() -> None:
     a = demo.Answer("", torch.tensor([0.7, 0.3]).log(), [])
     b = demo.Answer("", torch.tensor([0.4, 0.6]).log(), [])
     assert demo.divergence(a, a) == pytest.approx(0, abs=1e-6)
-    assert demo.divergence(a, b) == pytest.approx(0.7 * torch.tensor(7 / 4).log().item() + 0.3 * torch.tensor(.5).log())
+    assert demo.divergence(a, b) == pytest.approx(
+        0.7 * torch.tensor(7 / 4).log().item() + 0.3 * torch.tensor(0.5).log()
+    )
     assert demo.same_token(a, a)
     assert not demo.same_token(a, b)
 

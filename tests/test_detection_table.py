@@ -140,10 +140,15 @@ TABLE = [
     # one more attention and feed-forward: the pooling head, which is outside the encoder's stream
     Row(v.siglip, (1, 0, 0, 0, 3, 3, 0), {"heads": "mha"}, {"form": "mlp"}, encoder={"prefix": 0}),
     Row(v.beit, VISION, MHA | {"mask": "tensor"}, {"form": "mlp"}, encoder={"prefix": 1}),
-    Row(v.swin, (1, 0, 0, 0, 4, 4, 0), MHA, {"form": "mlp"}, encoder={"N": 64, "prefix": 0, "layers": 4},
-        dynamic=False),
     Row(
-        v.hiera, (1, 0, 0, 0, 3, 3, 0), {"projection": "fused_qkv"}, {"form": "mlp"}, encoder={"layers": 3},
+        v.swin, (1, 0, 0, 0, 4, 4, 0), MHA, {"form": "mlp"}, encoder={"N": 64, "prefix": 0, "layers": 4}, dynamic=False
+    ),
+    Row(
+        v.hiera,
+        (1, 0, 0, 0, 3, 3, 0),
+        {"projection": "fused_qkv"},
+        {"form": "mlp"},
+        encoder={"layers": 3},
         dynamic=False,
     ),
     Row(v.videomae, VISION, MHA, {"form": "mlp"}, encoder={"prefix": 0}),

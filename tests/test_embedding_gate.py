@@ -23,8 +23,19 @@ from tokcompile.kernels.embedding_gate import triton as kernel
 OPERATION = torch.ops.tokcompile.embedding_gate.default
 
 
-def example(sizes, width, count, *, activation="silu", remap=0, fallback="none", least=0, dtype=torch.float32, seed=0,
-            device="cpu"):
+def example(
+    sizes,
+    width,
+    count,
+    *,
+    activation="silu",
+    remap=0,
+    fallback="none",
+    least=0,
+    dtype=torch.float32,
+    seed=0,
+    device="cpu",
+):
     """Arguments of the operation. ``remap``: size of the vocabulary, 0 for none."""
     g = torch.Generator().manual_seed(seed)
     gate, table = torch.randn(*sizes, width, generator=g), torch.randn(count, width, generator=g)
@@ -60,10 +71,15 @@ def wide(arguments):
 def cases(draw):
     """Ids twice, out of order, unseen, outside the vocabulary; with and without remap and fallback."""
     return {
-        "sizes": draw(st.sampled_from([(1,), (7,), (2, 5), (3, 1), (2, 2, 3)])), "width": draw(st.integers(1, 9)),
-        "count": draw(st.integers(1, 5)), "activation": draw(st.sampled_from(ACTIVATIONS)),
-        "remap": draw(st.sampled_from([0, 1, 6])), "fallback": draw(st.sampled_from(["none", "row", "tokens"])),
-        "least": draw(st.sampled_from([0, -2])), "seed": draw(st.integers(0, 2**31)), "dtype": torch.float64,
+        "sizes": draw(st.sampled_from([(1,), (7,), (2, 5), (3, 1), (2, 2, 3)])),
+        "width": draw(st.integers(1, 9)),
+        "count": draw(st.integers(1, 5)),
+        "activation": draw(st.sampled_from(ACTIVATIONS)),
+        "remap": draw(st.sampled_from([0, 1, 6])),
+        "fallback": draw(st.sampled_from(["none", "row", "tokens"])),
+        "least": draw(st.sampled_from([0, -2])),
+        "seed": draw(st.integers(0, 2**31)),
+        "dtype": torch.float64,
     }
 
 
@@ -100,8 +116,9 @@ def test_strided_and_empty():
 @pytest.mark.parametrize("fallback", ["none", "row", "tokens"])
 @pytest.mark.parametrize("remap", [0, 6])
 def test_gradients(remap, fallback):
-    gate, table, index, activation, places, other = example((3, 2), 3, 4, remap=remap, fallback=fallback, least=-1,
-                                                            dtype=torch.float64, seed=3)
+    gate, table, index, activation, places, other = example(
+        (3, 2), 3, 4, remap=remap, fallback=fallback, least=-1, dtype=torch.float64, seed=3
+    )
     inputs = [t.requires_grad_() for t in (gate, table, *([] if other is None else [other]))]
     assert torch.autograd.gradcheck(
         lambda gate, table, *rest: embedding_gate(gate, table, index, activation, places, *rest), inputs
@@ -121,8 +138,10 @@ def test_gradient_of_the_table_is_summed_before_it_is_rounded():
 
 @pytest.mark.parametrize("fallback", ["none", "tokens"])
 def test_opcheck(fallback):
-    arguments = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
-                 for a in example((2, 5), 3, 4, remap=6, fallback=fallback)]
+    arguments = [
+        a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+        for a in example((2, 5), 3, 4, remap=6, fallback=fallback)
+    ]
     torch.library.opcheck(OPERATION, tuple(arguments if fallback != "none" else arguments[:4]))
 
 
@@ -131,6 +150,7 @@ def test_leaf_in_a_symbolic_trace():
 
     def layer(gate, table, index):
         return OPERATION(gate + 1, table, index, "silu")
+
     traced = make_fx(layer, tracing_mode="symbolic", pre_dispatch=True)(*example((2, 5), 3, 4)[:3])
     assert [n.target for n in traced.graph.nodes].count(OPERATION) == 1
     other = example((3, 11), 3, 4, seed=9)[:3]
@@ -190,8 +210,18 @@ def triton_equals_the_naive_formula(device):
     grid = itertools.product([((1,), 5), ((2, 7), 33), ((3, 2, 2), 1100)], [0, 9], ["none", "row", "tokens"])
     for number, ((sizes, width), remap, fallback) in enumerate(grid):
         for dtype, tolerance in ((torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)):
-            arguments = example(sizes, width, 6, remap=remap, fallback=fallback, least=-2, dtype=dtype, seed=number,
-                                activation=ACTIVATIONS[number % len(ACTIVATIONS)], device=device)
+            arguments = example(
+                sizes,
+                width,
+                6,
+                remap=remap,
+                fallback=fallback,
+                least=-2,
+                dtype=dtype,
+                seed=number,
+                activation=ACTIVATIONS[number % len(ACTIVATIONS)],
+                device=device,
+            )
             assert supports(*arguments)[0]
             found = kernel.embedding_gate_triton(*arguments)
             assert found.dtype == dtype

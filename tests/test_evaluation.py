@@ -82,8 +82,9 @@ def test_the_mean_over_seeds_is_what_counts() -> None:
 
 
 def test_bootstrap_is_deterministic_and_says_nan_where_nothing_is_defined() -> None:
-    assert bootstrap(lambda rows: float(rows.mean()), 9, resamples=50) == \
-        bootstrap(lambda rows: float(rows.mean()), 9, resamples=50)
+    assert bootstrap(lambda rows: float(rows.mean()), 9, resamples=50) == bootstrap(
+        lambda rows: float(rows.mean()), 9, resamples=50
+    )
     assert all(math.isnan(v) for v in bootstrap(lambda rows: math.nan, 9, resamples=5))
 
 
@@ -95,8 +96,9 @@ def test_verdicts_follow_the_interval_and_the_direction_of_the_metric() -> None:
     row = found.find("quiz", "good")
     assert (row.value, row.dense, row.minus_dense) == pytest.approx((100 * 58 / 60, 100 * 40 / 60, 100 * 18 / 60))
     assert row.minus_dense_low < row.minus_dense < row.minus_dense_high  # type: ignore[operator]
-    lower = Task("errors", list(range(60)), lambda model, item: model(item),
-                 [Measure("errors", higher_is_better=False)])
+    lower = Task(
+        "errors", list(range(60)), lambda model, item: model(item), [Measure("errors", higher_is_better=False)]
+    )
     found = evaluate(dense, [lower], {"many": good})
     assert found.find("errors", "many").against_dense == "worse"
     assert found.find("errors", "many").relative == pytest.approx(40 / 58)
@@ -147,7 +149,8 @@ def test_result_files_round_trip_and_grow(tmp_path: Path) -> None:
     found = evaluate(dense, [_task()], {"two": Answers({9})}, results=path)
     rows = read_rows(path)
     assert {(r.task, r.candidate) for r in rows} == {(t, c) for t in ("quiz", "other") for c in ("dense", "one")} | {
-        ("quiz", "two")}
+        ("quiz", "two")
+    }
     mine = next(r for r in rows if r.candidate == "two")
     assert mine.value == pytest.approx(found.find("quiz", "two").value, rel=1e-4)
     assert (mine.seed, mine.higher_is_better, mine.items) == (None, True, 60)
@@ -180,8 +183,13 @@ def test_a_refusal_is_a_row_with_the_reason() -> None:
 
 def test_arguments_are_checked() -> None:
     dense = Answers({1})
-    for tasks, candidates in (([], {}), ([_task(), _task()], {}), ([_task(items=0)], {}),
-                              ([_task()], {"dense": dense}), ([_task()], ["vlm_prune_90", "vlm_prune_90"])):
+    for tasks, candidates in (
+        ([], {}),
+        ([_task(), _task()], {}),
+        ([_task(items=0)], {}),
+        ([_task()], {"dense": dense}),
+        ([_task()], ["vlm_prune_90", "vlm_prune_90"]),
+    ):
         with pytest.raises(tokcompile.TokcompileError):
             evaluate(dense, tasks, candidates)
 

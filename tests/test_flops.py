@@ -17,13 +17,16 @@ def traced(function, *inputs) -> fx.Graph:
     return torch.fx.experimental.proxy_tensor.make_fx(function, tracing_mode="fake", pre_dispatch=True)(*inputs).graph
 
 
-@pytest.mark.parametrize(("function", "shapes"), [
-    (lambda x, w: functional.linear(x, w), [(2, 3, 8), (5, 8)]),
-    (lambda x, w: x @ w, [(2, 3, 8), (2, 8, 5)]),
-    (lambda b, x, w: torch.addmm(b, x, w), [(5,), (3, 8), (8, 5)]),
-    (lambda x, w: functional.conv2d(x, w, stride=2), [(2, 3, 8, 8), (6, 3, 2, 2)]),
-    (lambda x, w: functional.conv_transpose1d(x, w, stride=2), [(2, 3, 8), (3, 4, 2)]),
-])
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (lambda x, w: functional.linear(x, w), [(2, 3, 8), (5, 8)]),
+        (lambda x, w: x @ w, [(2, 3, 8), (2, 8, 5)]),
+        (lambda b, x, w: torch.addmm(b, x, w), [(5,), (3, 8), (8, 5)]),
+        (lambda x, w: functional.conv2d(x, w, stride=2), [(2, 3, 8, 8), (6, 3, 2, 2)]),
+        (lambda x, w: functional.conv_transpose1d(x, w, stride=2), [(2, 3, 8), (3, 4, 2)]),
+    ],
+)
 def test_agrees_with_the_counter_of_torch(function, shapes):
     inputs = [torch.randn(shape) for shape in shapes]
     with FlopCounterMode(display=False) as counter:
@@ -40,6 +43,12 @@ def test_attention_over_listed_keys_counts_the_lists_and_not_the_cache():
 
 def test_experts_count_their_slots():
     x, index = torch.randn(7, 16), torch.zeros(7, 2, dtype=torch.int64)
-    graph = traced(lambda x, i, w, up, down: grouped_ffn(x, i, w, up, down, "silu"), x, index, torch.ones(7, 2),
-                   torch.randn(4, 12, 16), torch.randn(4, 16, 6))
+    graph = traced(
+        lambda x, i, w, up, down: grouped_ffn(x, i, w, up, down, "silu"),
+        x,
+        index,
+        torch.ones(7, 2),
+        torch.randn(4, 12, 16),
+        torch.randn(4, 16, 6),
+    )
     assert graph_flops(graph) == 7 * 2 * 2 * 16 * (12 + 6)

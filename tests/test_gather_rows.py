@@ -30,8 +30,15 @@ def wanted(source, index):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 2), st.integers(1, 2), st.integers(1, 3), st.integers(1, 12), st.integers(0, 6),
-       st.integers(1, 5), st.integers(0, 1000))
+@given(
+    st.integers(1, 2),
+    st.integers(1, 2),
+    st.integers(1, 3),
+    st.integers(1, 12),
+    st.integers(0, 6),
+    st.integers(1, 5),
+    st.integers(0, 1000),
+)
 def test_rows_go_where_the_lists_say(batch, heads, group, length, entries, width, seed):
     source, index = make(batch, heads, heads * group, length, entries, width, seed=seed)
     rows = wanted(source, index)
@@ -85,8 +92,15 @@ def test_errors_say_what_was_found():
 
 
 def triton_equals_definition(device):
-    for number, shape in enumerate(({}, {"width": 64, "length": 300, "entries": 150}, {"width": 80, "lists": 2},
-                                    {"entries": 0}, {"batch": 1, "heads": 1, "lists": 1, "length": 1, "entries": 1})):
+    for number, shape in enumerate(
+        (
+            {},
+            {"width": 64, "length": 300, "entries": 150},
+            {"width": 80, "lists": 2},
+            {"entries": 0},
+            {"batch": 1, "heads": 1, "lists": 1, "length": 1, "entries": 1},
+        )
+    ):
         for dtype in (torch.float32, torch.bfloat16):
             source, index = (t.to(device) for t in make(**shape, dtype=dtype, seed=number))
             rows = wanted(source, index)
@@ -94,8 +108,9 @@ def triton_equals_definition(device):
             assert torch.equal(gather_rows_triton(source, outside), rows)
             turned = source.transpose(1, 2).contiguous().transpose(1, 2)
             assert torch.equal(gather_rows_triton(turned, index), rows)
-            assert torch.equal(scatter_rows_triton(rows, index, source.shape[2]),
-                               scatter_rows(rows, index, source.shape[2]))
+            assert torch.equal(
+                scatter_rows_triton(rows, index, source.shape[2]), scatter_rows(rows, index, source.shape[2])
+            )
 
 
 @needs_triton

@@ -139,7 +139,7 @@ def test_prompt_lookup_decoding(shared: tuple[Case, Any]) -> None:
     greedy, _ = generate(model, inputs, 8)
     with torch.no_grad():
         out = model.generate(**inputs, max_new_tokens=8, prompt_lookup_num_tokens=3)
-    assert torch.equal(out[:, inputs["input_ids"].shape[1]:], greedy.tokens)
+    assert torch.equal(out[:, inputs["input_ids"].shape[1] :], greedy.tokens)
 
 
 # ----------------------------------------------------------------------------------------------------- chat turns
@@ -147,8 +147,9 @@ def test_prompt_lookup_decoding(shared: tuple[Case, Any]) -> None:
 
 def _turn(model: Any, inputs: dict[str, Tensor], cache: Any, steps: int) -> Any:
     with torch.no_grad():
-        return model.generate(**inputs, past_key_values=cache, max_new_tokens=steps, return_dict_in_generate=True,
-                              output_logits=True)
+        return model.generate(
+            **inputs, past_key_values=cache, max_new_tokens=steps, return_dict_in_generate=True, output_logits=True
+        )
 
 
 def _second(case: Case, inputs: dict[str, Tensor], sequences: Tensor, more: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -201,8 +202,10 @@ def test_second_turn_of_text(shared: tuple[Case, Any]) -> None:
 def test_second_turn_with_an_image(shared: tuple[Case, Any]) -> None:
     case, model = shared
     if case.name == "qwen2_5_vl":
-        pytest.skip("transformers needs the sizes of all images but the pixels of the new one, so the dense model "
-                    "cannot do it either")
+        pytest.skip(
+            "transformers needs the sizes of all images but the pixels of the new one, so the dense model "
+            "cannot do it either"
+        )
     first, again = _conversation(case, model, case.inputs(batch=2, seed=7, text_len=6))
     assert len(first.kept) == len(again.kept) == 2
     assert (again.kept[0].indices >= 0).all()
@@ -292,8 +295,9 @@ def test_a_loss_inside_the_graph_is_that_of_the_kept_tokens() -> None:
         with torch.no_grad(), tokcompile.record(model) as recording:
             output = model(**inputs, labels=labels)
         target = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].gather(1, recording.kept[-1].indices)
-        assert torch.equal(output.loss, torch.nn.functional.cross_entropy(
-            output.logits.flatten(0, 1), target.flatten()))
+        assert torch.equal(
+            output.loss, torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), target.flatten())
+        )
 
 
 # --------------------------------------------------------------------------------------------------------- caches
@@ -327,11 +331,15 @@ def _quantized(config: Any) -> DynamicCache:
     return cache
 
 
-@pytest.mark.parametrize(("cache", "options", "says"), [
-    (None, {"cache_implementation": "static"}, "StaticCache .* default dynamic cache"),
-    (lambda config: StaticCache(config=config, max_cache_len=64), {}, "StaticCache .* default dynamic cache"),
-    (lambda config: DynamicCache(config=config, offloading=True), {}, "offloaded cache .* default dynamic cache"),
-    (_quantized, {}, "PackedLayer, which cannot hold fewer tokens; use a plain dynamic cache")])
+@pytest.mark.parametrize(
+    ("cache", "options", "says"),
+    [
+        (None, {"cache_implementation": "static"}, "StaticCache .* default dynamic cache"),
+        (lambda config: StaticCache(config=config, max_cache_len=64), {}, "StaticCache .* default dynamic cache"),
+        (lambda config: DynamicCache(config=config, offloading=True), {}, "offloaded cache .* default dynamic cache"),
+        (_quantized, {}, "PackedLayer, which cannot hold fewer tokens; use a plain dynamic cache"),
+    ],
+)
 def test_caches_that_cannot_lose_tokens(cache: Any, options: dict[str, Any], says: str) -> None:
     import re
 

@@ -43,14 +43,17 @@ def brute_force(features, segment, budget, criterion, pivot=None):
                 elif step == 0 and pivot is not None:
                     best = max(members, key=lambda i: (float(pivot[b, i]), -i))
                 else:
+
                     def value(i, b=b, chosen=chosen, members=members):
                         def cosine(c):
                             return sum(x * y for x, y in zip(tokens[b][i], tokens[b][c], strict=True))
+
                         cosines = [cosine(c) for c in chosen]
                         if criterion == "herding":
                             mean = sum(cosine(c) for c in members) // len(members)
                             return sum(cosines) - (len(chosen) + 1) * mean
                         return sum(cosines) if criterion == "max_sum" else max(cosines)
+
                     best = min((i for i in members if i not in chosen), key=lambda i: (value(i), i))
                 chosen.append(best)
                 order[b][best] = step
@@ -61,8 +64,9 @@ def brute_force(features, segment, budget, criterion, pivot=None):
 def cases(draw):
     """Rows with several segments or none, few distinct tokens (duplicates, zeros), any budget."""
     batch, length, width = draw(st.integers(1, 3)), draw(st.integers(2, 14)), draw(st.integers(1, 4))
-    visual = torch.tensor(draw(st.lists(st.lists(st.booleans(), min_size=length, max_size=length),
-                                        min_size=batch, max_size=batch)))
+    visual = torch.tensor(
+        draw(st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=batch, max_size=batch))
+    )
     seed = draw(st.integers(0, 2**31))
     generator = torch.Generator().manual_seed(seed)
     levels = draw(st.sampled_from([1, 2, 1000]))
@@ -146,6 +150,7 @@ def test_quality_against_unrounded_cosines(criterion):
     def objective(places):
         part = cosine[places][:, places] - 2 * torch.eye(count)
         return float((part.sum() + count) / count**2 if criterion == "max_sum" else part.max())
+
     assert objective((order < count).nonzero().flatten()) == pytest.approx(objective(torch.tensor(exact)), abs=2e-3)
 
 
@@ -167,7 +172,9 @@ def test_batch_equals_single_runs():
     budget = selection.budgets(segment, 1, 3)
     for criterion in CRITERIA:
         whole = greedy_select(features, segment, budget, criterion)
-        single = [greedy_select(features[i:i + 1], segment[i:i + 1], budget[i:i + 1], criterion) for i in range(4)]
+        single = [
+            greedy_select(features[i : i + 1], segment[i : i + 1], budget[i : i + 1], criterion) for i in range(4)
+        ]
         assert torch.equal(whole, torch.cat(single))
         moved = torch.cat([features.new_zeros(4, 9, 33), features], dim=1)  # left padding
         front = torch.full((4, 9), -1)
@@ -215,8 +222,10 @@ def test_errors_say_what_was_found():
 def test_opcheck():
     segment = selection.segments(torch.rand(2, 12) < 0.7)
     budget = selection.budgets(segment, 1, 2)
-    torch.library.opcheck(torch.ops.tokcompile.greedy_select.default,
-                          (torch.randn(2, 12, 3), segment, budget, "k_center", torch.randn(2, 12)))
+    torch.library.opcheck(
+        torch.ops.tokcompile.greedy_select.default,
+        (torch.randn(2, 12, 3), segment, budget, "k_center", torch.randn(2, 12)),
+    )
 
 
 def select(features, visual):
@@ -232,6 +241,7 @@ def test_leaf_in_a_symbolic_trace():
     def inputs(batch, length):
         generator = torch.Generator().manual_seed(length)
         return torch.randn(batch, length, 6, generator=generator), torch.rand(batch, length, generator=generator) < 0.7
+
     traced = make_fx(select, tracing_mode="symbolic", pre_dispatch=True)(*inputs(3, 11))
     assert [n.target for n in traced.graph.nodes].count(torch.ops.tokcompile.greedy_select.default) == 1
     for shape in ((2, 5), (4, 23)):
@@ -283,8 +293,9 @@ def test_onnxruntime_selects_the_same():
     for shape, share in (((1, 7), 0.8), ((3, 40), 0.9), ((1, 90), 1.0), ((2, 12), 0.0)):
         features, visual = realistic(*shape, 8, seed=shape[1]), torch.rand(shape) < share
         features[:, 3] = features[:, 2]
-        found = session.run(None, dict(zip((i.name for i in session.get_inputs()),
-                                           (features.numpy(), visual.numpy()), strict=True)))
+        found = session.run(
+            None, dict(zip((i.name for i in session.get_inputs()), (features.numpy(), visual.numpy()), strict=True))
+        )
         for value, expected in zip(found, Select()(features, visual), strict=True):
             assert torch.equal(torch.from_numpy(value), expected)
 
@@ -323,11 +334,21 @@ def test_triton_compiles_for_gpus(capability, add, block):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature = {"similarity": "*fp32", "segment": "*i64", "budget": "*i64", "mean": "*i64", "first": "*i64",
-                 "order": "*i64", "length": "i32", "ADD": "constexpr", "BLOCK": "constexpr"}
+    signature = {
+        "similarity": "*fp32",
+        "segment": "*i64",
+        "budget": "*i64",
+        "mean": "*i64",
+        "first": "*i64",
+        "order": "*i64",
+        "length": "i32",
+        "ADD": "constexpr",
+        "BLOCK": "constexpr",
+    }
     source = ASTSource(kernel.greedy_kernel, signature, constexprs={"ADD": add, "BLOCK": block})
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32),
-                              options={"num_warps": kernel.warps(block)})
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": kernel.warps(block)}
+    )
     assert compiled.asm["cubin"]
     assert compiled.metadata.shared <= 48 * 1024
 
@@ -340,8 +361,8 @@ def test_isolation_starts_where_divprune_does():
     unit = torch.nn.functional.normalize(features.double(), dim=-1)
     for b in range(2):
         for low in (0, 20):
-            distance = 1 - unit[b, low:low + 20] @ unit[b, low:low + 20].T + 9 * torch.eye(20)
-            assert int(order[b, low:low + 20].argmin()) == int(distance.min(dim=1).values.argmax())
+            distance = 1 - unit[b, low : low + 20] @ unit[b, low : low + 20].T + 9 * torch.eye(20)
+            assert int(order[b, low : low + 20].argmin()) == int(distance.min(dim=1).values.argmax())
 
 
 def test_host_form_takes_a_pivot_with_nan():

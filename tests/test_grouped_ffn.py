@@ -23,8 +23,21 @@ from tokcompile.kernels.grouped_ffn import triton as kernel
 OPERATION = torch.ops.tokcompile.grouped_ffn.default
 
 
-def example(tokens, slots, experts, width, inner, *, gated=True, bias=False, activation="silu", dtype=torch.float32,
-            least=0, seed=0, device="cpu"):
+def example(
+    tokens,
+    slots,
+    experts,
+    width,
+    inner,
+    *,
+    gated=True,
+    bias=False,
+    activation="silu",
+    dtype=torch.float32,
+    least=0,
+    seed=0,
+    device="cpu",
+):
     """Arguments of the operation; with ``least=-1`` some slots are empty."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, width, generator=g)
@@ -71,10 +84,17 @@ def wide(arguments):
 def cases(draw):
     """Experts that nobody chose, that several slots of one token chose, empty slots, one token, one expert."""
     return {
-        "tokens": draw(st.integers(1, 9)), "slots": draw(st.integers(1, 4)), "experts": draw(st.integers(1, 6)),
-        "width": draw(st.integers(1, 9)), "inner": draw(st.integers(1, 7)), "gated": draw(st.booleans()),
-        "bias": draw(st.booleans()), "activation": draw(st.sampled_from(ACTIVATIONS)),
-        "least": draw(st.sampled_from([0, -1, -3])), "seed": draw(st.integers(0, 2**31)), "dtype": torch.float64,
+        "tokens": draw(st.integers(1, 9)),
+        "slots": draw(st.integers(1, 4)),
+        "experts": draw(st.integers(1, 6)),
+        "width": draw(st.integers(1, 9)),
+        "inner": draw(st.integers(1, 7)),
+        "gated": draw(st.booleans()),
+        "bias": draw(st.booleans()),
+        "activation": draw(st.sampled_from(ACTIVATIONS)),
+        "least": draw(st.sampled_from([0, -1, -3])),
+        "seed": draw(st.integers(0, 2**31)),
+        "dtype": torch.float64,
     }
 
 
@@ -107,8 +127,14 @@ def test_all_experts_equal_the_dense_layer(dtype, gated):
     dense = (hidden * (x @ up.T) if gated else hidden) @ down.T
     blocks = [w.view(experts, inner // experts, width) for w in ((gate, up) if gated else (gate,))]
     index = torch.arange(experts).expand(33, experts)
-    found = grouped_ffn(x, index, torch.ones(33, experts), torch.cat(blocks, dim=1),
-                        down.view(width, experts, -1).transpose(0, 1).contiguous(), "silu")
+    found = grouped_ffn(
+        x,
+        index,
+        torch.ones(33, experts),
+        torch.cat(blocks, dim=1),
+        down.view(width, experts, -1).transpose(0, 1).contiguous(),
+        "silu",
+    )
     # bf16 rounds each of six parts and the dense sum once more: 2 ** -9 each
     assert error(found, dense) < {torch.float32: 5e-7, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
 
@@ -149,7 +175,7 @@ def test_a_dense_gate_is_slots():
 
 def test_one_token_by_one_equals_a_batch():
     arguments = example(12, 2, 5, 24, 8, seed=3)
-    single = torch.cat([grouped_ffn(*(a[i:i + 1] for a in arguments[:3]), *arguments[3:]) for i in range(12)])
+    single = torch.cat([grouped_ffn(*(a[i : i + 1] for a in arguments[:3]), *arguments[3:]) for i in range(12)])
     torch.testing.assert_close(grouped_ffn(*arguments), single, rtol=1e-5, atol=1e-6)
 
 
@@ -164,13 +190,12 @@ def test_no_tokens():
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu2"])
 @pytest.mark.parametrize("gated", [True, False])
 def test_gradients(gated, activation):
-    x, index, weight, gate_up, down, _, bias = example(5, 2, 4, 3, 2, gated=gated, bias=True, dtype=torch.float64,
-                                                       least=-1, seed=4)
+    x, index, weight, gate_up, down, _, bias = example(
+        5, 2, 4, 3, 2, gated=gated, bias=True, dtype=torch.float64, least=-1, seed=4
+    )
     index[0] = 1  # one expert in both slots
     inputs = [t.requires_grad_() for t in (x, weight, gate_up, down, bias)]
-    assert torch.autograd.gradcheck(
-        lambda x, w, gu, d, b: grouped_ffn(x, index, w, gu, d, activation, b), inputs
-    )
+    assert torch.autograd.gradcheck(lambda x, w, gu, d, b: grouped_ffn(x, index, w, gu, d, activation, b), inputs)
 
 
 def test_gradients_that_are_not_wanted_are_not_computed():
@@ -197,8 +222,10 @@ def test_gradients_in_bf16_follow_fp32():
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_opcheck(bias):
-    arguments = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
-                 for a in example(6, 2, 4, 5, 3, bias=bias, least=-1)]
+    arguments = [
+        a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+        for a in example(6, 2, 4, 5, 3, bias=bias, least=-1)
+    ]
     torch.library.opcheck(OPERATION, tuple(arguments if bias else arguments[:-1]))
 
 
@@ -207,6 +234,7 @@ def test_leaf_in_a_symbolic_trace():
 
     def layer(x, index, weight, gate_up, down):
         return OPERATION(x * 2, index, weight, gate_up, down, "silu")
+
     traced = make_fx(layer, tracing_mode="symbolic", pre_dispatch=True)(*example(6, 2, 4, 5, 3)[:5])
     assert [n.target for n in traced.graph.nodes].count(OPERATION) == 1
     other = example(17, 2, 4, 5, 3, seed=9)[:5]
@@ -257,8 +285,15 @@ def test_errors_say_what_was_found():
         ({"x": x.double()}, "must have one type"),
         ({"bias": torch.zeros(4, 3)}, "bias must be torch.float32"),
     ):
-        given = {"x": x, "index": torch.full_like(index, 3), "weight": weight, "gate_up": gate_up, "down": down,
-                 "activation": activation, "bias": None} | change
+        given = {
+            "x": x,
+            "index": torch.full_like(index, 3),
+            "weight": weight,
+            "gate_up": gate_up,
+            "down": down,
+            "activation": activation,
+            "bias": None,
+        } | change
         with pytest.raises(ValueError, match=message):
             grouped_ffn(**given)
     ok, reason = supports(*example(3, 2, 4, 6, 5, dtype=torch.float64))
@@ -269,19 +304,36 @@ def test_errors_say_what_was_found():
 def triton_equals_the_naive_formula(device):
     # tokens, slots, experts, width, inner, gated, bias, empty slots, activation
     cases = [
-        (70, 3, 5, 70, 40, True, True, -1, "gelu"), (40, 8, 8, 33, 17, False, True, 0, "quick_gelu"),
-        (90, 1, 3, 16, 16, True, False, 0, "tanh"), (40, 2, 64, 32, 16, True, False, -2, "sigmoid"),
-        (20, 2, 3, 16, 300, True, False, 0, "relu"), (17, 1, 1, 20, 20, False, False, 0, "identity"),
-        (1, 2, 5, 300, 70, True, True, 0, "gelu_tanh"), (3, 4, 9, 48, 20, False, False, -1, "relu2"),
-        (2, 6, 6, 20, 33, True, True, -4, "silu"), (8, 2, 4, 520, 40, False, True, 0, "silu"),
+        (70, 3, 5, 70, 40, True, True, -1, "gelu"),
+        (40, 8, 8, 33, 17, False, True, 0, "quick_gelu"),
+        (90, 1, 3, 16, 16, True, False, 0, "tanh"),
+        (40, 2, 64, 32, 16, True, False, -2, "sigmoid"),
+        (20, 2, 3, 16, 300, True, False, 0, "relu"),
+        (17, 1, 1, 20, 20, False, False, 0, "identity"),
+        (1, 2, 5, 300, 70, True, True, 0, "gelu_tanh"),
+        (3, 4, 9, 48, 20, False, False, -1, "relu2"),
+        (2, 6, 6, 20, 33, True, True, -4, "silu"),
+        (8, 2, 4, 520, 40, False, True, 0, "silu"),
     ]
     for number, (n, k, e, d, m, gated, bias, least, activation) in enumerate(cases):
         few = n <= kernel.DECODE_TOKENS or n * k <= kernel.DECODE_SLOTS
         # the interpreter multiplies blocks of bf16 as if they were integers: only kernels without tl.dot run in bf16
-        types = ((torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3))[:3 if few else 2]
+        types = ((torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3))[: 3 if few else 2]
         for dtype, tolerance in types:
-            arguments = example(n, k, e, d, m, gated=gated, bias=bias, least=least, activation=activation, dtype=dtype,
-                                seed=number, device=device)
+            arguments = example(
+                n,
+                k,
+                e,
+                d,
+                m,
+                gated=gated,
+                bias=bias,
+                least=least,
+                activation=activation,
+                dtype=dtype,
+                seed=number,
+                device=device,
+            )
             assert supports(*arguments)[0]
             expected = naive(*wide(arguments))
             found = kernel.grouped_ffn_triton(*arguments)
@@ -293,8 +345,13 @@ def triton_equals_the_naive_formula(device):
             kernel.MAX_ENTRIES = 1 << 28
     outside = list(example(40, 2, 4, 16, 16, device=device))
     outside[1][::2] = 4  # no such expert: an empty slot
-    assert error(kernel.grouped_ffn_triton(*outside), naive(outside[0], torch.where(outside[1] < 4, outside[1], -1),
-                                                            *outside[2:])) < 1e-6
+    assert (
+        error(
+            kernel.grouped_ffn_triton(*outside),
+            naive(outside[0], torch.where(outside[1] < 4, outside[1], -1), *outside[2:]),
+        )
+        < 1e-6
+    )
 
 
 @needs_triton
@@ -322,8 +379,16 @@ def test_triton_compiles_for_gpus(capability, dtype):
 def meta(tokens, slots, experts, width, inner, dtype):
     def empty(*sizes, dtype=dtype):
         return torch.empty(sizes, dtype=dtype, device="meta")
-    return (empty(tokens, width), empty(tokens, slots, dtype=torch.int64), empty(tokens, slots, dtype=torch.float32),
-            empty(experts, 2 * inner, width), empty(experts, width, inner), "silu", empty(experts, 2 * inner))
+
+    return (
+        empty(tokens, width),
+        empty(tokens, slots, dtype=torch.int64),
+        empty(tokens, slots, dtype=torch.float32),
+        empty(experts, 2 * inner, width),
+        empty(experts, width, inner),
+        "silu",
+        empty(experts, 2 * inner),
+    )
 
 
 @pytest.mark.gpu

@@ -22,8 +22,14 @@ from tokcompile.kernels.host_rows import DECOMPOSITIONS, await_rows, fetch_rows,
 OPS = torch.ops.tokcompile
 
 
-def make(sizes: tuple[int, ...] = (2, 5), count: int = 6, vocabulary: int = 12, width: int = 4, seed: int = 0,
-         least: int = -1) -> tuple[Tensor, Tensor, Tensor]:
+def make(
+    sizes: tuple[int, ...] = (2, 5),
+    count: int = 6,
+    vocabulary: int = 12,
+    width: int = 4,
+    seed: int = 0,
+    least: int = -1,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Table, remap with ids that have no row, and ids, some of them behind the vocabulary."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(least, vocabulary + 2, sizes, generator=g)
@@ -52,8 +58,9 @@ def test_every_form_gives_the_row_of_each_id(sizes: tuple[int, ...], count: int,
     expected = loops(table, remap, ids)
     unique, place = unique_ids(ids)
     assert [i for i in unique.tolist() if i >= 0] == sorted({i for i in ids.reshape(-1).tolist() if i >= 0})
-    assert all(int(unique[p]) == i if p >= 0 else i < 0
-               for p, i in zip(place.tolist(), ids.reshape(-1).tolist(), strict=True))
+    assert all(
+        int(unique[p]) == i if p >= 0 else i < 0 for p, i in zip(place.tolist(), ids.reshape(-1).tolist(), strict=True)
+    )
     rows, index = fetch_rows(table, remap, unique, place, ids)
     assert rows.shape == (ids.numel(), table.shape[1])
     agree(rows, await_rows(rows, index), expected)
@@ -88,8 +95,10 @@ def test_errors_say_what_was_found() -> None:
 
 def pair(dense: nn.Module, inputs: dict[str, Any], lowering: str = "eager", **params: Any) -> list[nn.Module]:
     """The same tables with the model, and in host memory."""
-    return [tokcompile.optimize(dense, recipe(table=table, **params), calibration=[inputs], lowering=lowering)
-            for table in ("model", "host")]
+    return [
+        tokcompile.optimize(dense, recipe(table=table, **params), calibration=[inputs], lowering=lowering)
+        for table in ("model", "host")
+    ]
 
 
 def graph_of(model: nn.Module) -> list[str]:
@@ -123,8 +132,9 @@ def test_rows_start_where_the_ids_are_known(params: dict[str, Any]) -> None:
     _, model = pair(dense, inputs, **params)
     output(model, inputs)
     order = graph_of(model)
-    linears, fetches, waits = ([i for i, name in enumerate(order) if name == wanted]
-                               for wanted in ("linear", "fetch_rows", "await_rows"))
+    linears, fetches, waits = (
+        [i for i, name in enumerate(order) if name == wanted] for wanted in ("linear", "fetch_rows", "await_rows")
+    )
     assert len(fetches) == len(waits) == 2
     assert fetches[-1] < linears[0] < waits[0]
     assert len([i for i in linears if i < waits[0]]) == 5  # attention and gate of the first layer
@@ -205,9 +215,12 @@ def test_an_exported_file_gathers_the_rows(tmp_path: Path) -> None:
     from tests.test_onnx_generation import llama, prompt
 
     report = tokcompile.export_onnx(
-        llama(), prompt(), tmp_path / "out", recipe=steps([{"pass": "stem", "params": {
-            "convert": 1, "table": "host", "dense_first": 2}}]),
-        calibration=[prompt(4, 32, 0, seed) for seed in range(6)])
+        llama(),
+        prompt(),
+        tmp_path / "out",
+        recipe=steps([{"pass": "stem", "params": {"convert": 1, "table": "host", "dense_first": 2}}]),
+        calibration=[prompt(4, 32, 0, seed) for seed in range(6)],
+    )
     assert [row.tokens_equal for row in report.parity] == [True] * 8
     assert max(row.relative for row in report.parity) < 1e-5
 

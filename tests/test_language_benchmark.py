@@ -29,8 +29,9 @@ def optimized(model: Any, name: str, params: dict[str, Any], calibration: Any = 
     step = {"pass": name, "params": params, "target": {"region": tokcompile.registry.get_pass(name).regions}}
     if layers:
         step["target"]["layers"] = layers
-    return tokcompile.optimize(model, {"recipe_version": 1, "description": "x", "steps": [step]},
-                               calibration=calibration, lowering="eager")
+    return tokcompile.optimize(
+        model, {"recipe_version": 1, "description": "x", "steps": [step]}, calibration=calibration, lowering="eager"
+    )
 
 
 def texts(count: int, length: int = 40) -> list[dict[str, torch.Tensor]]:
@@ -60,21 +61,30 @@ def test_in_place_equals_optimize() -> None:
         assert float((one - dense).abs().max()) > 1e-3  # something was changed
 
     decode = {"budget": 8, "dense_below": 1}
-    agree(in_place.sparse_decode_of(model, TokenSelect(TokenSelect.Params(budget=8))),
-          optimized(model, "tokenselect", decode, layers=["1--1"]))
+    agree(
+        in_place.sparse_decode_of(model, TokenSelect(TokenSelect.Params(budget=8))),
+        optimized(model, "tokenselect", decode, layers=["1--1"]),
+    )
     reuse = TokenSelect(TokenSelect.Params(budget=8, reuse=-1.0))
-    agree(in_place.sparse_decode_of(model, reuse), optimized(model, "tokenselect", {**decode, "reuse": -1.0},
-                                                             layers=["1--1"]))
+    agree(
+        in_place.sparse_decode_of(model, reuse),
+        optimized(model, "tokenselect", {**decode, "reuse": -1.0}, layers=["1--1"]),
+    )
     method = Fasa(Fasa.Params(budget=8, planes=2))
-    agree(in_place.sparse_decode_of(model, method, 1, in_place.fasa_planes(model, method, data)),
-          optimized(model, "fasa", {**decode, "planes": 2}, data, ["1--1"]))
+    agree(
+        in_place.sparse_decode_of(model, method, 1, in_place.fasa_planes(model, method, data)),
+        optimized(model, "fasa", {**decode, "planes": 2}, data, ["1--1"]),
+    )
     sparse = {"keep": 0.5, "window": 4, "least": 0}
-    agree(in_place.sparse_prefill_of(model, TokenSparse.Params(**sparse)),
-          optimized(model, "token_sparse", {**sparse, "min_length": 0}))
+    agree(
+        in_place.sparse_prefill_of(model, TokenSparse.Params(**sparse)),
+        optimized(model, "token_sparse", {**sparse, "min_length": 0}),
+    )
     split = {"experts": 8, "shared": 2, "active": 3, "gate": "off"}
     seen = in_place.observed(model, data, MoeFromDense.Params(**split), Stem.Params())
-    agree(in_place.experts_of(model, MoeFromDense.Params(**split), seen),
-          optimized(model, "moe_from_dense", split, data))
+    agree(
+        in_place.experts_of(model, MoeFromDense.Params(**split), seen), optimized(model, "moe_from_dense", split, data)
+    )
     agree(in_place.tables_of(model, Stem.Params(convert=0.5), seen), optimized(model, "stem", {"convert": 0.5}, data))
     assert torch.equal(decoded(model, ids), dense)  # the model is as it was
 
@@ -106,6 +116,7 @@ def test_the_divergence_from_labels_is_the_cross_entropy() -> None:
     student = torch.randn(2, 9, 50)
     theirs = recover.Labels(50)(ids, use_cache=False).logits
     found = token_losses(student[:, :-1].reshape(-1, 50), theirs[:, :-1].reshape(-1, 50))
-    wanted = torch.nn.functional.cross_entropy(student[:, :-1].reshape(-1, 50), ids[:, 1:].reshape(-1),
-                                               reduction="none")
+    wanted = torch.nn.functional.cross_entropy(
+        student[:, :-1].reshape(-1, 50), ids[:, 1:].reshape(-1), reduction="none"
+    )
     torch.testing.assert_close(found, wanted)

@@ -15,23 +15,36 @@ from tokcompile.families.moe import experts
 from tokcompile.families.moe import split as moe_split
 from tokcompile.kernels.activation import activate
 
-FAMILIES = {"llama": decoders.llama, "qwen3": decoders.qwen3, "gemma2": decoders.gemma2, "gpt2": decoders.gpt2,
-            "vit": vision.vit, "hand_written_gated": gated, "hand_written_plain": encoders.hand_written}
+FAMILIES = {
+    "llama": decoders.llama,
+    "qwen3": decoders.qwen3,
+    "gemma2": decoders.gemma2,
+    "gpt2": decoders.gpt2,
+    "vit": vision.vit,
+    "hand_written_gated": gated,
+    "hand_written_plain": encoders.hand_written,
+}
 CMOE = {"split": "activity", "choice": "analytic"}
 BOTH = pytest.mark.parametrize("router", ["top_k", "relu"])
 WAYS = pytest.mark.parametrize("way", [{}, CMOE], ids=["energy", "cmoe"])
 
 
 def recipe(target: dict | None = None, **params) -> dict:
-    return {"recipe_version": 1, "description": "test",
-            "steps": [{"pass": "moe_from_dense", "target": target or {}, "params": {"gate": "off"} | params}]}
+    return {
+        "recipe_version": 1,
+        "description": "test",
+        "steps": [{"pass": "moe_from_dense", "target": target or {}, "params": {"gate": "off"} | params}],
+    }
 
 
 def result(model: nn.Module, inputs: dict) -> Tensor:
     with torch.no_grad():
         found = model(**inputs)
-    return found if isinstance(found, Tensor) else next(
-        v for v in (getattr(found, n, None) for n in ("logits", "last_hidden_state")) if v is not None)
+    return (
+        found
+        if isinstance(found, Tensor)
+        else next(v for v in (getattr(found, n, None) for n in ("logits", "last_hidden_state")) if v is not None)
+    )
 
 
 @BOTH
@@ -39,8 +52,13 @@ def result(model: nn.Module, inputs: dict) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_experts_active_equal_the_dense_layer(family, way, router):
     dense, inputs = FAMILIES[family]()
-    optimized = tokcompile.optimize(dense, recipe(experts=8, shared=2, active=6, router=router, **way),
-                                    calibration=[inputs], lowering="eager", inputs=inputs)
+    optimized = tokcompile.optimize(
+        dense,
+        recipe(experts=8, shared=2, active=6, router=router, **way),
+        calibration=[inputs],
+        lowering="eager",
+        inputs=inputs,
+    )
     step = tokcompile.report(optimized).steps[0]
     assert step.status == "matched"
     assert step.matches == 2
@@ -51,8 +69,9 @@ def test_all_experts_active_equal_the_dense_layer(family, way, router):
 def test_all_experts_active_in_bf16():
     dense, inputs = decoders.llama()
     exact = output(dense, inputs)
-    optimized = tokcompile.optimize(dense.bfloat16(), recipe(experts=8, shared=2, active=6), calibration=[inputs],
-                                    lowering="eager", inputs=inputs)
+    optimized = tokcompile.optimize(
+        dense.bfloat16(), recipe(experts=8, shared=2, active=6), calibration=[inputs], lowering="eager", inputs=inputs
+    )
     # sums of the experts round in another order than one product does: as far from fp32 as dense bf16 is
     dense_error = float((output(dense, inputs) - exact).norm() / exact.norm())
     close(output(optimized, inputs), exact, 1.5 * dense_error)
@@ -73,7 +92,7 @@ def masked(layer: nn.Module, tensors: dict[str, Tensor], split: tuple[int, int],
         expert[(row(up)[:, None] == rows).all(-1).any(1)] = number
 
     def hook(_module, args):
-        inner, = args
+        (inner,) = args
         x = hook.x.reshape(-1, hook.x.shape[-1])
         index, weight = experts.route(x, tensors, act, router, active)
         chosen = torch.zeros(len(x), len(own) + 1)
@@ -92,15 +111,23 @@ def masked(layer: nn.Module, tensors: dict[str, Tensor], split: tuple[int, int],
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_some_experts_equal_the_dense_layer_with_the_other_neurons_masked(family, way, router):
     dense, inputs = FAMILIES[family]()
-    optimized = tokcompile.optimize(dense, recipe(experts=8, shared=2, active=2, router=router, **way),
-                                    calibration=[inputs], lowering="eager", inputs=inputs)
+    optimized = tokcompile.optimize(
+        dense,
+        recipe(experts=8, shared=2, active=2, router=router, **way),
+        calibration=[inputs],
+        lowering="eager",
+        inputs=inputs,
+    )
     state = optimized.tokcompile
     with torch.no_grad():
         for key in state.keys("moe_from_dense"):
             state.tensors("moe_from_dense", key)["scale"].fill_(0.3)  # weights other than one, too
     act = "silu" if family == "llama" else "gelu_tanh"
-    hooks = [h for key in state.keys("moe_from_dense")
-             for h in masked(dense.get_submodule(key), state.tensors("moe_from_dense", key), (2, 2), act, router)]
+    hooks = [
+        h
+        for key in state.keys("moe_from_dense")
+        for h in masked(dense.get_submodule(key), state.tensors("moe_from_dense", key), (2, 2), act, router)
+    ]
     expected = output(dense, inputs)
     for hook in hooks:
         hook.remove()
@@ -137,11 +164,11 @@ def test_a_batch_equals_its_rows_and_cached_decoding_one_forward(router):
     optimized = tokcompile.optimize(dense, recipe(router=router), calibration=[inputs], lowering="eager")
     whole = output(optimized, {"input_ids": ids, "use_cache": False})
     for row in range(2):
-        close(output(optimized, {"input_ids": ids[row: row + 1], "use_cache": False}), whole[row: row + 1], 2e-6)
+        close(output(optimized, {"input_ids": ids[row : row + 1], "use_cache": False}), whole[row : row + 1], 2e-6)
     with torch.no_grad():
         out = optimized(input_ids=ids[:, :6], use_cache=True)
         for place in range(6, 9):
-            out = optimized(input_ids=ids[:, place: place + 1], past_key_values=out.past_key_values, use_cache=True)
+            out = optimized(input_ids=ids[:, place : place + 1], past_key_values=out.past_key_values, use_cache=True)
             close(out.logits[:, -1], whole[:, place], 2e-6)
 
 
@@ -171,8 +198,9 @@ def test_gradients_reach_the_prepared_parameters_and_training_lowers_a_loss(rout
 def test_inductor_computes_the_same_and_trains():
     dense, inputs = decoders.llama()
     state = tokcompile.calibrate(dense, recipe(), [inputs])
-    eager, compiled = (tokcompile.optimize(dense, recipe(), calibration=state, lowering=how)
-                       for how in ("eager", "inductor"))
+    eager, compiled = (
+        tokcompile.optimize(dense, recipe(), calibration=state, lowering=how) for how in ("eager", "inductor")
+    )
     close(output(compiled, inputs), output(eager, inputs))
     name = "tokcompile.moe_from_dense.model.layers.0.mlp.gate_up"
     grads = []
@@ -188,9 +216,14 @@ def test_layers_that_change_least_are_converted_and_the_controls_do_worse():
     dense, inputs = decoders.llama(4)
     data = [inputs | {"input_ids": torch.randint(4, 120, (4, 16))} | {"attention_mask": torch.ones(4, 16)}]
     errors = {}
-    for name, params in (("energy", {}), ("energy split", {"split": "random"}), ("energy choice", {"choice": "random"}),
-                         ("cmoe", CMOE), ("split", CMOE | {"split": "random"}),
-                         ("choice", CMOE | {"choice": "random"})):
+    for name, params in (
+        ("energy", {}),
+        ("energy split", {"split": "random"}),
+        ("energy choice", {"choice": "random"}),
+        ("cmoe", CMOE),
+        ("split", CMOE | {"split": "random"}),
+        ("choice", CMOE | {"choice": "random"}),
+    ):
         state = tokcompile.calibrate(dense, recipe(convert=0.5, active=2, **params), data)
         facts = list(state.facts.values())
         errors[name] = sum(f["error"] for f in facts)
@@ -222,10 +255,13 @@ def test_a_split_that_does_not_pay_leaves_the_layer_dense_and_says_so(monkeypatc
     close(output(optimized, inputs), output(dense, inputs), 1e-6)
 
 
-@pytest.mark.parametrize(("params", "message"), [
-    ({"experts": 7, "shared": 0, "active": 2}, "7 experts do not divide 96 neurons.*divisor"),
-    ({"experts": 97}, "97 experts do not divide 96 neurons"),
-])
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"experts": 7, "shared": 0, "active": 2}, "7 experts do not divide 96 neurons.*divisor"),
+        ({"experts": 97}, "97 experts do not divide 96 neurons"),
+    ],
+)
 def test_a_split_that_does_not_divide_the_width(params, message):
     dense, inputs = decoders.llama()
     before = {k: v.clone() for k, v in dense.state_dict().items()}
@@ -234,10 +270,17 @@ def test_a_split_that_does_not_divide_the_width(params, message):
     assert all(torch.equal(v, before[k]) for k, v in dense.state_dict().items())
 
 
-@pytest.mark.parametrize(("params", "message"), [
-    ({"active": 0}, "active"), ({"experts": 1}, "experts"), ({"shared": 8}, "shared .8. must be less than experts"),
-    ({"active": 6}, "active .6. must be at most"), ({"convert": 0}, "convert"), ({"router": "soft"}, "router"),
-])
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"active": 0}, "active"),
+        ({"experts": 1}, "experts"),
+        ({"shared": 8}, "shared .8. must be less than experts"),
+        ({"active": 6}, "active .6. must be at most"),
+        ({"convert": 0}, "convert"),
+        ({"router": "soft"}, "router"),
+    ],
+)
 def test_bad_parameters(params, message):
     dense, inputs = decoders.llama()
     with pytest.raises(RecipeError, match=message):
@@ -333,6 +376,8 @@ def test_rounds_raise_the_energy_that_a_fitted_router_chooses():
     dense, inputs = decoders.llama()
     torch.manual_seed(0)
     data = [inputs | {"input_ids": torch.randint(4, 120, (4, 16)), "attention_mask": torch.ones(4, 16)}]
-    errors = [sum(f["error"] for f in tokcompile.calibrate(dense, recipe(active=1, rounds=r), data).facts.values())
-              for r in (1, 8)]
+    errors = [
+        sum(f["error"] for f in tokcompile.calibrate(dense, recipe(active=1, rounds=r), data).facts.values())
+        for r in (1, 8)
+    ]
     assert errors[1] < errors[0]

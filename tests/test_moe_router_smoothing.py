@@ -43,8 +43,10 @@ def smoothed(model: nn.Module, by: str, strength: float, mask: Tensor, temperatu
     seen: dict[str, Tensor] = {}
     hooks = []
     for layer in model.model.layers:
-        hooks += [layer.self_attn.register_forward_hook(lambda _m, _i, o: seen.update(weights=o[1])),
-                  layer.mlp.register_forward_pre_hook(lambda _m, i: seen.update(x=i[0]))]
+        hooks += [
+            layer.self_attn.register_forward_hook(lambda _m, _i, o: seen.update(weights=o[1])),
+            layer.mlp.register_forward_pre_hook(lambda _m, i: seen.update(x=i[0])),
+        ]
     original = torch.topk
 
     def topk(values: Tensor, *args, **kwargs):
@@ -97,8 +99,8 @@ def test_causality_and_batches():
     optimized = tokcompile.optimize(decided(dense), recipe(strength=1.0), lowering="eager")
     whole = output(optimized, inputs)
     for row in range(2):
-        single = {k: v[row: row + 1] if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        close(output(optimized, single), whole[row: row + 1], 2e-6)
+        single = {k: v[row : row + 1] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        close(output(optimized, single), whole[row : row + 1], 2e-6)
     changed = inputs | {"input_ids": inputs["input_ids"].clone()}
     changed["input_ids"][:, 6] = 3
     assert torch.allclose(output(optimized, changed)[:, :6], whole[:, :6], atol=1e-6)
@@ -114,8 +116,9 @@ def test_decode_steps_route_as_before():
         mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
         cache = copy.deepcopy(first.past_key_values)
         expected = dense(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True).logits
-        found = optimized(input_ids=token, attention_mask=mask, past_key_values=first.past_key_values,
-                          use_cache=True).logits
+        found = optimized(
+            input_ids=token, attention_mask=mask, past_key_values=first.past_key_values, use_cache=True
+        ).logits
     close(found, expected, 2e-6)
     assert "route as before" in tokcompile.report(optimized).steps[0].details["decode"]
 

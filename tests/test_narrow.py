@@ -37,8 +37,9 @@ def take(x: Tensor, keep: Tensor = KEEP, dim: int = 1) -> Tensor:
     return torch.stack([row.index_select(dim - 1, k) for row, k in zip(x, keep, strict=True)])
 
 
-def run(function: Callable[..., Any], *sides: Tensor, keep: Tensor = KEEP, x: Tensor | None = None,
-        **options: Any) -> tuple[Tensor, Any]:
+def run(
+    function: Callable[..., Any], *sides: Tensor, keep: Tensor = KEEP, x: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Any]:
     """``function(y, *sides)`` with ``y`` cut. Returns the value at the cut before narrowing, and the results."""
     x = torch.randn(B, S, D) if x is None else x
 
@@ -96,6 +97,7 @@ def test_side_input_with_batch_and_heads_flattened(rows: int) -> None:
 
 def test_sizes_used_outside_keep_the_unpruned_meaning() -> None:
     """``arange(x.size(1))`` counts all tokens; the kept ones stay at their positions, not at 0 .. K - 1."""
+
     def model(y: Tensor) -> Any:
         z = y + 1
         return z * torch.arange(z.size(1))[:, None], torch.arange(z.size(1)), z.new_zeros(z.shape[1])
@@ -139,8 +141,9 @@ def test_two_cuts_share_an_index() -> None:
     assert flow.labels[key][1][0].axis is flow.labels[value][1][0].axis
     attended, added = captured.graph_module(x, k, v, mask, KEEP)
     own = torch.stack([mask[:, i] for i in KEEP])
-    torch.testing.assert_close(attended, F.scaled_dot_product_attention(
-        x, take(k), take(v), attn_mask=own) + take(k).mean(1, keepdim=True))
+    torch.testing.assert_close(
+        attended, F.scaled_dot_product_attention(x, take(k), take(v), attn_mask=own) + take(k).mean(1, keepdim=True)
+    )
     torch.testing.assert_close(added, take(k + v))
 
 
@@ -202,8 +205,11 @@ def test_logical_keys_are_replaced(keep: Tensor) -> None:
         live = torch.cat([keep[row] >= 0, torch.tensor([True])])
         at = torch.cat([keep[row], torch.tensor([S])])[live]
         wanted = F.scaled_dot_product_attention(
-            query[row], torch.cat([keys, query], 2)[row][:, live], torch.cat([values, query], 2)[row][:, live],
-            attn_mask=mask[row][..., at])
+            query[row],
+            torch.cat([keys, query], 2)[row][:, live],
+            torch.cat([values, query], 2)[row][:, live],
+            attn_mask=mask[row][..., at],
+        )
         torch.testing.assert_close(out[row], wanted)
 
 
@@ -232,8 +238,11 @@ def test_registers_between_class_token_and_patches() -> None:
     cls = torch.randn(1, 3, D)
     y, (first, registers, stream, front, last, rest) = run(model, cls)
     z = torch.cat([cls.expand(B, -1, -1), take(y), take(y).mean(1, keepdim=True)], 1)
-    for got, wanted in zip((first, registers, stream, front, last, rest),
-                           (z[:, 0], z[:, 1:3], z[:, 3:-1], z[:, :-1], z[:, -1:], z[:, 3:]), strict=True):
+    for got, wanted in zip(
+        (first, registers, stream, front, last, rest),
+        (z[:, 0], z[:, 1:3], z[:, 3:-1], z[:, :-1], z[:, -1:], z[:, 3:]),
+        strict=True,
+    ):
         torch.testing.assert_close(got, wanted)
 
 
@@ -242,8 +251,11 @@ def test_attention_sinks() -> None:
     sinks = torch.randn(1, 1, 1)
 
     def model(y: Tensor, sinks: Tensor) -> Tensor:
-        scores = torch.cat([y @ y.mT, sinks.expand(B, S, 1)], -1) if False else torch.cat(
-            [y @ y.mT, (y * 0).sum(-1, keepdim=True) + sinks], -1)
+        scores = (
+            torch.cat([y @ y.mT, sinks.expand(B, S, 1)], -1)
+            if False
+            else torch.cat([y @ y.mT, (y * 0).sum(-1, keepdim=True) + sinks], -1)
+        )
         return scores.softmax(-1)[..., :-1] @ y
 
     y, result = run(model, sinks, keep=PADDED, ragged=True)
@@ -256,8 +268,9 @@ def test_attention_sinks() -> None:
 
 @pytest.mark.parametrize("keep", [KEEP, PADDED], ids=["full", "padded"])
 def test_protected_suffix(keep: Tensor) -> None:
-    y, (last, tail, logits) = run(lambda y: (y[:, -1], y[:, -1:], (y + 1)[:, -1:, :].mean(-1)), keep=keep, suffix=1,
-                                  ragged=keep is PADDED)
+    y, (last, tail, logits) = run(
+        lambda y: (y[:, -1], y[:, -1:], (y + 1)[:, -1:, :].mean(-1)), keep=keep, suffix=1, ragged=keep is PADDED
+    )
     torch.testing.assert_close(last, y[:, -1])
     torch.testing.assert_close(tail, y[:, -1:])
     torch.testing.assert_close(logits, (y + 1)[:, -1:].mean(-1))

@@ -85,9 +85,14 @@ def test_keeping_everything_changes_nothing(folder: Path) -> None:
 
 
 def test_a_file_that_is_no_pass_says_so(tmp_path: Path) -> None:
-    for text, message in (("1 / 0", "ZeroDivisionError: division by zero"), ("x = 1", "registers no pass"),
-                          ("from tokcompile.registry import register\n@register\nclass A:\n    name = 'a'\n",
-                           r"A.regions: expected one of")):
+    for text, message in (
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("x = 1", "registers no pass"),
+        (
+            "from tokcompile.registry import register\n@register\nclass A:\n    name = 'a'\n",
+            r"A.regions: expected one of",
+        ),
+    ):
         (tmp_path / "a.py").write_text(text)
         with pytest.raises(TokcompileError, match=message):
             load_file(tmp_path / "a.py")

@@ -69,7 +69,12 @@ def test_names_and_axes_of_a_decoder(decoder: Any) -> None:
     assert list(shapes)[:3] == ["input_ids", "attention_mask", "position_ids"]
     assert shapes["past_key_values.1.value"] == ["batch_size", 2, "past_sequence_length", 16]
     assert [v["name"] for v in entry["outputs"]] == [
-        "logits", "present.0.key", "present.0.value", "present.1.key", "present.1.value"]
+        "logits",
+        "present.0.key",
+        "present.0.value",
+        "present.1.key",
+        "present.1.value",
+    ]
     names = {p.name for p in report.directory.iterdir()}
     assert names == {"model.onnx", "manifest.json", "config.json", "generation_config.json"}
     assert json.loads((report.directory / "generation_config.json").read_text())["pad_token_id"] == 0
@@ -95,7 +100,7 @@ def test_a_row_that_has_ended_is_padded(decoder: Any) -> None:
     ended = model.generate(**inputs, max_new_tokens=6, eos_token_id=eos, pad_token_id=77)[:, 9:]
     for row, before in zip(ended, free, strict=True):
         stop = list(before).index(eos) + 1 if eos in before else len(row)
-        assert list(row[:stop]) == list(before[:stop])[:len(row)]
+        assert list(row[:stop]) == list(before[:stop])[: len(row)]
         assert all(token == 77 for token in row[stop:])
 
 
@@ -108,7 +113,8 @@ def test_wrong_prompts_are_refused(decoder: Any, tmp_path: Path) -> None:
         tokcompile.export_onnx(model, right, tmp_path / "out")
     with pytest.raises(ExportError, match="takes no pixel_values"):
         OnnxModel.from_pretrained(report.directory).generate(
-            np.ones((1, 3)), pixel_values=np.zeros((1, 3, 8, 8), np.float32))
+            np.ones((1, 3)), pixel_values=np.zeros((1, 3, 8, 8), np.float32)
+        )
     with pytest.raises(ExportError, match="run with generate"):
         OnnxModel.from_pretrained(report.directory)(input_ids=np.ones((1, 3)))
     assert list(tmp_path.iterdir()) == []
@@ -116,10 +122,12 @@ def test_wrong_prompts_are_refused(decoder: Any, tmp_path: Path) -> None:
 
 def test_serving_imports_no_torch(decoder: Any) -> None:
     _, report = decoder
-    code = ("import sys, numpy, tokcompile\n"
-            f"model = tokcompile.OnnxModel.from_pretrained({str(report.directory)!r})\n"
-            "print(model.generate(numpy.array([[5, 6, 7]]), max_new_tokens=4, eos_token_id=-1).shape)\n"
-            "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n")
+    code = (
+        "import sys, numpy, tokcompile\n"
+        f"model = tokcompile.OnnxModel.from_pretrained({str(report.directory)!r})\n"
+        "print(model.generate(numpy.array([[5, 6, 7]]), max_new_tokens=4, eos_token_id=-1).shape)\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "(1, 7)"
@@ -133,9 +141,13 @@ def test_a_vlm_without_an_image_in_its_inputs(tmp_path: Path) -> None:
         tokcompile.export_onnx(vlm.llava().model, prompt(), tmp_path / "out")
 
 
-@pytest.mark.parametrize(("name", "words"), [
-    ("qwen2_5_vl", ["get_rope_index", "modeling_qwen2_5_vl.py:", "tokcompile.optimize"]),
-    ("smolvlm", ["vision_encoder", "modeling_smolvlm.py:"])])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("qwen2_5_vl", ["get_rope_index", "modeling_qwen2_5_vl.py:", "tokcompile.optimize"]),
+        ("smolvlm", ["vision_encoder", "modeling_smolvlm.py:"]),
+    ],
+)
 def test_what_blocks_a_family_is_named(tmp_path: Path, name: str, words: list[str]) -> None:
     case = vlm.VLMS[name]()
     with pytest.raises(ExportError) as caught:
@@ -163,12 +175,19 @@ def test_decoders(tmp_path: Path, name: str, target: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "params"), [
-    ("moe_from_dense", {"experts": 8, "shared": 3, "active": 3, "gate": "off"}), ("stem", {"convert": 1})])
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [("moe_from_dense", {"experts": 8, "shared": 3, "active": 3, "gate": "off"}), ("stem", {"convert": 1})],
+)
 def test_what_calibration_prepared_is_part_of_the_file(tmp_path: Path, name: str, params: dict[str, Any]) -> None:
     step = {"pass": name, "params": params}
-    report = tokcompile.export_onnx(llama(), prompt(), tmp_path / "out", recipe=recipe([step]),
-                                    calibration=[prompt(4, 32, 0, seed) for seed in range(6)])
+    report = tokcompile.export_onnx(
+        llama(),
+        prompt(),
+        tmp_path / "out",
+        recipe=recipe([step]),
+        calibration=[prompt(4, 32, 0, seed) for seed in range(6)],
+    )
     assert [row.tokens_equal for row in report.parity] == [True] * 8
     assert max(row.relative for row in report.parity) < 1e-5
 
@@ -178,6 +197,9 @@ def test_llava(tmp_path: Path) -> None:
     case = vlm.llava()
     report = tokcompile.export_onnx(case.model, case.inputs(batch=2, left_padding=2), tmp_path / "out")
     assert [entry["file"] for entry in report.manifest["files"].values()] == [
-        "onnx/vision_encoder.onnx", "onnx/embed_tokens.onnx", "onnx/decoder_model_merged.onnx"]
+        "onnx/vision_encoder.onnx",
+        "onnx/embed_tokens.onnx",
+        "onnx/decoder_model_merged.onnx",
+    ]
     assert [row.tokens_equal for row in report.parity] == [True] * 8
     assert max(row.relative for row in report.parity) < 1e-5

@@ -34,16 +34,24 @@ def llava(layers: int = 2) -> vlm.Case:
 @pytest.fixture(scope="module")
 def two_cuts(tmp_path_factory: pytest.TempPathFactory) -> tuple[vlm.Case, tokcompile.ExportReport, nn.Module]:
     case = llava()
-    report = tokcompile.export_onnx(case.model, case.inputs(batch=2, left_padding=2),
-                                    tmp_path_factory.mktemp("llava") / "out", recipe=TWO_CUTS, check=False)
+    report = tokcompile.export_onnx(
+        case.model,
+        case.inputs(batch=2, left_padding=2),
+        tmp_path_factory.mktemp("llava") / "out",
+        recipe=TWO_CUTS,
+        check=False,
+    )
     return case, report, tokcompile.optimize(case.model, TWO_CUTS, lowering="eager")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("batch", "images", "padding", "text"), [
-    (3, [1, 2, 1], [0, 3, 1], 9), (2, 1, 2, 12), (1, 1, 0, 5), (2, 1, [5, 1], 19), (2, [2, 0], 0, 7)])
-def test_two_cuts_are_token_equal_at_other_sizes(two_cuts: Any, batch: int, images: Any, padding: Any,
-                                                 text: int) -> None:
+@pytest.mark.parametrize(
+    ("batch", "images", "padding", "text"),
+    [(3, [1, 2, 1], [0, 3, 1], 9), (2, 1, 2, 12), (1, 1, 0, 5), (2, 1, [5, 1], 19), (2, [2, 0], 0, 7)],
+)
+def test_two_cuts_are_token_equal_at_other_sizes(
+    two_cuts: Any, batch: int, images: Any, padding: Any, text: int
+) -> None:
     case, report, pruned = two_cuts
     inputs = case.inputs(batch=batch, images_per_row=images, left_padding=padding, text_len=text, seed=3)
     error, equal = both(report.directory, pruned, inputs)
@@ -54,8 +62,7 @@ def test_two_cuts_are_token_equal_at_other_sizes(two_cuts: Any, batch: int, imag
 @pytest.mark.slow
 def test_layers_below_a_cut_have_lengths_of_their_own(two_cuts: Any) -> None:
     case, report, _ = two_cuts
-    assert [(k["layers"], k["tokens"], k["of"]) for k in report.manifest["kept"]] == [
-        ([0], 18, 30), ([1], 14, 30)]
+    assert [(k["layers"], k["tokens"], k["of"]) for k in report.manifest["kept"]] == [([0], 18, 30), ([1], 14, 30)]
     shapes = {v["name"]: v["shape"] for v in report.manifest["files"]["decoder"]["inputs"]}
     assert [shapes[f"past_key_values.{i}.key"][2] for i in range(2)] == ["past_length_0", "past_length_1"]
     assert shapes["visual_mask"] == ["batch_size", "sequence_length"]
@@ -87,11 +94,15 @@ def test_a_prompt_without_an_image(two_cuts: Any) -> None:
     assert error < 1e-5
 
 
-@pytest.mark.parametrize(("name", "words"), [
-    ("vlm_prune_90_sparse", [r"steps[1] (token_sparse)", "the prefill alone", "leave the step out"]),
-    ("llm_sparse_prefill", [r"steps[0] (token_sparse)", "tokcompile.optimize"]),
-    ("decode", ["steps[0] (decode_control)", "decode steps alone", "tokcompile.optimize"]),
-    ("compact", ["steps[0] (random): positions: compact", "an empty past alone", "positions: keep"])])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("vlm_prune_90_sparse", [r"steps[1] (token_sparse)", "the prefill alone", "leave the step out"]),
+        ("llm_sparse_prefill", [r"steps[0] (token_sparse)", "tokcompile.optimize"]),
+        ("decode", ["steps[0] (decode_control)", "decode steps alone", "tokcompile.optimize"]),
+        ("compact", ["steps[0] (random): positions: compact", "an empty past alone", "positions: keep"]),
+    ],
+)
 def test_steps_for_one_kind_of_call_are_refused(tmp_path: Path, name: str, words: list[str]) -> None:
     case = llava()
     control = recipe([{"pass": "decode_control", "params": {"budget": 16, "choose": "window"}}])
@@ -105,8 +116,9 @@ def test_steps_for_one_kind_of_call_are_refused(tmp_path: Path, name: str, words
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vlm_prune_90", "vlm_prune_75", "vlm_herd_90", "vlm_cls_90", "vlm_random_90",
-                                  "vlm_pool_90"])
+@pytest.mark.parametrize(
+    "name", ["vlm_prune_90", "vlm_prune_75", "vlm_herd_90", "vlm_cls_90", "vlm_random_90", "vlm_pool_90"]
+)
 def test_shipped_recipes_of_llava(tmp_path: Path, name: str) -> None:
     case = vlm.llava()
     report = tokcompile.export_onnx(case.model, case.inputs(batch=2, left_padding=2), tmp_path / "out", recipe=name)
@@ -122,8 +134,11 @@ def test_a_model_written_by_hand_is_one_graph(tmp_path: Path, form: str, name: s
     case = vlm.VLMS[form]()
     pruned = tokcompile.optimize(case.model, name, lowering="eager")
     inputs = case.inputs(batch=2, left_padding=2)
-    axes = {"input_ids": {0: "batch_size", 1: "sequence_length"}, "attention_mask": {0: "batch_size", 1: "total"},
-            "pixel_values": {0: "batch_size"}}
+    axes = {
+        "input_ids": {0: "batch_size", 1: "sequence_length"},
+        "attention_mask": {0: "batch_size", 1: "total"},
+        "pixel_values": {0: "batch_size"},
+    }
     report = tokcompile.export_onnx(case.model, inputs, tmp_path / "out", recipe=name, axes=axes, check=False)
     served = OnnxModel.from_pretrained(report.directory)
     inputs = case.inputs(batch=2, left_padding=[4, 0], text_len=15, seed=5)
@@ -137,5 +152,7 @@ def test_a_model_written_by_hand_is_one_graph(tmp_path: Path, form: str, name: s
         token = wanted[:, -1].argmax(-1, keepdim=True)
         assert (torch.from_numpy(found)[:, -1].argmax(-1, keepdim=True) == token).all()
         more = torch.ones_like(token)
-        inputs |= {"input_ids": torch.cat([inputs["input_ids"], token], 1),
-                   "attention_mask": torch.cat([inputs["attention_mask"], more], 1)}
+        inputs |= {
+            "input_ids": torch.cat([inputs["input_ids"], token], 1),
+            "attention_mask": torch.cat([inputs["attention_mask"], more], 1),
+        }

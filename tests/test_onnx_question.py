@@ -45,8 +45,9 @@ def test_the_serving_side_sees_the_same_pixels_without_torch() -> None:
     from tests.test_small_vlm import small_vlm
 
     pytest.importorskip("tokenizers")
-    done = subprocess.run([sys.executable, "-c", PIXELS, str(EXAMPLES)], capture_output=True, text=True, timeout=300,
-                          check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", PIXELS, str(EXAMPLES)], capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     wanted = small_vlm.to_pixels([Image.new("RGB", (300, 200), (250, 10, 10))])[0, :, 5, 5].tolist()
     assert json.loads(done.stdout) == wanted
@@ -67,8 +68,13 @@ def test_the_real_models_answer_without_torch(tmp_path: Path) -> None:
     assert [item["tokens"] < item["of"] for item in report.manifest["kept"]] == [True, True]
     name, photo = small_vlm.demo_photos()[2]
     photo.save(tmp_path / f"{name}.png")
-    done = subprocess.run([sys.executable, "-c", SERVE, str(EXAMPLES), str(tmp_path / "vlm"),
-                           str(tmp_path / f"{name}.png")], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", SERVE, str(EXAMPLES), str(tmp_path / "vlm"), str(tmp_path / f"{name}.png")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     model, processor = small_vlm.load_vlm()
     pruned = tokcompile.optimize(model, recipe="vlm_prune_90", lowering="eager")

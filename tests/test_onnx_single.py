@@ -68,8 +68,9 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, tokcompi
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, tokcompile.ExportReport]:
     model = vit()
-    return model, tokcompile.export_onnx(model, {"pixel_values": pixels(1)},
-                                         tmp_path_factory.mktemp("vit") / "pruned", recipe=ONE_STAGE)
+    return model, tokcompile.export_onnx(
+        model, {"pixel_values": pixels(1)}, tmp_path_factory.mktemp("vit") / "pruned", recipe=ONE_STAGE
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ parity
@@ -107,8 +108,7 @@ def test_report_compares_the_given_inputs_and_three_other_batch_sizes(dense: Any
 def test_bert_with_padding_and_other_lengths(tmp_path: Path) -> None:
     model, inputs = encoders.bert()
     randomize(model)
-    report = tokcompile.export_onnx(
-        model, {n: inputs[n] for n in ("input_ids", "attention_mask")}, tmp_path / "bert")
+    report = tokcompile.export_onnx(model, {n: inputs[n] for n in ("input_ids", "attention_mask")}, tmp_path / "bert")
     shapes = {tuple(v["shape"]) for v in report.manifest["files"]["model"]["inputs"]}
     assert shapes == {("batch_size", "sequence_length")}
     ids = torch.randint(3, 100, (3, 14))
@@ -123,8 +123,7 @@ def test_bert_with_padding_and_other_lengths(tmp_path: Path) -> None:
 def test_an_axis_of_size_one_is_doubled_in_every_input_that_has_it() -> None:
     inputs = {"a": torch.tensor([[1, 2]]), "b": torch.tensor([[3], [4]]), "c": torch.tensor([[5, 6]])}
     found = lowering.doubled(inputs, {"a": {0: "rows"}, "b": {0: "columns", 1: "rows"}})
-    assert {n: v.tolist() for n, v in found.items()} == {
-        "a": [[1, 2], [1, 2]], "b": [[3, 3], [4, 4]], "c": [[5, 6]]}
+    assert {n: v.tolist() for n, v in found.items()} == {"a": [[1, 2], [1, 2]], "b": [[3, 3], [4, 4]], "c": [[5, 6]]}
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -321,11 +320,16 @@ def _place(function: Callable[..., Any], offset: int = 1) -> str:
     return f"test_onnx_single.py:{inspect.getsourcelines(function)[1] + offset}"
 
 
-@pytest.mark.parametrize(("model", "words"), [
-    (Branch, ["torch.where for a branch", "node gt (aten.gt.Scalar)"]),
-    (KthValue, ["aten.kthvalue", "node kthvalue", "topk"])])
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (Branch, ["torch.where for a branch", "node gt (aten.gt.Scalar)"]),
+        (KthValue, ["aten.kthvalue", "node kthvalue", "topk"]),
+    ],
+)
 def test_what_has_no_onnx_form_is_named_with_its_line_and_the_way_out(
-        tmp_path: Path, model: type[nn.Module], words: list[str]) -> None:
+    tmp_path: Path, model: type[nn.Module], words: list[str]
+) -> None:
     with pytest.raises(ExportError) as caught:
         tokcompile.export_onnx(model().eval(), {"x": torch.randn(2, 6)}, tmp_path / "out")
     for word in [*words, _place(model.forward)]:
@@ -335,9 +339,13 @@ def test_what_has_no_onnx_form_is_named_with_its_line_and_the_way_out(
 
 def test_wrong_arguments(tmp_path: Path) -> None:
     out, inputs = tmp_path / "out", {"x": torch.randn(3, 8)}
-    for options, word in [({"opset": 17}, "opset 17"), ({"target": "fast"}, "standard, contrib"),
-                          ({"logits": "some"}, "'last' or 'all'"), ({"calibration": {}}, "without a recipe"),
-                          ({"axes": {"y": {0: "batch_size"}}}, "axes name")]:
+    for options, word in [
+        ({"opset": 17}, "opset 17"),
+        ({"target": "fast"}, "standard, contrib"),
+        ({"logits": "some"}, "'last' or 'all'"),
+        ({"calibration": {}}, "without a recipe"),
+        ({"axes": {"y": {0: "batch_size"}}}, "axes name"),
+    ]:
         with pytest.raises(ExportError, match=word):
             small(out, **options)
     with pytest.raises(ExportError, match=r"model\.eval\(\)"):
@@ -373,18 +381,25 @@ def test_calls_with_wrong_inputs_and_folders(dense: Any, tmp_path: Path) -> None
 
 
 def _clip() -> tuple[nn.Module, dict[str, Any]]:
-    config = tr.CLIPConfig(text_config={**SMALL, "vocab_size": 99, "max_position_embeddings": 32, "eos_token_id": 98},
-                           vision_config={**SMALL, "image_size": 32, "patch_size": 8}, projection_dim=16)
+    config = tr.CLIPConfig(
+        text_config={**SMALL, "vocab_size": 99, "max_position_embeddings": 32, "eos_token_id": 98},
+        vision_config={**SMALL, "image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
     ids = torch.randint(3, 90, (3, 12))
     ids[:, -1] = 98
-    return randomize(tr.CLIPModel(config)), {"input_ids": ids, "attention_mask": torch.ones_like(ids),
-                                             "pixel_values": pixels(2)}
+    return randomize(tr.CLIPModel(config)), {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": pixels(2),
+    }
 
 
 def _siglip() -> tuple[nn.Module, dict[str, Any]]:
-    config = tr.SiglipConfig(text_config={**SMALL, "vocab_size": 99, "max_position_embeddings": 12,
-                                          "projection_size": 32},
-                             vision_config={**SMALL, "image_size": 32, "patch_size": 8})
+    config = tr.SiglipConfig(
+        text_config={**SMALL, "vocab_size": 99, "max_position_embeddings": 12, "projection_size": 32},
+        vision_config={**SMALL, "image_size": 32, "patch_size": 8},
+    )
     return randomize(tr.SiglipModel(config)), {"input_ids": torch.randint(3, 90, (3, 12)), "pixel_values": pixels(2)}
 
 
@@ -417,10 +432,13 @@ def test_encoders(tmp_path: Path, name: str, recipe_name: str | None) -> None:
 @pytest.mark.parametrize("name", ["vit", "dinov2"])
 def test_encoders_that_merge_tokens(tmp_path: Path, name: str) -> None:
     case = encoders_for_pruning.ENCODERS[name]()
-    recipe = {"recipe_version": 1, "steps": [
-        {"pass": "patch_merge", "params": {"keep": [0.56, 0.56, 0.56], "at": [0.25, 0.5, 0.75]}}]}
-    report = tokcompile.export_onnx(case.model, case.inputs(2), tmp_path / "out", recipe=recipe,
-                                    axes={"pixel_values": {0: "batch_size"}})
+    recipe = {
+        "recipe_version": 1,
+        "steps": [{"pass": "patch_merge", "params": {"keep": [0.56, 0.56, 0.56], "at": [0.25, 0.5, 0.75]}}],
+    }
+    report = tokcompile.export_onnx(
+        case.model, case.inputs(2), tmp_path / "out", recipe=recipe, axes={"pixel_values": {0: "batch_size"}}
+    )
     assert [item["tokens"] for item in report.manifest["kept"][:2]] == [10, 7]
     assert max(row.relative for row in report.parity) < 1e-5
 
@@ -431,6 +449,9 @@ def test_every_kernel_says_how_it_lowers() -> None:
     kernels = {p.parent.name for p in (Path(__file__).parents[1] / "kernels").glob("*/op.py")}
     assert kernels
     # folders that hold several operations, or one of another name
-    several = {"gather_rows": {"gather_rows", "scatter_rows"}, "embedding_gate": {"embedding_gate", "linear_where"},
-               "host_rows": {"unique_ids", "fetch_rows", "await_rows"}}
+    several = {
+        "gather_rows": {"gather_rows", "scatter_rows"},
+        "embedding_gate": {"embedding_gate", "linear_where"},
+        "host_rows": {"unique_ids", "fetch_rows", "await_rows"},
+    }
     assert found == {f"tokcompile.{op}.default" for name in kernels for op in several.get(name, {name})}

@@ -34,8 +34,7 @@ def compare(case: EncoderCase, model: Any, batch: int) -> None:
         found = case.output(model(**inputs))
     assert [(entry.layer, entry.indices.shape[1] - case.prefix_tokens) for entry in recording.kept] == [(1, 12), (3, 6)]
     for entry in recording.kept:
-        assert torch.equal(entry.indices[:, : case.prefix_tokens],
-                           torch.arange(case.prefix_tokens).expand(batch, -1))
+        assert torch.equal(entry.indices[:, : case.prefix_tokens], torch.arange(case.prefix_tokens).expand(batch, -1))
         assert (entry.indices.diff(dim=1) > 0).all()
     wanted = case.oracle(inputs, hidden(recording, case.tokens, len(case.layers)))
     close(found, rows(wanted, recording.kept[-1].indices))
@@ -79,8 +78,12 @@ def test_rows_keep_their_own_tokens() -> None:
 def test_the_backend_equals_optimize(name: str) -> None:
     case = ENCODERS[name]()
     inputs = case.inputs(2)
-    compiled = torch.compile(case.model, backend="tokcompile", fullgraph=name == "fused_vit",
-                             options={"recipe": recipe(TWO_STAGES), "lowering": "eager"})
+    compiled = torch.compile(
+        case.model,
+        backend="tokcompile",
+        fullgraph=name == "fused_vit",
+        options={"recipe": recipe(TWO_STAGES), "lowering": "eager"},
+    )
     model = optimized(case.model, TWO_STAGES)
     with torch.no_grad():
         case.model(**inputs)  # transformers installs hooks under a lock at the first call
@@ -92,14 +95,20 @@ def test_the_backend_equals_optimize(name: str) -> None:
 # ---------------------------------------------------------------------------------- CLIP's text tower, cut by hand
 
 
-def _cut_text(case: EncoderCase, inputs: dict[str, Tensor], kept: Tensor, layer: int,
-              **known: int) -> tuple[Any, Callable[..., Any]]:
+def _cut_text(
+    case: EncoderCase, inputs: dict[str, Tensor], kept: Tensor, layer: int, **known: int
+) -> tuple[Any, Callable[..., Any]]:
     """Output of the text tower whose residual stream keeps only ``kept [B, K]`` after ``layer``."""
 
     def backend(graph_module: fx.GraphModule, _: Any) -> Callable[..., Any]:
         captured = from_dynamo(graph_module)
-        stream = [n for n in captured.graph.nodes if n.target is torch.ops.aten.add.Tensor
-                  and module_path(n).endswith(f"layers.{layer}") and n.meta["val"].dim() == 3]
+        stream = [
+            n
+            for n in captured.graph.nodes
+            if n.target is torch.ops.aten.add.Tensor
+            and module_path(n).endswith(f"layers.{layer}")
+            and n.meta["val"].dim() == 3
+        ]
         index = inline(captured, lambda _: kept.clone(), [stream[-1]], stream[-1].next)
         check(captured, stream[-1], **known)
         narrow(captured, [Cut(stream[-1], index, kept.shape[1], **known)])

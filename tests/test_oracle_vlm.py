@@ -24,9 +24,13 @@ def visual_kept(case: Case, inputs: dict[str, torch.Tensor], indices: torch.Tens
 KINDS = ["llava", "qwen2_5_vl", "gemma3", "plain_cat"]
 
 
-@pytest.mark.parametrize(("name", "steps"), [
-    *((name, "todre") for name in CASES),
-    *(pytest.param(name, "random", marks=[] if name in KINDS else pytest.mark.slow) for name in CASES)])
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        *((name, "todre") for name in CASES),
+        *(pytest.param(name, "random", marks=[] if name in KINDS else pytest.mark.slow) for name in CASES),
+    ],
+)
 def test_pruned_equals_masked_dense(name: str, steps: str) -> None:
     case = CASES[name]()
     inputs = case.inputs(batch=2, left_padding=3)
@@ -51,10 +55,16 @@ ALL = {
 }
 
 
-@pytest.mark.parametrize(("name", "steps"), [
-    *(pytest.param(name, "random", marks=[] if name in KINDS else pytest.mark.slow) for name in CASES),
-    ("llava", "pool"), ("llava", "todre"), pytest.param("qwen2_5_vl", "pool", marks=pytest.mark.slow),
-    pytest.param("qwen2_5_vl", "todre", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        *(pytest.param(name, "random", marks=[] if name in KINDS else pytest.mark.slow) for name in CASES),
+        ("llava", "pool"),
+        ("llava", "todre"),
+        pytest.param("qwen2_5_vl", "pool", marks=pytest.mark.slow),
+        pytest.param("qwen2_5_vl", "todre", marks=pytest.mark.slow),
+    ],
+)
 def test_keeping_everything_changes_nothing(name: str, steps: str) -> None:
     case = CASES[name]()
     inputs = case.inputs(batch=2, left_padding=3)

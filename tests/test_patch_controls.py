@@ -31,8 +31,9 @@ class MaybeInverted(ClassAttention):
     class Params(PatchParams):
         sign: int = Field(1, description="-1 turns the scores round.")
 
-    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int,
-              *inputs: Tensor) -> Tensor:
+    def score(
+        self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int, *inputs: Tensor
+    ) -> Tensor:
         return self.params.sign * super().score(tokens, segment, budget, prefix, stage, *inputs)
 
 
@@ -43,8 +44,15 @@ def recipe(name: str, **params: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def vit() -> nn.Module:
     torch.manual_seed(0)
-    config = ViTConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64,
-                       image_size=48, patch_size=8, hidden_dropout_prob=0.0)
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=48,
+        patch_size=8,
+        hidden_dropout_prob=0.0,
+    )
     model = ViTModel(config, add_pooling_layer=False).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -91,8 +99,12 @@ def test_controls_of_patch_selection_have_its_stages(name: str) -> None:
     method = Recipe.load(name)
     found = controls(method, seeds=(0, 1, 2))
     assert [c.role for c in found] == ["random"] * 3 + ["pool"]
-    assert all(c.recipe is not None and (c.recipe.steps[0].params.keep, c.recipe.steps[0].params.at)
-               == (method.steps[0].params.keep, method.steps[0].params.at) for c in found)
+    assert all(
+        c.recipe is not None
+        and (c.recipe.steps[0].params.keep, c.recipe.steps[0].params.at)
+        == (method.steps[0].params.keep, method.steps[0].params.at)
+        for c in found
+    )
 
 
 def test_a_selector_with_inverted_scores_is_found_to_be_worse_than_random(vit: nn.Module) -> None:
@@ -118,12 +130,20 @@ def test_a_selector_with_inverted_scores_is_found_to_be_worse_than_random(vit: n
 
     def closeness(observed: Any, dense: Any) -> Any:
         return torch.stack([torch.cosine_similarity(a, b, dim=0) for a, b in zip(observed, dense, strict=True)])[
-            :, None].numpy()
+            :, None
+        ].numpy()
 
     task = Task("fidelity", pictures, feature, [Measure("closeness", closeness, mean_percent)])
     stage: dict[str, Any] = {"keep": [0.25], "at": [0.25]}
-    found = evaluate(model, [task], {"right": recipe("maybe_inverted_for_tests", **stage),
-                                     "inverted": recipe("maybe_inverted_for_tests", **stage, sign=-1)}, resamples=500)
+    found = evaluate(
+        model,
+        [task],
+        {
+            "right": recipe("maybe_inverted_for_tests", **stage),
+            "inverted": recipe("maybe_inverted_for_tests", **stage, sign=-1),
+        },
+        resamples=500,
+    )
     right, inverted = found.find("fidelity", "right"), found.find("fidelity", "inverted")
     assert (right.status, inverted.status) == ("measured", "measured")
     assert inverted.against_random == "worse", str(found)

@@ -18,8 +18,9 @@ from tokcompile.recipes import Recipe
 from tokcompile.rewrite.selection import keep_mask
 
 
-def by_hand(tokens: Tensor, like: Tensor, prefix: int, keep: int, sizes: Tensor | None = None,
-            reach: int = 1000) -> tuple[Tensor, list[list[int]], Tensor]:
+def by_hand(
+    tokens: Tensor, like: Tensor, prefix: int, keep: int, sizes: Tensor | None = None, reach: int = 1000
+) -> tuple[Tensor, list[list[int]], Tensor]:
     """One row, in plain loops: ``tokens [S, D]``, ``like [S, E]`` -> tokens that are left, what is in each, sizes."""
     sizes = torch.ones(len(tokens)) if sizes is None else sizes
     like = nn.functional.normalize(like, dim=-1)
@@ -30,7 +31,7 @@ def by_hand(tokens: Tensor, like: Tensor, prefix: int, keep: int, sizes: Tensor 
         pairs.append((float(like[a] @ like[likest]), a, likest))
     pairs.sort(key=lambda pair: -pair[0])
     groups = {i: [i] for i in range(len(tokens))}
-    for _, a, b in pairs[:len(tokens) - prefix - keep]:
+    for _, a, b in pairs[: len(tokens) - prefix - keep]:
         groups[b] += groups.pop(a)
     left = [sum(tokens[i] * sizes[i] for i in group) / sizes[group].sum() for group in groups.values()]
     return torch.stack(left), list(groups.values()), torch.stack([sizes[group].sum() for group in groups.values()])
@@ -76,8 +77,15 @@ def test_means_weigh_each_patch_once() -> None:
 @pytest.fixture(scope="module")
 def vit() -> nn.Module:
     torch.manual_seed(0)
-    config = ViTConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
-                       image_size=48, patch_size=8, hidden_dropout_prob=0.0)
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=48,
+        patch_size=8,
+        hidden_dropout_prob=0.0,
+    )
     return ViTModel(config, add_pooling_layer=False).eval()
 
 
@@ -115,8 +123,10 @@ def test_an_encoder_with_merged_patches_equals_the_same_by_hand(vit: nn.Module, 
                 keep = (20, 12)[number - 1]
                 left = [by_hand(stream[row], like[row], 1, keep, sizes[row]) for row in range(2)]
                 stream, sizes = torch.stack([x for x, _, _ in left]), torch.stack([n for _, _, n in left])
-                inside = [[[patch for i in group for patch in old[i]] for group in groups]
-                          for old, (_, groups, _) in zip(inside, left, strict=True)]
+                inside = [
+                    [[patch for i in group for patch in old[i]] for group in groups]
+                    for old, (_, groups, _) in zip(inside, left, strict=True)
+                ]
             if size_bias:
                 layer.attention = Biased(layer.attention, sizes.log())
             keys: list[Tensor] = []
@@ -132,10 +142,12 @@ def test_an_encoder_with_merged_patches_equals_the_same_by_hand(vit: nn.Module, 
                     full[-1][row, patches] = stream[row, token]
         steps = {"keep": [20, 12], "at": [0.34, 0.67], "size_bias": size_bias}
         short = tokcompile.optimize(vit, step(**steps, restore=False), lowering="eager")
-        torch.testing.assert_close(short(pixel_values=pixels).last_hidden_state, vit.layernorm(stream),
-                                   rtol=1e-5, atol=1e-5)
-        found = tokcompile.optimize(vit, step(**steps), lowering="eager")(pixel_values=pixels,
-                                                                          output_hidden_states=True)
+        torch.testing.assert_close(
+            short(pixel_values=pixels).last_hidden_state, vit.layernorm(stream), rtol=1e-5, atol=1e-5
+        )
+        found = tokcompile.optimize(vit, step(**steps), lowering="eager")(
+            pixel_values=pixels, output_hidden_states=True
+        )
         torch.testing.assert_close(found.last_hidden_state, vit.layernorm(full[-1]), rtol=1e-5, atol=1e-5)
         # what leaves between the layers is restored with the merges up to there
         for one, wanted in zip(found.hidden_states[:3], full, strict=False):
@@ -201,13 +213,15 @@ def test_a_refused_step_leaves_the_graph_to_the_next() -> None:
     torch.manual_seed(0)
     model, pixels = Gridded(between=True).eval(), torch.randn(2, 3, 48, 48)
     below = step(keep=[20], at=[0.75])
-    both = {"recipe_version": 1, "steps": [
-        {"pass": "patch_merge", "params": {"keep": [20], "at": [0.25]}},
-        *below["steps"]]}
+    both = {
+        "recipe_version": 1,
+        "steps": [{"pass": "patch_merge", "params": {"keep": [20], "at": [0.25]}}, *below["steps"]],
+    }
     with torch.no_grad():
         found = tokcompile.optimize(model, both, lowering="eager", on_no_match="ignore")
-        torch.testing.assert_close(found(pixel_values=pixels), tokcompile.optimize(
-            model, below, lowering="eager")(pixel_values=pixels))
+        torch.testing.assert_close(
+            found(pixel_values=pixels), tokcompile.optimize(model, below, lowering="eager")(pixel_values=pixels)
+        )
     first, second = tokcompile.report(found).steps
     assert (first.matches, second.matches) == (0, 1)
 
@@ -227,9 +241,19 @@ def test_a_bias_is_refused_where_it_cannot_be_added() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.patch = nn.Conv2d(3, 32, 8, 8)
-            self.layers = nn.ModuleList(nn.ModuleDict({
-                "norm": nn.LayerNorm(32), "qkv": nn.Linear(32, 96), "out": nn.Linear(32, 32),
-                "norm2": nn.LayerNorm(32), "up": nn.Linear(32, 64), "down": nn.Linear(64, 32)}) for _ in range(3))
+            self.layers = nn.ModuleList(
+                nn.ModuleDict(
+                    {
+                        "norm": nn.LayerNorm(32),
+                        "qkv": nn.Linear(32, 96),
+                        "out": nn.Linear(32, 32),
+                        "norm2": nn.LayerNorm(32),
+                        "up": nn.Linear(32, 64),
+                        "down": nn.Linear(64, 32),
+                    }
+                )
+                for _ in range(3)
+            )
 
         def forward(self, pixel_values: Tensor) -> Tensor:
             x = self.patch(pixel_values).flatten(2).transpose(1, 2)

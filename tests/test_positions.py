@@ -28,7 +28,8 @@ def embeddings(case: Case, inputs: dict[str, Tensor]) -> Tensor:
     """``[B, S, D]``: what the dense model's layers read."""
     seen: list[Tensor] = []
     handle = case.text_tower.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True)
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
     with torch.no_grad():
         case.model(**inputs, use_cache=False)
     handle.remove()
@@ -50,8 +51,9 @@ def shortened(case: Case, embedded: Tensor, tokens: Tensor, hidden: oracle.Dropp
     return logits
 
 
-def equals_shortened(case: Case, inputs: dict[str, Tensor], found: oracle.Run, recording: Recording,
-                     pool: bool = False) -> None:
+def equals_shortened(
+    case: Case, inputs: dict[str, Tensor], found: oracle.Run, recording: Recording, pool: bool = False
+) -> None:
     """Every row and step of ``found`` equals the dense language model on what the row kept, and nothing else."""
     embedded, alive = embeddings(case, inputs), inputs["attention_mask"].bool()
     if pool:
@@ -65,12 +67,18 @@ def equals_shortened(case: Case, inputs: dict[str, Tensor], found: oracle.Run, r
         for entry in later:
             left = set(entry.indices[row].tolist())
             hidden |= oracle.hide_from(entry.layer, torch.tensor([[i not in left for i in kept]]), layers)
-        wanted = shortened(case, embedded[row:row + 1, kept], found.tokens[row], hidden)
+        wanted = shortened(case, embedded[row : row + 1, kept], found.tokens[row], hidden)
         close([step[row] for step in found.logits], wanted)
 
 
-def check(case: Case, steps: list[dict[str, Any]], inputs: dict[str, Tensor], max_new_tokens: int = 6,
-          model: Any = None, **kwargs: Any) -> Recording:
+def check(
+    case: Case,
+    steps: list[dict[str, Any]],
+    inputs: dict[str, Tensor],
+    max_new_tokens: int = 6,
+    model: Any = None,
+    **kwargs: Any,
+) -> Recording:
     model = model or optimized(case.model, steps)
     found, recording = generate(model, inputs, max_new_tokens, **kwargs)
     equals_shortened(case, inputs, found, recording, pool=bool(steps) and steps[0]["pass"] == "pool")
@@ -80,8 +88,16 @@ def check(case: Case, steps: list[dict[str, Any]], inputs: dict[str, Tensor], ma
 # ------------------------------------------------------------------------------------------------------- exactness
 
 
-@pytest.mark.parametrize("name", ["llava", "llava_next", pytest.param("llava_onevision", marks=pytest.mark.slow),
-                                  "internvl", pytest.param("smolvlm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llava",
+        "llava_next",
+        pytest.param("llava_onevision", marks=pytest.mark.slow),
+        "internvl",
+        pytest.param("smolvlm", marks=pytest.mark.slow),
+    ],
+)
 def test_equals_the_dense_model_on_fewer_embeddings(name: str) -> None:
     """Rows of different length, one of them with padding in front."""
     case = VLMS[name]()
@@ -90,9 +106,15 @@ def test_equals_the_dense_model_on_fewer_embeddings(name: str) -> None:
     assert recording.kept[0].indices.shape[1] < inputs["input_ids"].shape[1] - 8
 
 
-@pytest.mark.parametrize(("name", "params", "attention"), [
-    ("todre", {"criterion": "herding", "drop_layer": 1}, "sdpa"), ("todre", {"drop_layer": 1}, "eager"),
-    ("vtc_cls", {}, "sdpa"), ("pool", {}, "sdpa")])
+@pytest.mark.parametrize(
+    ("name", "params", "attention"),
+    [
+        ("todre", {"criterion": "herding", "drop_layer": 1}, "sdpa"),
+        ("todre", {"drop_layer": 1}, "eager"),
+        ("vtc_cls", {}, "sdpa"),
+        ("pool", {}, "sdpa"),
+    ],
+)
 def test_each_pass(name: str, params: dict[str, Any], attention: str) -> None:
     """The late drop of todre hides keys in the last layers; it leaves positions as the first cut made them."""
     case = VLMS["llava"](attention)  # type: ignore[call-arg]
@@ -163,8 +185,13 @@ def test_a_second_turn_of_text() -> None:
     with torch.no_grad(), tokcompile.record(model) as recording:
         one = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True)
         more = torch.cat([one.sequences, torch.tensor([[11, 12, 13, 14]])], 1)
-        two = model.generate(input_ids=more, past_key_values=one.past_key_values, max_new_tokens=3,
-                             return_dict_in_generate=True, output_logits=True)
+        two = model.generate(
+            input_ids=more,
+            past_key_values=one.past_key_values,
+            max_new_tokens=3,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
     length = inputs["input_ids"].shape[1]
     said = two.sequences[0, length:]
     kept = recording.kept[0].indices[0]
@@ -175,10 +202,14 @@ def test_a_second_turn_of_text() -> None:
 # -------------------------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize(("name", "says"), [
-    ("qwen2_5_vl", "positions with 4 axes"),
-    ("gemma3", "window of 512 tokens"),
-    ("paligemma", "mask that is more than causal")])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("qwen2_5_vl", "positions with 4 axes"),
+        ("gemma3", "window of 512 tokens"),
+        ("paligemma", "mask that is more than causal"),
+    ],
+)
 def test_models_that_cannot_be_moved(name: str, says: str) -> None:
     case = VLMS[name]()
     inputs = case.inputs(batch=1)
@@ -247,8 +278,11 @@ class Causal(nn.Module):
 
 def image_and_video() -> dict[str, Tensor]:
     row = [*[IMAGE] * 16, 7, 8, *[VIDEO] * 16, 9, 10]
-    return {"input_ids": torch.tensor([row, row]), "pixel_values": torch.randn(2, 3, 32, 32),
-            "pixel_values_videos": torch.randn(2, 3, 32, 32)}
+    return {
+        "input_ids": torch.tensor([row, row]),
+        "pixel_values": torch.randn(2, 3, 32, 32),
+        "pixel_values_videos": torch.randn(2, 3, 32, 32),
+    }
 
 
 def test_image_and_video_in_one_prompt() -> None:
@@ -264,13 +298,17 @@ def test_image_and_video_in_one_prompt() -> None:
     assert found.shape[1] == 36 - 11
 
 
-@pytest.mark.parametrize(("form", "says"), [
-    ("learned", "embedding is computed from positions"),
-    ("table", "index is computed from positions"),
-    ("squared", "mul is computed from positions"),
-    ("scaled", "exp is computed from positions"),
-    ("halved", "floor_divide makes these positions"),
-    ("unrotated", "in rotary embeddings only, and none is recognised")])
+@pytest.mark.parametrize(
+    ("form", "says"),
+    [
+        ("learned", "embedding is computed from positions"),
+        ("table", "index is computed from positions"),
+        ("squared", "mul is computed from positions"),
+        ("scaled", "exp is computed from positions"),
+        ("halved", "floor_divide makes these positions"),
+        ("unrotated", "in rotary embeddings only, and none is recognised"),
+    ],
+)
 def test_other_ways_in_which_positions_enter_are_refused(form: str, says: str, monkeypatch: Any) -> None:
     if form == "unrotated":
         monkeypatch.setattr(zoo, "_rotate", lambda x, cos, sin: x)
@@ -286,5 +324,10 @@ def test_other_ways_in_which_positions_enter_are_refused(form: str, says: str, m
 def test_inductor() -> None:
     """The moved positions are chosen in front of the graph, together with the tokens."""
     case = VLMS["llava"]()
-    check(case, [], case.inputs(batch=2, left_padding=3), 4,
-          optimized(case.model, step("todre", drop_layer=1), lowering="inductor"))
+    check(
+        case,
+        [],
+        case.inputs(batch=2, left_padding=3),
+        4,
+        optimized(case.model, step("todre", drop_layer=1), lowering="inductor"),
+    )

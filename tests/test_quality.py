@@ -27,8 +27,10 @@ def need(call: Callable[..., Any], *args: Any) -> Any:
 
 
 def test_wiki_markup_becomes_text() -> None:
-    markup = ("{{Infobox|{{nested}}}}'''Albedo''' is a [[measure (x)|measure]] of [[light]].<ref name=a>no</ref>"
-              "[[File:a.png|thumb|a [[link]] in a caption]]{| class=x\n| cell\n|}<!-- no --> See [http://a.b this].\n")
+    markup = (
+        "{{Infobox|{{nested}}}}'''Albedo''' is a [[measure (x)|measure]] of [[light]].<ref name=a>no</ref>"
+        "[[File:a.png|thumb|a [[link]] in a caption]]{| class=x\n| cell\n|}<!-- no --> See [http://a.b this].\n"
+    )
     assert text_data.plain_text(markup) == "Albedo is a measure of light. See this."
 
 

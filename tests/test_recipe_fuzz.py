@@ -30,11 +30,18 @@ from tokcompile.reporting.report import Report
 from tokcompile.runtime.recording import KeptEntry
 
 TEXT_LAYERS, VISION_LAYERS, PATCHES, TEXT = 3, 2, 16, 5
-MERGE = {"pass": "todre", "target": {"region": "merge_point"}, "expect": {"min_matches": 1, "max_matches": 1},
-         "params": {"keep": 0.25, "criterion": "k_center", "drop_layer": 1}}
+MERGE = {
+    "pass": "todre",
+    "target": {"region": "merge_point"},
+    "expect": {"min_matches": 1, "max_matches": 1},
+    "params": {"keep": 0.25, "criterion": "k_center", "drop_layer": 1},
+}
 VISION = {"pass": "class_attention", "target": {"path": "*"}, "params": {"keep": [0.5], "at": [0.5]}}
-SPARSE = {"pass": "token_sparse", "target": {"layers": [0, "-2--1"]}, 
-          "params": {"keep": 0.5, "window": 2, "least": 1, "pool": 1, "calm": 1.0, "min_length": 0}}
+SPARSE = {
+    "pass": "token_sparse",
+    "target": {"layers": [0, "-2--1"]},
+    "params": {"keep": 0.5, "window": 2, "least": 1, "pool": 1, "calm": 1.0, "min_length": 0},
+}
 #: (the model that it is for, the recipe)
 VALID: list[tuple[str, dict[str, Any]]] = [
     ("vlm", {"recipe_version": 1, "steps": [MERGE]}),
@@ -42,8 +49,10 @@ VALID: list[tuple[str, dict[str, Any]]] = [
     ("vlm", {"recipe_version": 1, "steps": [{"pass": "pool", "params": {"keep": 5}}, SPARSE]}),
     ("vlm", {"recipe_version": 1, "extends": "vlm_random_90", "protect": {"paths": ["encoder*"]}}),
     ("vit", {"recipe_version": 1, "steps": [VISION], "protect": {"leading_tokens": 3}}),
-    ("vit", {"recipe_version": 1,
-             "steps": [{"pass": "patch_random", "params": {"keep": [9], "at": [0.5], "seed": 3}}]}),
+    (
+        "vit",
+        {"recipe_version": 1, "steps": [{"pass": "patch_random", "params": {"keep": [9], "at": [0.5], "seed": 3}}]},
+    ),
 ]
 
 
@@ -81,28 +90,92 @@ def places(value: Any) -> list[tuple[Any, int]]:
 
 def misspelt(draw: Callable[[Any], Any], key: str) -> str:
     at = draw(st.integers(0, max(len(key) - 1, 0)))
-    return draw(st.sampled_from([key[:at] + key[at + 1:], key[:at] + "x" + key[at:], key.upper(), f" {key}", ""]))
+    return draw(st.sampled_from([key[:at] + key[at + 1 :], key[:at] + "x" + key[at:], key.upper(), f" {key}", ""]))
 
 
 def other(draw: Callable[[Any], Any], value: Any) -> Any:
     """Another value: of another type, out of range, or one that may well be right."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return draw(st.sampled_from([0, 1, 2, 3, 7, -1, 10**12, 0.0, 0.3, 0.75, 1.0, 1.5, -0.5, 1e-9, math.nan,
-                                     math.inf, "0.5", "50%", None, True, [value], Pairs([("keep", value)])]))
+        return draw(
+            st.sampled_from(
+                [
+                    0,
+                    1,
+                    2,
+                    3,
+                    7,
+                    -1,
+                    10**12,
+                    0.0,
+                    0.3,
+                    0.75,
+                    1.0,
+                    1.5,
+                    -0.5,
+                    1e-9,
+                    math.nan,
+                    math.inf,
+                    "0.5",
+                    "50%",
+                    None,
+                    True,
+                    [value],
+                    Pairs([("keep", value)]),
+                ]
+            )
+        )
     if isinstance(value, str):
         return draw(st.sampled_from([*ODD_TEXT, value[:-1], value + "s", value.upper(), 3, None, False, [value]]))
     return draw(st.sampled_from([None, True, 0, "all", [], Pairs(), [value], [0], ["0-1"], ["1-0"], [0, 0.5]]))
 
 
-ODD_TEXT = ["", "*", "layers.1*", "layers.*", "encoder.*", "nowhere.*", "[", "max_sum", "random", "pool", "attention",
-            "merge_point", "feed_forward", "vision_encoder", "0-1", "-1--1", "5-9", "vit_prune_50", "a.yaml", "image"]
+ODD_TEXT = [
+    "",
+    "*",
+    "layers.1*",
+    "layers.*",
+    "encoder.*",
+    "nowhere.*",
+    "[",
+    "max_sum",
+    "random",
+    "pool",
+    "attention",
+    "merge_point",
+    "feed_forward",
+    "vision_encoder",
+    "0-1",
+    "-1--1",
+    "5-9",
+    "vit_prune_50",
+    "a.yaml",
+    "image",
+]
 #: Whole blocks that may be added to the recipe or to a step.
 BLOCKS: dict[str, list[Any]] = {
-    "target": [{"layers": [0]}, {"layers": ["-1--1"]}, {"layers": [5]}, {"path": "layers.1*"}, {"path": "nowhere"},
-               {"modality": "image"}, {"modality": "video"}, {"region": "attention"}, {"region": "decoder_stack"}],
+    "target": [
+        {"layers": [0]},
+        {"layers": ["-1--1"]},
+        {"layers": [5]},
+        {"path": "layers.1*"},
+        {"path": "nowhere"},
+        {"modality": "image"},
+        {"modality": "video"},
+        {"region": "attention"},
+        {"region": "decoder_stack"},
+    ],
     "expect": [{"min_matches": 2}, {"max_matches": 1}, {"min_matches": 3, "max_matches": 1}, {"min_matches": 0}],
-    "protect": [{"paths": ["layers.0*"]}, {"paths": ["encoder*"]}, {"paths": ["nowhere"]}, {"paths": []},
-                {"paths": ["*"]}, {"leading_tokens": 3}, {"leading_tokens": 0}, {"leading_tokens": 99}, {}],
+    "protect": [
+        {"paths": ["layers.0*"]},
+        {"paths": ["encoder*"]},
+        {"paths": ["nowhere"]},
+        {"paths": []},
+        {"paths": ["*"]},
+        {"leading_tokens": 3},
+        {"leading_tokens": 0},
+        {"leading_tokens": 99},
+        {},
+    ],
     "extends": ["vlm_prune_90", "vit_prune_50", "nothing", 3],
 }
 
@@ -155,8 +228,10 @@ def models() -> Models:
         vit = ENCODERS["vit"]()
         pixels = torch.randn(1, 3, 32, 32)
     ids = torch.cat([torch.tensor([[5, 6]]), torch.full((1, PATCHES), IMAGE), torch.tensor([[7, 8, 9]])], 1)
-    return {"vlm": (vlm, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}),
-            "vit": (vit.model, vit.inputs(1))}
+    return {
+        "vlm": (vlm, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}),
+        "vit": (vit.model, vit.inputs(1)),
+    }
 
 
 def outcome(model: nn.Module, inputs: dict[str, Tensor], text: str) -> str:
@@ -187,8 +262,11 @@ def acted_on(recipe: Recipe, report: Report, kept: list[KeptEntry]) -> None:
     """Every key of the recipe did what it says."""
     tokens = PATCHES
     protect = recipe.protect or Protect()
-    modalities = {region["path"]: region["variant"].get("modality") for region in report.regions
-                  if region["kind"] == "merge_point"}
+    modalities = {
+        region["path"]: region["variant"].get("modality")
+        for region in report.regions
+        if region["kind"] == "merge_point"
+    }
     paths = {region["path"] for region in report.regions}
     assert {glob for path in paths for glob in protect.covering(path)} == set(protect.paths)
     for index, (step, entry) in enumerate(zip(recipe.steps, report.steps, strict=True)):
@@ -230,8 +308,10 @@ def acted_on(recipe: Recipe, report: Report, kept: list[KeptEntry]) -> None:
 FUZZ = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
-@pytest.mark.parametrize(("model", "recipe"), [
-    pytest.param(*case, marks=pytest.mark.slow if index in (0, 2, 5) else ()) for index, case in enumerate(VALID)])
+@pytest.mark.parametrize(
+    ("model", "recipe"),
+    [pytest.param(*case, marks=pytest.mark.slow if index in (0, 2, 5) else ()) for index, case in enumerate(VALID)],
+)
 def test_the_recipes_that_are_mutated_are_valid(models: Models, model: str, recipe: dict[str, Any]) -> None:
     assert outcome(*models[model], written(tree(recipe))) == "applied"
 

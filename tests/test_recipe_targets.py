@@ -25,8 +25,9 @@ class ImageAndVideo(nn.Module):
         super().__init__()
         self.vlm = PlainVLM("index_put", layers=2)
 
-    def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None,
-                pixel_values_videos: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, pixel_values: Tensor | None = None, pixel_values_videos: Tensor | None = None
+    ) -> Tensor:
         x = self.vlm.embed(input_ids)
         for token, pixels in ((IMAGE, pixel_values), (VIDEO, pixel_values_videos)):
             if pixels is not None:
@@ -50,10 +51,14 @@ def test_a_modality(kind: str) -> None:
 
 def test_a_modality_of_two_in_one_prompt() -> None:
     model = randomize(ImageAndVideo())
-    ids = torch.cat([torch.full((1, 16), IMAGE), torch.tensor([[7, 8]]), torch.full((1, 16), VIDEO),
-                     torch.tensor([[7, 8]])], 1)
-    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 32, 32),
-              "pixel_values_videos": torch.randn(1, 3, 32, 32)}
+    ids = torch.cat(
+        [torch.full((1, 16), IMAGE), torch.tensor([[7, 8]]), torch.full((1, 16), VIDEO), torch.tensor([[7, 8]])], 1
+    )
+    inputs = {
+        "input_ids": ids,
+        "pixel_values": torch.randn(1, 3, 32, 32),
+        "pixel_values_videos": torch.randn(1, 3, 32, 32),
+    }
     pruned = optimized(model, [RANDOM | {"target": {"modality": "video"}}], inputs=inputs)
     with torch.no_grad(), tokcompile.record(pruned) as recording:
         pruned(**inputs)
@@ -69,8 +74,10 @@ def test_layers_are_those_of_the_model_behind_a_cut(layers: list[Any], chosen: l
     ids = torch.cat([torch.tensor([[5, 6]]), torch.full((1, 16), IMAGE), torch.tensor([[7, 8, 9]])], 1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 32, 32)}
     sparse = {"keep": 0.5, "window": 2, "least": 1, "pool": 1, "calm": 1.0, "min_length": 0}
-    steps = [{"pass": "todre", "params": {"keep": 0.5, "drop_layer": 1}},
-             {"pass": "token_sparse", "target": {"layers": layers}, "params": sparse}]
+    steps = [
+        {"pass": "todre", "params": {"keep": 0.5, "drop_layer": 1}},
+        {"pass": "token_sparse", "target": {"layers": layers}, "params": sparse},
+    ]
     report = tokcompile.report(optimized(model, steps, inputs=inputs))
     assert report.steps[1].regions == [f"layers.{number}" for number in chosen]
     steps[1]["target"] = {"layers": [4]}
@@ -98,9 +105,13 @@ def test_leading_tokens_stay(leading: int) -> None:
     close(found, wanted.gather(1, entry.indices[..., None].expand(-1, -1, wanted.shape[2])))
 
 
-@pytest.mark.parametrize(("leading", "says"), [
-    (0, r"leading_tokens is 0, and the 1 class and register tokens in front are always kept; leave it out"),
-    (17, r"leading_tokens is 17, of 17 tokens in all; no patch is left to choose from")])
+@pytest.mark.parametrize(
+    ("leading", "says"),
+    [
+        (0, r"leading_tokens is 0, and the 1 class and register tokens in front are always kept; leave it out"),
+        (17, r"leading_tokens is 17, of 17 tokens in all; no patch is left to choose from"),
+    ],
+)
 def test_leading_tokens_that_cannot_be(leading: int, says: str) -> None:
     case = ENCODERS["vit"]()
     recipe = {"recipe_version": 1, "steps": [PATCHES], "protect": {"leading_tokens": leading}}
@@ -119,14 +130,16 @@ def test_protected_paths() -> None:
     case = ENCODERS["vit"]()
     inputs = case.inputs()
     for path in ("layers", "*.mlp", "*attention"):
-        recipe = {"recipe_version": 1, "protect": {"paths": [path]}, "steps": [
-            {"pass": "moe_from_dense", "params": {"experts": 4, "shared": 1, "active": 1, "gate": "off"}}]}
+        recipe = {
+            "recipe_version": 1,
+            "protect": {"paths": [path]},
+            "steps": [{"pass": "moe_from_dense", "params": {"experts": 4, "shared": 1, "active": 1, "gate": "off"}}],
+        }
         report = tokcompile.explain(case.model, inputs, recipe)
         assert ("is outside of protect.paths" in report.steps[0].reason) == (path != "*attention")
     recipe = {"recipe_version": 1, "protect": {"paths": ["encoder.*"]}, "steps": [PATCHES]}
     with pytest.raises(NoMatchError, match=r"protect\.paths: 'encoder\.\*' covers no region \(there are "):
         tokcompile.optimize(case.model, recipe, lowering="eager", inputs=inputs)
     report = tokcompile.explain(case.model, inputs, recipe)
-    assert [problem.split(" (")[0] for problem in report.problems] == [
-        "protect.paths: 'encoder.*' covers no region"]
+    assert [problem.split(" (")[0] for problem in report.problems] == ["protect.paths: 'encoder.*' covers no region"]
     assert report.to_dict()["problems"] == report.problems

@@ -573,7 +573,8 @@ def test_an_even_width_has_no_middle():
     text = "recipe_version: 1\nsteps:\n  - pass: token_sparse\n    params: {pool: 4, select: chance}\n"
     assert mistakes(text) == [
         "r.yaml:4:20: steps[0].params.pool: should be odd, so that the average has a middle, found 4",
-        "r.yaml:4:31: steps[0].params.select: should be 'attention' or 'random', found 'chance'"]
+        "r.yaml:4:31: steps[0].params.select: should be 'attention' or 'random', found 'chance'",
+    ]
 
 
 def test_mistakes_are_data_too():

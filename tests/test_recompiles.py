@@ -28,8 +28,11 @@ def chat(case: Case, model: Any, images: list[bool]) -> list[int]:
     ids = torch.zeros(1, 0, dtype=torch.long)
     cache: Any = DynamicCache(config=model.config)
     for number, (image, new_tokens) in enumerate(zip(images, NEW_TOKENS, strict=True)):
-        more = case.inputs(seed=number, text_len=5 + number) if image else {
-            "input_ids": torch.randint(3, TEXT_VOCAB, (1, 5 + number))}
+        more = (
+            case.inputs(seed=number, text_len=5 + number)
+            if image
+            else {"input_ids": torch.randint(3, TEXT_VOCAB, (1, 5 + number))}
+        )
         ids = torch.cat([ids, more["input_ids"]], 1)
         inputs = {**more, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
         ids, cache = turn(model, inputs, cache, new_tokens)

@@ -95,7 +95,8 @@ def test_gradient_of_the_reverse_divergence_has_its_closed_form() -> None:
     (grad,) = torch.autograd.grad(losses.sum(), student)
     difference = F.log_softmax(student, -1) - F.log_softmax(teacher.double(), -1)
     torch.testing.assert_close(
-        grad.float(), (F.softmax(student, -1) * (difference - losses[:, None].double())).float(), rtol=1e-4, atol=1e-6)
+        grad.float(), (F.softmax(student, -1) * (difference - losses[:, None].double())).float(), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_tip_prefers_the_unsure_and_the_wrong() -> None:
@@ -184,7 +185,8 @@ def test_choices_of_parameters() -> None:
     dense = llama()
     report = recover(stem(dense), dense, batches(), steps=1, trainable=["norms", "*layers.1*.down_proj.weight"])
     assert sorted(report.trained) == sorted(
-        [n for n, _ in dense.named_parameters() if "norm" in n] + ["model.layers.1.mlp.down_proj.weight"])
+        [n for n, _ in dense.named_parameters() if "norm" in n] + ["model.layers.1.mlp.down_proj.weight"]
+    )
 
 
 def test_hidden_states_are_part_of_the_loss() -> None:
@@ -200,8 +202,18 @@ def test_a_pruned_model_is_compared_at_the_text_that_both_have() -> None:
     case = vlm.llava()
     inputs = case.inputs(batch=2, images_per_row=[1, 2], left_padding=2)
     model = tokcompile.optimize(case.model, random_pruning(0.25), lowering="eager")
-    run = Run(model, case.model, {}, _accelerator(), loss="forward_kl", temperature=1.0, hidden_weight=1.0,
-               choice=None, accumulation=1, max_grad_norm=0.0)
+    run = Run(
+        model,
+        case.model,
+        {},
+        _accelerator(),
+        loss="forward_kl",
+        temperature=1.0,
+        hidden_weight=1.0,
+        choice=None,
+        accumulation=1,
+        max_grad_norm=0.0,
+    )
     batch = run.compare({**inputs, "use_cache": False})
     ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
     text = mask & (ids != vlm.IMAGE) & (F.pad(ids, (0, 1))[:, 1:] != vlm.IMAGE)
@@ -227,8 +239,15 @@ def test_a_pruned_model_recovers() -> None:
 
 
 def test_a_classifier_recovers() -> None:
-    config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32,
-                       patch_size=8, num_labels=5)
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
+        num_labels=5,
+    )
     torch.manual_seed(0)
     dense = vlm.randomize(ViTForImageClassification(config))
     model = tokcompile.optimize(dense, class_pruning(0.5), lowering="eager")
@@ -313,8 +332,13 @@ class Broken(Sequence[Any]):
 
 @pytest.mark.parametrize("tokens", ["tip", pytest.param(SsToken(0.5, 1.0), marks=pytest.mark.slow)])
 def test_a_run_that_goes_on_equals_one_that_was_not_broken_off(tmp_path: Path, tokens: Any) -> None:
-    settings: dict[str, Any] = {"steps": 7, "tokens": tokens, "lr": 1e-2, "trainable": ["prepared", "norms"],
-                                "save_every": 2}
+    settings: dict[str, Any] = {
+        "steps": 7,
+        "tokens": tokens,
+        "lr": 1e-2,
+        "trainable": ["prepared", "norms"],
+        "save_every": 2,
+    }
     dense = llama(attention_dropout=0.1)  # random numbers go on, too
     whole = stem(dense).train()
     expected = recover(whole, dense, batches(), **settings)
@@ -387,10 +411,28 @@ def test_two_processes_do_what_one_does_with_twice_the_accumulation(tmp_path: Pa
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     found = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
-         "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(script), str(tmp_path / "run")],
-        capture_output=True, text=True, timeout=500, cwd=Path(__file__).parent.parent,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": "."}, check=False)
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            "0",
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "localhost:0",
+            str(script),
+            str(tmp_path / "run"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": "."},
+        check=False,
+    )
     assert found.returncode == 0, found.stderr[-2000:]
     lines = [json.loads(line.partition(" ")[2]) for line in found.stdout.splitlines() if line.startswith("losses")]
     assert len(lines) == 2
@@ -399,7 +441,11 @@ def test_two_processes_do_what_one_does_with_twice_the_accumulation(tmp_path: Pa
     report = recover(stem(dense), dense, batches(), steps=3, tokens="tip", lr=1e-2, warmup=0.0, accumulation=2)
     assert report.losses == pytest.approx(lines[0], rel=1e-5)
     assert sorted(p.name for p in (tmp_path / "run" / "step-00000003").iterdir()) == [
-        "random-0.safetensors", "random-1.safetensors", "state.json", "tensors.safetensors"]
+        "random-0.safetensors",
+        "random-1.safetensors",
+        "state.json",
+        "tensors.safetensors",
+    ]
 
 
 # .. refusals
@@ -421,15 +467,21 @@ REFUSALS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "used generator": (lambda d: recover(stem(d), d, iter(()), steps=1), "the data is empty"),
     "no length": (lambda d: recover(stem(d), d, iter(batches())), "steps="),
     "one mapping": (lambda d: recover(stem(d), d, batches()[0]), "data is a dict"),
-    "wrong keys": (lambda d: recover(stem(d), d, [{"text": torch.zeros(1, 2)}]),
-                   r"data item 0 has the keys \['text'\]"),
+    "wrong keys": (
+        lambda d: recover(stem(d), d, [{"text": torch.zeros(1, 2)}]),
+        r"data item 0 has the keys \['text'\]",
+    ),
     "wrong item": (lambda d: recover(stem(d), d, [[1, 2]]), "data item 0 is a list"),
-    "vocabulary": (lambda d: recover(stem(d), llama(vocab_size=VOCAB + 8), batches()),
-                   f"vocabulary mismatch: the model gives {VOCAB} logits for each position, the teacher {VOCAB + 8}"),
+    "vocabulary": (
+        lambda d: recover(stem(d), llama(vocab_size=VOCAB + 8), batches()),
+        f"vocabulary mismatch: the model gives {VOCAB} logits for each position, the teacher {VOCAB + 8}",
+    ),
     "teacher is the model": (lambda d: recover(m := stem(d), m, batches()), "one object"),
     "nothing prepared": (lambda d: recover(copy.deepcopy(d), d, batches()), "no pass of this recipe prepared"),
-    "unknown parameter": (lambda d: recover(stem(d), d, batches(), trainable="*.gate_prj.weight"),
-                          "near are .*gate_proj"),
+    "unknown parameter": (
+        lambda d: recover(stem(d), d, batches(), trainable="*.gate_prj.weight"),
+        "near are .*gate_proj",
+    ),
     "no gradient": (lambda d: recover(stem(d), d, batches(), trainable="tokcompile.*.mean"), "none of the chosen"),
     "loss": (lambda d: recover(stem(d), d, batches(), loss="mse"), "choose one of forward_kl, reverse_kl"),
     "tokens": (lambda d: recover(stem(d), d, batches(), tokens="some"), "choose all, tip, sstoken"),
@@ -437,10 +489,14 @@ REFUSALS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "steps": (lambda d: recover(stem(d), d, batches(), steps=0), "steps=0"),
     "temperature": (lambda d: recover(stem(d), d, batches(), temperature=0), "temperature=0"),
     "labels": (_wrong_label_shape, r"labels are \(2, 3\)"),
-    "no labels": (lambda d: recover(stem(d), d, [{**b, "labels": torch.full_like(b["input_ids"], -100)}
-                                                 for b in batches()]), "no position to compare"),
-    "mixed precision": (lambda d: recover(stem(d), d, batches(), accelerator=SimpleNamespace(mixed_precision="bf16")),
-                        "mixed_precision='bf16'"),
+    "no labels": (
+        lambda d: recover(stem(d), d, [{**b, "labels": torch.full_like(b["input_ids"], -100)} for b in batches()]),
+        "no position to compare",
+    ),
+    "mixed precision": (
+        lambda d: recover(stem(d), d, batches(), accelerator=SimpleNamespace(mixed_precision="bf16")),
+        "mixed_precision='bf16'",
+    ),
     "no prompt": (lambda d: recover(stem(d), d, batches(), tokens="sstoken"), r"SsToken\(gamma=1\)"),
 }
 

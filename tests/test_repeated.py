@@ -28,8 +28,15 @@ def recipe(keep: Sequence[float], at: Sequence[float], name: str = "class_attent
 
 def vit(width: int = 32, layers: int = 6) -> nn.Module:
     torch.manual_seed(0)
-    config = ViTConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=2 * width,
-                       image_size=48, patch_size=8, hidden_dropout_prob=0.0)
+    config = ViTConfig(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=2 * width,
+        image_size=48,
+        patch_size=8,
+        hidden_dropout_prob=0.0,
+    )
     return ViTModel(config, add_pooling_layer=False).eval()
 
 
@@ -95,8 +102,9 @@ class Alternating(nn.Module):
         super().__init__()
         make = nn.TransformerEncoderLayer
         self.patch = nn.Conv2d(3, 32, 8, 8)
-        self.layers = nn.ModuleList(make(32, 4, 64, activation="relu" if i % 2 else "gelu", batch_first=True,
-                                         norm_first=True) for i in range(6))
+        self.layers = nn.ModuleList(
+            make(32, 4, 64, activation="relu" if i % 2 else "gelu", batch_first=True, norm_first=True) for i in range(6)
+        )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         x = self.patch(pixel_values).flatten(2).transpose(1, 2)

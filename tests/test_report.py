@@ -78,8 +78,14 @@ def test_to_dict_is_json():
     assert details["tensor"] == [1, 2]
     assert (details["dtype"], details["nan"], details["none"], details["flag"]) == ("torch.float16", "nan", None, True)
     assert data["steps"][2]["flop_ratio"] == "inf"
-    assert data["stages"][0] == {"name": "prefill", "captured": True, "reason": "", "nodes": 812, "seconds": 1.25,
-                                 "compiled": "as a whole: no stack of layers loses tokens"}
+    assert data["stages"][0] == {
+        "name": "prefill",
+        "captured": True,
+        "reason": "",
+        "nodes": 812,
+        "seconds": 1.25,
+        "compiled": "as a whole: no stack of layers loses tokens",
+    }
     assert [miss["score"] for miss in data["near_misses"]] == [0.9, 0.8, 0.4]
 
 

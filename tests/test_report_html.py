@@ -57,9 +57,20 @@ def measured() -> BenchResult:
     def timing(ms: float) -> Timing:
         return Timing(ms, 0.9 * ms, 1.1 * ms, 5)
 
-    rows = [BenchRow("dense eager", timing(100), timing(80), timing(9), 4 << 20),
-            BenchRow("vlm_prune_90", timing(50), timing(30), timing(8.5), 1 << 20, 3.0, 5.0, 2.77,
-                     {"ttft": 2.0, "prefill": 2.67, "decode": 1.06})]
+    rows = [
+        BenchRow("dense eager", timing(100), timing(80), timing(9), 4 << 20),
+        BenchRow(
+            "vlm_prune_90",
+            timing(50),
+            timing(30),
+            timing(8.5),
+            1 << 20,
+            3.0,
+            5.0,
+            2.77,
+            {"ttft": 2.0, "prefill": 2.67, "decode": 1.06},
+        ),
+    ]
     versions = {"torch": "2", "transformers": "5", "tokcompile": "0", "cpu": "a cpu", "threads": 1}
     return BenchResult("Tiny", "cpu", 1, 8, "dense eager", rows, versions, 0.5)
 
@@ -97,15 +108,34 @@ def test_layers_without_attention_or_shapes() -> None:
     region = Region("decoder_stack", "m", {}, layers=[Layer("m.0", 0, node, node)])
     [entry] = LayerTokens(Regions([region]), "forward").after()
     assert (entry["attention"], entry["feed_forward"], entry["tokens_before"], entry["tokens_after"]) == (
-        None, None, 0, 0)
+        None,
+        None,
+        0,
+        0,
+    )
     assert "no attention" in page(Report(layers=[entry]))
 
 
 def test_everything_is_on_the_page(report: Report) -> None:
     found = Checker(page(report, bench=measured(), pictures={"a cat": picture()}))
-    for part in ("LlavaForConditionalGeneration", "recipe vlm_prune_90", "1. todre", "matched", "72 → 15 tokens",
-                 "late layer 9", "15 of 72", "8 of 72", "model.language_model.layers", "2.00×", "at most 2.77×",
-                 "at most 5.00×", "1.0 MiB", "a cat", "masked_scatter", "prefill"):
+    for part in (
+        "LlavaForConditionalGeneration",
+        "recipe vlm_prune_90",
+        "1. todre",
+        "matched",
+        "72 → 15 tokens",
+        "late layer 9",
+        "15 of 72",
+        "8 of 72",
+        "model.language_model.layers",
+        "2.00×",
+        "at most 2.77×",
+        "at most 5.00×",
+        "1.0 MiB",
+        "a cat",
+        "masked_scatter",
+        "prefill",
+    ):
         assert part in found.text, part
     for step in report.steps:
         assert f"FLOPs before / after {step.flop_ratio:.2f}" in found.text
@@ -115,19 +145,36 @@ def test_why_not_is_on_the_page() -> None:
     model, inputs = tiny_vit()
     report = tokcompile.explain(model, inputs, "vlm_prune_90")
     report.stages.append(StageReport("encoder", False, "guard on a size"))
-    report.near_misses = [{"kind": "merge_point", "reason": "scatter without mask", "node": "n", "path": "p",
-                           "source": "f.py:3", "score": 0.5}]
+    report.near_misses = [
+        {
+            "kind": "merge_point",
+            "reason": "scatter without mask",
+            "node": "n",
+            "path": "p",
+            "source": "f.py:3",
+            "score": 0.5,
+        }
+    ]
     text = Checker(page(report)).text
-    for part in ("structure_miss", "no such region", report.steps[0].reason, "guard on a size",
-                 "nearly a merge_point: scatter without mask [node n, p, f.py:3]"):
+    for part in (
+        "structure_miss",
+        "no such region",
+        report.steps[0].reason,
+        "guard on a size",
+        "nearly a merge_point: scatter without mask [node n, p, f.py:3]",
+    ):
         assert part in text, part
     assert "No region found." in Checker(page(Report())).text
 
 
 def test_text_is_escaped_and_nothing_comes_from_outside(report: Report) -> None:
-    evil = Report(EVIL, steps=[StepReport("p", "condition_failed", reason=EVIL, details={EVIL: EVIL}, regions=[EVIL])],
-                  regions=[{"kind": EVIL, "path": EVIL, "shapes": {EVIL: EVIL}, "variant": {EVIL: EVIL}}],
-                  stages=[StageReport(EVIL, False, EVIL)], recipe=EVIL)
+    evil = Report(
+        EVIL,
+        steps=[StepReport("p", "condition_failed", reason=EVIL, details={EVIL: EVIL}, regions=[EVIL])],
+        regions=[{"kind": EVIL, "path": EVIL, "shapes": {EVIL: EVIL}, "variant": {EVIL: EVIL}}],
+        stages=[StageReport(EVIL, False, EVIL)],
+        recipe=EVIL,
+    )
     text = page(evil, pictures={EVIL: picture()})
     found = Checker(text)
     assert not any(tag == "script" for tag, _ in found.tags)
@@ -137,7 +184,7 @@ def test_text_is_escaped_and_nothing_comes_from_outside(report: Report) -> None:
         for _, attributes in Checker(one).tags:
             assert not {"href", "srcset", "onclick", "onload"} & set(attributes)
             assert (attributes.get("src") or "data:image/png;base64,").startswith("data:image/")
-    assert tag("p", 'a<b', title='"', class_="c", data_x=None) == '<p title="&quot;" class="c">a&lt;b</p>'
+    assert tag("p", "a<b", title='"', class_="c", data_x=None) == '<p title="&quot;" class="c">a&lt;b</p>'
 
 
 def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
@@ -164,9 +211,22 @@ PROBE = """<script>addEventListener("load", () => {
 
 
 def browse(path: Path, work: Path, width: int, *options: str) -> str:
-    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-               "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
-               f"--user-data-dir={work / 'profile'}", f"--window-size={width},900", *options, path.as_uri()]
+    command = [
+        str(BROWSER),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--hide-scrollbars",
+        f"--user-data-dir={work / 'profile'}",
+        f"--window-size={width},900",
+        *options,
+        path.as_uri(),
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
 
 

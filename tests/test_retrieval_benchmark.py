@@ -32,8 +32,9 @@ def encode(text: str) -> list[int]:
 
 def made(count: int = 3, questions: int = 8) -> list[retrieval.Haystack]:
     draw = random.Random(1)
-    return retrieval.haystacks(encode, [draw.randrange(97, 123) for _ in range(count * LENGTH)], LENGTH, count,
-                               questions)
+    return retrieval.haystacks(
+        encode, [draw.randrange(97, 123) for _ in range(count * LENGTH)], LENGTH, count, questions
+    )
 
 
 def test_a_haystack_holds_each_needle_once_and_where_it_says() -> None:
@@ -76,8 +77,10 @@ def test_an_answer_is_right_where_all_its_digits_are() -> None:
 
 
 def test_figures_are_resampled_by_haystack() -> None:
-    rows = [np.array([[1.0, 1, -1], [1, 0, -3], [0, 1, -0.5], [0, 1, -1.5]]),
-            np.array([[1.0, 0, -5], [1, 0, -7], [0, 0, -2.5], [0, 1, -3.5]])]
+    rows = [
+        np.array([[1.0, 1, -1], [1, 0, -3], [0, 1, -0.5], [0, 1, -1.5]]),
+        np.array([[1.0, 0, -5], [1, 0, -7], [0, 0, -2.5], [0, 1, -3.5]]),
+    ]
     stats = retrieval.sums(rows, rows)
     assert len(stats) == 2  # haystacks, not questions
     found = {m.name: m.score(stats) for m in retrieval.MEASURES}
@@ -91,7 +94,7 @@ def in_one_call(model: Any, item: retrieval.Haystack) -> np.ndarray:
     for asked in item.asked:
         ids = torch.cat([item.ids, asked.question, asked.answer], 1)
         digits = asked.answer.shape[1] - 1
-        rows.append(retrieval.judged(model(input_ids=ids).logits[0, -digits - 1:-1], asked))
+        rows.append(retrieval.judged(model(input_ids=ids).logits[0, -digits - 1 : -1], asked))
     return np.array(rows)
 
 
@@ -146,17 +149,27 @@ def test_recipes_run_on_the_same_tasks() -> None:
     items = made(2, 2)
 
     def recipe(name: str, params: dict[str, Any], **target: Any) -> dict[str, Any]:
-        return {"recipe_version": 1, "description": "x", "steps": [
-            {"pass": name, "params": params, "target": {"region": "attention", **target}}]}
+        return {
+            "recipe_version": 1,
+            "description": "x",
+            "steps": [{"pass": name, "params": params, "target": {"region": "attention", **target}}],
+        }
 
     sparse = {"keep": 0.25, "window": 16, "least": 0}
     steps = Task("decode", items, retrieval.answer_in_steps(model), retrieval.MEASURES)
     prefill = Task("prefill", items, retrieval.answer_after(model, 1), retrieval.MEASURES)
     for task, document, other in (
-            (steps, recipe("tokenselect", {"budget": 24, "dense_below": 1}, layers=["1--1"]),
-             in_place.sparse_decode_of(model, TokenSelect(TokenSelect.Params(budget=24)))),
-            (prefill, recipe("token_sparse", {**sparse, "min_length": 0}),
-             in_place.sparse_prefill_of(model, TokenSparse.Params(**sparse)))):
+        (
+            steps,
+            recipe("tokenselect", {"budget": 24, "dense_below": 1}, layers=["1--1"]),
+            in_place.sparse_decode_of(model, TokenSelect(TokenSelect.Params(budget=24))),
+        ),
+        (
+            prefill,
+            recipe("token_sparse", {**sparse, "min_length": 0}),
+            in_place.sparse_prefill_of(model, TokenSparse.Params(**sparse)),
+        ),
+    ):
         found = evaluate(model, [task], {"recipe": document, "in place": other}, resamples=10)
         for measure in retrieval.MEASURES:
             one, two = (found.find(task.name, name, measure.name) for name in ("recipe", "in place"))
@@ -168,13 +181,18 @@ def test_recipes_run_on_the_same_tasks() -> None:
 def test_a_ready_model_is_compared_with_the_controls_that_it_names() -> None:
     model, _ = tiny_llm()
     others = [Candidate(f"random {seed}", role="random", seed=seed, model=(tiny_llm()[0], seed)) for seed in range(3)]
-    task = Task("x", [1.0, 2.0], lambda m, item: [item * (1 + m[1])] if isinstance(m, tuple) else [item],
-                [retrieval.Measure("y")])
+    task = Task(
+        "x",
+        [1.0, 2.0],
+        lambda m, item: [item * (1 + m[1])] if isinstance(m, tuple) else [item],
+        [retrieval.Measure("y")],
+    )
     found = evaluate(model, [task], [Candidate("mine", model=(model, 9), controls=others)], resamples=10)
     row = found.find("x", "mine")
     assert (row.value, row.random, row.random_min, row.random_max) == (1500.0, 300.0, 150.0, 450.0)
     assert row.minus_random == 1200.0
     assert {r.candidate for r in found.rows if r.role == "random"} == {"random 0", "random 1", "random 2"}
-    alone = evaluate(model, [task], [Candidate("mine", model=(model, 9), controls=others)], resamples=10,
-                     with_controls=False)
+    alone = evaluate(
+        model, [task], [Candidate("mine", model=(model, 9), controls=others)], resamples=10, with_controls=False
+    )
     assert [r.candidate for r in alone.rows] == ["dense", "mine"]

@@ -36,8 +36,9 @@ class Plain(nn.Module):
         self.patches = nn.Conv2d(3, 32, 8, 8)
         self.cls = nn.Parameter(torch.zeros(1, 1, 32))
         self.register_buffer("scale", torch.full((1,), 1.5), persistent=False)
-        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, dropout=0.0)
-                                    for _ in range(4))
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, dropout=0.0) for _ in range(4)
+        )
         self.head = nn.Linear(32, 32)
         self.again = nn.Linear(32, 32)
         self.again.weight = self.head.weight
@@ -86,7 +87,12 @@ def _plain() -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
-    "vlm": _vlm, "vit": _vit, "stem": _stem, "moe": _moe, "plain": _plain}
+    "vlm": _vlm,
+    "vit": _vit,
+    "stem": _stem,
+    "moe": _moe,
+    "plain": _plain,
+}
 
 
 def _first(output: Any) -> Tensor:
@@ -98,8 +104,9 @@ def _first(output: Any) -> Tensor:
 def _results(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     with torch.no_grad():
         if hasattr(model, "generate"):
-            made = model.generate(**inputs, max_new_tokens=4, do_sample=False, output_logits=True,
-                                  return_dict_in_generate=True)
+            made = model.generate(
+                **inputs, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
             found = {"tokens": made.sequences} | {f"logits{i}": step for i, step in enumerate(made.logits)}
         else:
             found = {"output": _first(model(**inputs))}
@@ -146,8 +153,13 @@ for name in names:
 
 
 def test_a_fresh_process_computes_the_same(saved: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", FRESH, str(saved), *MODELS], capture_output=True, text=True,
-                          cwd=Path(__file__).parents[1], timeout=500)
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, str(saved), *MODELS],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        timeout=500,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     for name in MODELS:
         wanted, found = (load_file(saved / f"{name}_{kind}.safetensors") for kind in ("results", "fresh"))
@@ -179,8 +191,9 @@ def test_state_is_restored_with_its_facts(saved: Path) -> None:
     wanted, found = original.tokcompile, model.tokcompile
     assert found.facts == wanted.facts
     assert sum(facts["converted"] for facts in found.facts.values()) == 2
-    assert {n: (type(t), t.requires_grad) for n, t in found.state_dict(keep_vars=True).items()} == \
-        {n: (type(t), t.requires_grad) for n, t in wanted.state_dict(keep_vars=True).items()}
+    assert {n: (type(t), t.requires_grad) for n, t in found.state_dict(keep_vars=True).items()} == {
+        n: (type(t), t.requires_grad) for n, t in wanted.state_dict(keep_vars=True).items()
+    }
     assert tokcompile.report(model).recipe == ""
     assert tokcompile.report(tokcompile.load(saved / "vlm", lowering="eager")).recipe == "vlm_prune_75"
 
@@ -202,8 +215,10 @@ def test_mixed_dtypes_and_attention_come_back(tmp_path: Path) -> None:
     optimized = tokcompile.optimize(model, recipe(RANDOM), lowering="eager")
     tokcompile.save_pretrained(optimized, tmp_path / "m")
     loaded = tokcompile.load(tmp_path / "m", lowering="eager")
-    own, other = dict(loaded.named_parameters()) | dict(loaded.named_buffers()), {
-        **dict(optimized.named_parameters()), **dict(optimized.named_buffers())}
+    own, other = (
+        dict(loaded.named_parameters()) | dict(loaded.named_buffers()),
+        {**dict(optimized.named_parameters()), **dict(optimized.named_buffers())},
+    )
     assert own.keys() == other.keys()
     for name, tensor in other.items():
         assert own[name].dtype == tensor.dtype, name
@@ -232,8 +247,7 @@ def test_weights_can_stay_away(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- restore_dense
 
 
-@pytest.mark.parametrize(("name", "make"), [("vlm", demo.tiny_vlm), ("stem", demo.tiny_llm),
-                                            ("moe", demo.tiny_llm)])
+@pytest.mark.parametrize(("name", "make"), [("vlm", demo.tiny_vlm), ("stem", demo.tiny_llm), ("moe", demo.tiny_llm)])
 def test_restore_dense(name: str, make: Callable[[], Any], saved: Path) -> None:
     dense = make()[0].state_dict()
     found = tokcompile.restore_dense(tokcompile.load(saved / name, lowering="eager"))
@@ -339,8 +353,7 @@ def _edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 def _rehash(folder: Path, name: str) -> None:
     file = folder / name
-    _edit(folder, lambda m: m["files"].__setitem__(
-        name, {"bytes": file.stat().st_size, "sha256": form.sha256(file)}))
+    _edit(folder, lambda m: m["files"].__setitem__(name, {"bytes": file.stat().st_size, "sha256": form.sha256(file)}))
 
 
 def test_a_changed_manifest(folder: Path) -> None:
@@ -349,8 +362,9 @@ def test_a_changed_manifest(folder: Path) -> None:
     _refused(folder, "its own checksum does not fit")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '{"format_version": "1"}', '{"format_version": true}',
-                                  "[" * 100_000, "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "null", '{"format_version": "1"}', '{"format_version": true}', "[" * 100_000, "\x00"]
+)
 def test_what_is_no_manifest(folder: Path, text: str) -> None:
     (folder / "tokcompile.json").write_text(text)
     _refused(folder, r"tokcompile\.json is damaged")
@@ -468,8 +482,9 @@ class Bomb:
         return os.system, (f"touch {self.mark}",)
 
 
-@pytest.mark.parametrize("name", ["model/pytorch_model.bin", "model/adapter_config.json", "model/modeling_x.py",
-                                  "model/chat_template.jinja"])
+@pytest.mark.parametrize(
+    "name", ["model/pytorch_model.bin", "model/adapter_config.json", "model/modeling_x.py", "model/chat_template.jinja"]
+)
 def test_files_that_transformers_might_run(folder: Path, name: str) -> None:
     (folder / name).write_text("import os")
     _refused(folder, "was not written by save_pretrained; remove it")
@@ -487,9 +502,15 @@ def test_a_pickle_in_the_place_of_weights(folder: Path, tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("change", [
-    {"auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}}, {"attn_implementation": "evil/kernel"},
-    {"attn_implementation": {"": "evil/kernel:forward"}}, {"experts_implementation": "evil/kernel"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}},
+        {"attn_implementation": "evil/kernel"},
+        {"attn_implementation": {"": "evil/kernel:forward"}},
+        {"experts_implementation": "evil/kernel"},
+    ],
+)
 def test_a_configuration_that_names_code(folder: Path, change: dict[str, Any]) -> None:
     file = folder / "model" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
@@ -520,10 +541,15 @@ def test_a_recipe_runs_no_code(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     call = f"!!python/object/apply:os.system ['touch {mark}']"
     start = "recipe_version: 1\nsteps:\n"
-    texts = [call, f"recipe_version: {call}", f"{start}  - pass: todre\n    params: {call}",
-             f"{start}  - {call}", f"{start}  - pass: !!python/name:os.system\n    params: {{keep: 0.1}}",
-             f"{start}  - pass: todre\n    params: {{keep: !!python/object/new:os.system ['touch {mark}']}}",
-             f"%TAG ! tag:yaml.org,2002:python/\n---\n{start}  - pass: !object/apply:os.system ['touch {mark}']"]
+    texts = [
+        call,
+        f"recipe_version: {call}",
+        f"{start}  - pass: todre\n    params: {call}",
+        f"{start}  - {call}",
+        f"{start}  - pass: !!python/name:os.system\n    params: {{keep: 0.1}}",
+        f"{start}  - pass: todre\n    params: {{keep: !!python/object/new:os.system ['touch {mark}']}}",
+        f"%TAG ! tag:yaml.org,2002:python/\n---\n{start}  - pass: !object/apply:os.system ['touch {mark}']",
+    ]
     for text in texts:
         (tmp_path / "r.yaml").write_text(text)
         with pytest.raises(RecipeError, match="not allowed in a recipe"):

@@ -60,8 +60,12 @@ def test_budgets(visual, num, den, count):
     num = min(num, den)
     segment = selection.segments(visual)
     ratio, absolute = selection.budgets(segment, num, den), selection.budgets_count(segment, count)
-    for size, kept, fixed in zip(selection.segment_sizes(segment).flatten().tolist(), ratio.flatten().tolist(),
-                                 absolute.flatten().tolist(), strict=True):
+    for size, kept, fixed in zip(
+        selection.segment_sizes(segment).flatten().tolist(),
+        ratio.flatten().tolist(),
+        absolute.flatten().tolist(),
+        strict=True,
+    ):
         assert kept == (max(1, -(-size * num // den)) if size else 0)
         assert fixed == min(size, count)
 
@@ -73,8 +77,9 @@ def test_budget_where_a_float_ratio_is_wrong():
     assert int(selection.budgets(segment, 3, 10)[0, 0]) == -(-wrong[0] * 3 // 10)
 
 
-scores_of = st.sampled_from([0.0, -0.0, 1.0, 1.0, 2.5, -3.0, 1e-45, -1e-45, 3e38, float("inf"), float("-inf"),
-                             float("nan")])
+scores_of = st.sampled_from(
+    [0.0, -0.0, 1.0, 1.0, 2.5, -3.0, 1e-45, -1e-45, 3e38, float("inf"), float("-inf"), float("nan")]
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -86,9 +91,11 @@ def test_rank_is_total_and_ties_go_to_the_lower_index(data, visual):
     for b in range(len(visual)):
         expected = [NO_RANK] * visual.shape[1]
         for run in runs(visual[b]):
+
             def key(place, b=b):
                 value = float(scores[b, place])
                 return (float("inf") if value != value else -value, place)
+
             for place, at in enumerate(sorted(run, key=key)):
                 expected[at] = place
         assert rank[b].tolist() == expected
@@ -107,14 +114,22 @@ def test_rank_does_not_depend_on_how_the_sort_leaves_equal_values(seed):
         shuffle = torch.randperm(values.shape[1], generator=generator)
         ordered, order = true_sort(values[:, shuffle], dim=dim, descending=descending)
         return ordered, shuffle[order]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "sort", unstable)
         assert torch.equal(selection.rank_in_segment(scores, segment), expected)
 
 
 @settings(max_examples=200, deadline=None)
-@given(masks(), st.integers(0, 5), st.integers(1, 5), st.integers(0, 4), st.booleans(), st.integers(0, 3),
-       st.integers(0, 2**31))
+@given(
+    masks(),
+    st.integers(0, 5),
+    st.integers(1, 5),
+    st.integers(0, 4),
+    st.booleans(),
+    st.integers(0, 3),
+    st.integers(0, 2**31),
+)
 def test_kept_size_equals_what_the_graph_keeps(visual, num, den, count, as_ratio, extra, seed):
     num = min(num, den)
     scores = torch.randint(0, 3, visual.shape, generator=torch.Generator().manual_seed(seed)).float()
@@ -263,18 +278,27 @@ def everything(visual, scores, x, query, key, size):
     segment = selection.segments(visual)
     budget = selection.budgets(segment, 3, 10)
     keep = selection.keep_mask(scores, segment, budget)
-    return (keep, selection.keep_index(keep, size), selection.random_scores(segment, 7),
-            *selection.pooled(x, segment, budget), selection.budgets_count(segment, 3),
-            selection.class_attention_scores(query, key, query, 0.3, 1),
-            selection.row_attention(query[:, :, :2], key, 0.2, visual[:, None, None], 30.0))
+    return (
+        keep,
+        selection.keep_index(keep, size),
+        selection.random_scores(segment, 7),
+        *selection.pooled(x, segment, budget),
+        selection.budgets_count(segment, 3),
+        selection.class_attention_scores(query, key, query, 0.3, 1),
+        selection.row_attention(query[:, :, :2], key, 0.2, visual[:, None, None], 30.0),
+    )
 
 
 def example(batch, length):
     generator = torch.Generator().manual_seed(batch * length)
     visual = torch.rand(batch, length, generator=generator) < 0.6
-    return (visual, torch.randint(0, 5, visual.shape, generator=generator).float(),
-            torch.randn(batch, length, 8, generator=generator), torch.randn(batch, 4, length, 8, generator=generator),
-            torch.randn(batch, 2, length, 8, generator=generator))
+    return (
+        visual,
+        torch.randint(0, 5, visual.shape, generator=generator).float(),
+        torch.randn(batch, length, 8, generator=generator),
+        torch.randn(batch, 4, length, 8, generator=generator),
+        torch.randn(batch, 2, length, 8, generator=generator),
+    )
 
 
 def test_trace_with_symbolic_sizes():
@@ -285,9 +309,12 @@ def test_trace_with_symbolic_sizes():
 
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env)
-    sizes = {hint: env.create_symintnode(
-        env.create_symbol(hint, ConstantSource(f"n{hint}"), dynamic_dim=DimDynamic.DYNAMIC), hint=hint)
-        for hint in (3, 17, 13)}
+    sizes = {
+        hint: env.create_symintnode(
+            env.create_symbol(hint, ConstantSource(f"n{hint}"), dynamic_dim=DimDynamic.DYNAMIC), hint=hint
+        )
+        for hint in (3, 17, 13)
+    }
     with mode:
         fakes = [torch.empty([sizes.get(d, d) for d in value.shape], dtype=value.dtype) for value in example(3, 17)]
         traced = make_fx(everything, pre_dispatch=True, tracing_mode="real")(*fakes, sizes[13])

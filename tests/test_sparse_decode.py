@@ -31,24 +31,29 @@ from tokcompile.recipe.budget import Budget
 
 PROMPT, STEPS, BUDGET = 24, 16, 14
 SHARED = {"sinks": 2, "recent": 3, "dense_below": 1}
-PASSES: dict[str, dict[str, Any]] = {"tokenselect": {}, "fasa": {"planes": 3},
-                                     "decode_control": {"choose": "window"}}
+PASSES: dict[str, dict[str, Any]] = {"tokenselect": {}, "fasa": {"planes": 3}, "decode_control": {"choose": "window"}}
 
 
 def gemma2() -> nn.Module:
     torch.manual_seed(0)
-    return tr.Gemma2ForCausalLM(tr.Gemma2Config(
-        **decoders.GROUPED, head_dim=16, sliding_window=20, attn_implementation="eager")).eval()
+    return tr.Gemma2ForCausalLM(
+        tr.Gemma2Config(**decoders.GROUPED, head_dim=16, sliding_window=20, attn_implementation="eager")
+    ).eval()
 
 
-MODELS = {"gemma2": gemma2} | {name: lambda name=name: getattr(decoders, name)()[0] for name in (
-    "llama", "qwen3", "gpt2", "mixtral", "gptj", "gpt_oss", "bloom")}
+MODELS = {"gemma2": gemma2} | {
+    name: lambda name=name: getattr(decoders, name)()[0]
+    for name in ("llama", "qwen3", "gpt2", "mixtral", "gptj", "gpt_oss", "bloom")
+}
 
 
 def recipe(name: str, target: dict[str, Any] | None = None, **params: Any) -> dict[str, Any]:
     values = {"budget": BUDGET, **SHARED, **PASSES[name], **params}
-    return {"recipe_version": 1, "description": "test", "steps": [
-        {"pass": name, "target": target or {}, "params": values}]}
+    return {
+        "recipe_version": 1,
+        "description": "test",
+        "steps": [{"pass": name, "target": target or {}, "params": values}],
+    }
 
 
 def prompt(padding: int = 5, rows: int = 2) -> dict[str, Tensor]:
@@ -67,8 +72,16 @@ def optimized(model: nn.Module, name: str, target: dict[str, Any] | None = None,
 
 
 def generate(model: nn.Module, inputs: dict[str, Tensor], steps: int = STEPS, **more: Any) -> Any:
-    return model.generate(**inputs, min_new_tokens=steps, max_new_tokens=steps, do_sample=False, pad_token_id=0,
-                          return_dict_in_generate=True, output_logits=True, **more)
+    return model.generate(
+        **inputs,
+        min_new_tokens=steps,
+        max_new_tokens=steps,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **more,
+    )
 
 
 def assert_same(one: Any, other: Any, tolerance: float = 2e-5) -> None:
@@ -82,10 +95,10 @@ def assert_same(one: Any, other: Any, tolerance: float = 2e-5) -> None:
 
 def reference_list(scores: list[float], visible: list[bool], count: int, sinks: int, recent: int) -> set[int]:
     seen = [i for i, v in enumerate(visible) if v]
-    late = seen[max(0, len(seen) - recent):]
-    rest = seen[:len(seen) - len(late)]
+    late = seen[max(0, len(seen) - recent) :]
+    rest = seen[: len(seen) - len(late)]
     early, middle = rest[:sinks], rest[sinks:]
-    best = sorted(middle, key=lambda i: (-scores[i], i))[:count - sinks - recent]
+    best = sorted(middle, key=lambda i: (-scores[i], i))[: count - sinks - recent]
     return {*early, *best, *late}
 
 
@@ -97,8 +110,9 @@ def test_the_list_holds_ends_and_best(data: st.DataObject) -> None:
     count = data.draw(st.integers(sinks + recent + 1, length))
     rows, lists = 2, data.draw(st.integers(1, 2))
     masked = data.draw(st.booleans())
-    visible = torch.tensor(data.draw(st.lists(st.lists(st.booleans(), min_size=length, max_size=length),
-                                              min_size=rows, max_size=rows)))
+    visible = torch.tensor(
+        data.draw(st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=rows, max_size=rows))
+    )
     scores = torch.stack([torch.randperm(length).float() for _ in range(rows * lists)]).view(rows, lists, length)
     found = ends(visible if masked else None, length, sinks, recent, scores.device)
     index = listed(scores, *found, count)
@@ -127,13 +141,24 @@ class Masked:
     def __init__(self, name: str, state: dict[str, Tensor], least: int = BUDGET, first: int = 0) -> None:
         self.name, self.state, self.least, self.first = name, state, least, first
 
-    def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                 *args: Any, **kwargs: Any) -> Any:
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         mask = attention_mask
         if query.shape[2] == 1 and key.shape[2] >= self.least and module.layer_idx >= self.first:
             batch, length = query.shape[0], key.shape[2]
-            seen = torch.ones(batch, 1, 1, length, dtype=torch.bool) if mask is None else (
-                mask if mask.dtype == torch.bool else mask > -1e4).expand(batch, 1, 1, length)
+            seen = (
+                torch.ones(batch, 1, 1, length, dtype=torch.bool)
+                if mask is None
+                else (mask if mask.dtype == torch.bool else mask > -1e4).expand(batch, 1, 1, length)
+            )
             scores = self.scores(module, query, key, seen, kwargs)
             groups = query.shape[1] // key.shape[1]
             allowed = torch.zeros(batch, query.shape[1], 1, length, dtype=torch.bool)
@@ -159,17 +184,18 @@ class Masked:
         groups = query.shape[1] // kv_heads
         if self.name == "fasa":
             (mask,) = (v for k, v in self.state.items() if "fasa" in k and f".{module.layer_idx}." in k)
-            parts = torch.einsum("bhd,bhtd->bht", query[:, :, 0] * mask.repeat_interleave(groups, 0),
-                                 key.repeat_interleave(groups, 1))
+            parts = torch.einsum(
+                "bhd,bhtd->bht", query[:, :, 0] * mask.repeat_interleave(groups, 0), key.repeat_interleave(groups, 1)
+            )
             return parts.unflatten(1, (kv_heads, groups)).sum(2)
         logits = torch.einsum("bhd,bhtd->bht", query[:, :, 0], key.repeat_interleave(groups, 1))
-        logits = logits * (kwargs.get("scaling") or width ** -0.5)
+        logits = logits * (kwargs.get("scaling") or width**-0.5)
         if kwargs.get("softcap"):
             logits = torch.tanh(logits / kwargs["softcap"]) * kwargs["softcap"]
         votes = torch.zeros(batch, length)
         for row in range(batch):
             places = [i for i in range(length) if seen[row, 0, 0, i]]
-            places = places[SHARED["sinks"]: len(places) - SHARED["recent"]]
+            places = places[SHARED["sinks"] : len(places) - SHARED["recent"]]
             votes[row, places] = logits[row][:, places].softmax(-1).sum(0)
         return votes.unsqueeze(1).expand(batch, kv_heads, length)
 
@@ -200,8 +226,9 @@ def lists(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, int]]:
         # an empty slot points at key 0: it counts as listed only if it is
         inside[:, :, 0] = (index == 0).any(2)
         outside = ~inside.unsqueeze(-1)
-        output, lse = real(query, key.masked_fill(outside, torch.nan), value.masked_fill(outside, torch.nan), index,
-                           *more)
+        output, lse = real(
+            query, key.masked_fill(outside, torch.nan), value.masked_fill(outside, torch.nan), index, *more
+        )
         assert not output.isnan().any()
         return output, lse
 
@@ -209,9 +236,22 @@ def lists(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, int]]:
     return seen
 
 
-CASES = [("llama", "decode_control"), ("qwen3", "fasa"), ("gemma2", "tokenselect"), ("gpt2", "tokenselect"),
-         *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-             ("llama", "tokenselect"), ("llama", "fasa"), ("gemma2", "fasa"), ("mixtral", "fasa"), ("gptj", "fasa")))]
+CASES = [
+    ("llama", "decode_control"),
+    ("qwen3", "fasa"),
+    ("gemma2", "tokenselect"),
+    ("gpt2", "tokenselect"),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            ("llama", "tokenselect"),
+            ("llama", "fasa"),
+            ("gemma2", "fasa"),
+            ("mixtral", "fasa"),
+            ("gptj", "fasa"),
+        )
+    ),
+]
 
 
 @pytest.mark.parametrize(("family", "name"), CASES)
@@ -240,9 +280,21 @@ def test_equals_dense_attention_under_the_mask_of_the_choice(family: str, name: 
     assert step.details["budget"] == str(BUDGET)
 
 
-@pytest.mark.parametrize(("family", "name"), [
-    ("llama", "fasa"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("qwen3", "tokenselect"), ("gemma2", "tokenselect"), ("gpt_oss", "fasa"), ("gpt2", "tokenselect")))])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llama", "fasa"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("qwen3", "tokenselect"),
+                ("gemma2", "tokenselect"),
+                ("gpt_oss", "fasa"),
+                ("gpt2", "tokenselect"),
+            )
+        ),
+    ],
+)
 def test_a_full_budget_is_the_original(family: str, name: str) -> None:
     model, inputs = MODELS[family](), prompt()
     fast = optimized(model, name, budget=1.0)
@@ -256,8 +308,8 @@ def test_a_batch_is_its_rows() -> None:
     together = generate(fast, inputs)
     for row in range(3):
         first = int((inputs["attention_mask"][row] == 0).sum())
-        alone = generate(fast, {k: v[row:row + 1, first:] for k, v in inputs.items()})
-        assert torch.equal(together.sequences[row, PROMPT:], alone.sequences[0, PROMPT - first:])
+        alone = generate(fast, {k: v[row : row + 1, first:] for k, v in inputs.items()})
+        assert torch.equal(together.sequences[row, PROMPT:], alone.sequences[0, PROMPT - first :])
         for a, b in zip(together.logits, alone.logits, strict=True):
             torch.testing.assert_close(a[row], b[0], rtol=0, atol=2e-5)
 
@@ -347,8 +399,16 @@ class Cached(Masked):
         super().__init__("tokenselect", {})
         self.reuse, self.kept, self.reused = reuse, {}, []
 
-    def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                 *args: Any, **kwargs: Any) -> Any:
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         if query.shape[2] > 1:
             self.kept.clear()
         self.query = query
@@ -363,9 +423,9 @@ class Cached(Masked):
             rows.append(before is not None and float(F.cosine_similarity(now, before, 0)) >= self.reuse)
             if not rows[-1]:
                 places = [i for i in range(key.shape[2]) if seen[row, 0, 0, i]]
-                middle = places[SHARED["sinks"]: len(places) - SHARED["recent"]]
+                middle = places[SHARED["sinks"] : len(places) - SHARED["recent"]]
                 order = sorted(middle, key=lambda i: (-float(votes[row, 0, i]), i))
-                keys = order[:BUDGET - SHARED["sinks"] - SHARED["recent"]]
+                keys = order[: BUDGET - SHARED["sinks"] - SHARED["recent"]]
                 self.kept[place] = now.clone(), keys
             hidden = torch.ones(key.shape[2], dtype=torch.bool)
             hidden[keys] = False
@@ -378,8 +438,10 @@ def reused(recording: Any) -> list[list[bool]]:
     return [entry.rows.tolist() for entry in recording.reused]
 
 
-@pytest.mark.parametrize(("family", "cache"), [
-    ("llama", None), ("llama", "static"), ("gpt2", None), pytest.param("qwen3", None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("family", "cache"),
+    [("llama", None), ("llama", "static"), ("gpt2", None), pytest.param("qwen3", None, marks=pytest.mark.slow)],
+)
 def test_reuse_follows_the_algorithm(family: str, cache: str | None) -> None:
     model, inputs = MODELS[family](), prompt()
     fast, more = optimized(model, "tokenselect", reuse=0.5), {"cache_implementation": cache} if cache else {}
@@ -436,10 +498,14 @@ def test_a_cache_that_was_changed_has_no_lists() -> None:
         return cache
 
     cache = started()
-    for change in (lambda c: c.reorder_cache(torch.tensor([1, 0])), lambda c: c.crop(-2),
-                   lambda c: c.batch_repeat_interleave(2), lambda c: c.batch_select_indices(torch.tensor([0, 3])),
-                   lambda c: fast(input_ids=token.expand(2, 3), past_key_values=c),
-                   lambda c: [layer.keys.mul_(2) for layer in c.layers]):
+    for change in (
+        lambda c: c.reorder_cache(torch.tensor([1, 0])),
+        lambda c: c.crop(-2),
+        lambda c: c.batch_repeat_interleave(2),
+        lambda c: c.batch_select_indices(torch.tensor([0, 3])),
+        lambda c: fast(input_ids=token.expand(2, 3), past_key_values=c),
+        lambda c: [layer.keys.mul_(2) for layer in c.layers],
+    ):
         change(cache)
         rows = cache.layers[0].keys.shape[0]
         assert step(cache) == [[False] * rows] * 2
@@ -513,9 +579,20 @@ class Handwritten(nn.Module):
         super().__init__()
         torch.manual_seed(1)
         self.embed = nn.Embedding(96, 32)
-        self.layers = nn.ModuleList(nn.ModuleDict({
-            "norm": nn.LayerNorm(32), "q": nn.Linear(32, 32), "k": nn.Linear(32, 16), "v": nn.Linear(32, 16),
-            "o": nn.Linear(32, 32), "up": nn.Linear(32, 64), "down": nn.Linear(64, 32)}) for _ in range(2))
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "norm": nn.LayerNorm(32),
+                    "q": nn.Linear(32, 32),
+                    "k": nn.Linear(32, 16),
+                    "v": nn.Linear(32, 16),
+                    "o": nn.Linear(32, 32),
+                    "up": nn.Linear(32, 64),
+                    "down": nn.Linear(64, 32),
+                }
+            )
+            for _ in range(2)
+        )
         self.head = nn.Linear(32, 96)
         self.allowed: Any = None
 
@@ -546,8 +623,9 @@ class Handwritten(nn.Module):
 def test_a_handwritten_decoder(name: str) -> None:
     model = Handwritten().eval()
     ids = torch.randint(96, (2, PROMPT), generator=torch.Generator().manual_seed(2))
-    fast = tokcompile.optimize(model, recipe(name), lowering="eager",
-                               calibration=[{"ids": ids}] if name == "fasa" else None)
+    fast = tokcompile.optimize(
+        model, recipe(name), lowering="eager", calibration=[{"ids": ids}] if name == "fasa" else None
+    )
     state = dict(fast.state_dict())
     twin, chooser = Handwritten().eval(), Masked(name, state)
 
@@ -564,8 +642,20 @@ def test_a_handwritten_decoder(name: str) -> None:
         mask = torch.zeros(2, 4, 1, key.shape[2], dtype=torch.bool)
         for row in range(2):
             for head in range(4):
-                mask[row, head, 0, list(reference_list(scores[row, head // 2].tolist(), [True] * key.shape[2], BUDGET,
-                                                       SHARED["sinks"], SHARED["recent"]))] = True
+                mask[
+                    row,
+                    head,
+                    0,
+                    list(
+                        reference_list(
+                            scores[row, head // 2].tolist(),
+                            [True] * key.shape[2],
+                            BUDGET,
+                            SHARED["sinks"],
+                            SHARED["recent"],
+                        )
+                    ),
+                ] = True
         return mask
 
     twin.allowed = allowed
@@ -598,22 +688,30 @@ def test_biases_are_refused_with_the_node() -> None:
         generate(optimized(MODELS["bloom"](), "tokenselect"), prompt(padding=0), 3)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"budget": 0}, "a count of tokens should be at least 1"),
-    ({"budget": 5}, "leaves nothing to choose beside 2 sinks and 3 recent keys"),
-    ({"recent": 0}, "recent"),
-    ({"dense_below": "never"}, "dense_below"),
-    ({"planes": 0}, "planes"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budget": 0}, "a count of tokens should be at least 1"),
+        ({"budget": 5}, "leaves nothing to choose beside 2 sinks and 3 recent keys"),
+        ({"recent": 0}, "recent"),
+        ({"dense_below": "never"}, "dense_below"),
+        ({"planes": 0}, "planes"),
+    ],
+)
 def test_bad_parameters(change: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         tokcompile.Recipe.load(recipe("fasa", **change))
 
 
-@pytest.mark.parametrize(("data", "message"), [
-    (None, "needs calibration"), ([], "is empty"), ([{"pixels": torch.zeros(1)}], r"item 0 has the keys"),
-    ([{"input_ids": torch.ones(1, 3, dtype=torch.long)}], "has 4 tokens or more"),
-])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "needs calibration"),
+        ([], "is empty"),
+        ([{"pixels": torch.zeros(1)}], r"item 0 has the keys"),
+        ([{"input_ids": torch.ones(1, 3, dtype=torch.long)}], "has 4 tokens or more"),
+    ],
+)
 def test_bad_calibration(data: Any, message: str) -> None:
     model = MODELS["llama"]()
     with pytest.raises(CalibrationError, match=message):
@@ -654,7 +752,7 @@ def test_bf16_within_its_rounding() -> None:
         wanted = generate(model, inputs)
     compared = 0
     for step, (one, other) in enumerate(zip(found.logits, wanted.logits, strict=True)):
-        if not torch.equal(found.sequences[:, :PROMPT + step], wanted.sequences[:, :PROMPT + step]):
+        if not torch.equal(found.sequences[:, : PROMPT + step], wanted.sequences[:, : PROMPT + step]):
             break  # rounding chose another token: from here on the texts differ
         assert float((one - other).norm() / other.norm()) < 2e-2
         compared += 1

@@ -56,8 +56,13 @@ def gated():
     return Gated().eval(), {"input_ids": decoders.text()["input_ids"]}
 
 
-FAMILIES: dict[str, Callable] = {"llama": decoders.llama, "qwen3": decoders.qwen3, "gemma2": decoders.gemma2,
-                                 "phi3": decoders.phi3, "hand_written": gated}
+FAMILIES: dict[str, Callable] = {
+    "llama": decoders.llama,
+    "qwen3": decoders.qwen3,
+    "gemma2": decoders.gemma2,
+    "phi3": decoders.phi3,
+    "hand_written": gated,
+}
 OUTPUTS = ("o_proj", "out")
 
 
@@ -73,8 +78,11 @@ def without_mixing(model: nn.Module) -> nn.Module:
 
 def recipe(target: dict | None = None, **params) -> dict:
     params = {"held_out": 0, "shrinkage": 0.0, "dense_first": 0} | params
-    return {"recipe_version": 1, "description": "test",
-            "steps": [{"pass": "stem", "target": target or {}, "params": params}]}
+    return {
+        "recipe_version": 1,
+        "description": "test",
+        "steps": [{"pass": "stem", "target": target or {}, "params": params}],
+    }
 
 
 def output(model: nn.Module, inputs: dict) -> Tensor:
@@ -89,8 +97,9 @@ def tables(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 
 
 @contextlib.contextmanager
-def looked_up(model: nn.Module, state: dict[str, dict[str, Tensor]], ids: Tensor,
-              fallback: str = "dense") -> Iterator[None]:
+def looked_up(
+    model: nn.Module, state: dict[str, dict[str, Tensor]], ids: Tensor, fallback: str = "dense"
+) -> Iterator[None]:
     """The oracle: within the context the linears of up-projections give rows of the tables, by token id.
 
     Args:
@@ -101,16 +110,21 @@ def looked_up(model: nn.Module, state: dict[str, dict[str, Tensor]], ids: Tensor
         if not tensors:
             continue
         layer = model.get_submodule(path)
-        name, start = ("up_proj", 0) if hasattr(layer, "up_proj") else ("gate_up_proj", 96) if hasattr(
-            layer, "gate_up_proj") else ("wide", 0)
+        name, start = (
+            ("up_proj", 0)
+            if hasattr(layer, "up_proj")
+            else ("gate_up_proj", 96)
+            if hasattr(layer, "gate_up_proj")
+            else ("wide", 0)
+        )
 
         def replace(_module, _args, value: Tensor, start=start, tensors=tensors) -> Tensor:
             place = rows_of(ids, len(tensors["table"]), tensors["remap"])
             width = tensors["table"].shape[1]
-            up = value[..., start: start + width]
+            up = value[..., start : start + width]
             other = torch.where((ids < 0).unsqueeze(-1), up, tensors["mean"]) if fallback == "mean" else up
             found = torch.where((place >= 0).unsqueeze(-1), tensors["table"][place.clamp(min=0)], other)
-            return torch.cat([value[..., :start], found, value[..., start + width:]], -1)
+            return torch.cat([value[..., :start], found, value[..., start + width :]], -1)
 
         hooks.append(layer.get_submodule(name).register_forward_hook(replace))
     try:
@@ -145,8 +159,11 @@ def test_a_table_with_the_exact_rows_equals_the_dense_layer(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_are_read_by_id_and_what_has_none_falls_back(family, fallback):
     dense, inputs = FAMILIES[family]()
-    seen = inputs | {"input_ids": inputs["input_ids"][:, :5]} | (
-        {"attention_mask": inputs["attention_mask"][:, :5]} if "attention_mask" in inputs else {})
+    seen = (
+        inputs
+        | {"input_ids": inputs["input_ids"][:, :5]}
+        | ({"attention_mask": inputs["attention_mask"][:, :5]} if "attention_mask" in inputs else {})
+    )
     optimized = tokcompile.optimize(dense, recipe(fallback=fallback), calibration=[seen], lowering="eager")
     mixed = inputs | {"input_ids": inputs["input_ids"].roll(2, 1)}  # rows out of order, ids without a row between them
     mixed["input_ids"][1, 3:6] = mixed["input_ids"][1, 2]  # and duplicates
@@ -167,8 +184,9 @@ def test_unseen_ids_leave_a_dense_model():
 def test_visual_positions_stay_dense(name):
     case = vlm.VLMS[name]()
     inputs = case.inputs(batch=2, left_padding=3)
-    optimized = tokcompile.optimize(case.model, recipe({"path": "*language_model*"}), calibration=[inputs],
-                                    lowering="eager")
+    optimized = tokcompile.optimize(
+        case.model, recipe({"path": "*language_model*"}), calibration=[inputs], lowering="eager"
+    )
     ids = torch.where(case.visual_mask(inputs), -1, inputs["input_ids"])
     for tensors in tables(optimized).values():
         assert int(tensors["remap"][vlm.IMAGE]) == -1
@@ -191,8 +209,9 @@ def test_ids_and_first_tokens_follow_what_a_pruning_step_keeps(dense_first):
     kept = recording.kept[-1].indices
     dropped = pruning.hidden(recording, inputs["input_ids"].shape[1], len(case.decoder_layers))
     left = torch.zeros_like(inputs["attention_mask"]).scatter_(1, kept.clamp(min=0), (kept >= 0).long())
-    ids = without_first(torch.where(case.visual_mask(inputs), -1, inputs["input_ids"]),
-                        left * inputs["attention_mask"], dense_first)
+    ids = without_first(
+        torch.where(case.visual_mask(inputs), -1, inputs["input_ids"]), left * inputs["attention_mask"], dense_first
+    )
     with looked_up(case.model, tables(optimized), ids):
         expected = oracle.masked_forward(case, inputs, dropped)
     real = (kept >= 0) & inputs["attention_mask"].bool().gather(1, kept.clamp(min=0))
@@ -210,12 +229,12 @@ def test_cached_decoding_equals_one_forward_and_a_batch_equals_its_rows():
     optimized = tokcompile.optimize(dense, recipe(), calibration=[inputs], lowering="eager")
     whole = output(optimized, inputs | {"use_cache": False})
     for row in range(2):
-        one = {"input_ids": inputs["input_ids"][row: row + 1], "use_cache": False}
-        close(output(optimized, one), whole[row: row + 1])
+        one = {"input_ids": inputs["input_ids"][row : row + 1], "use_cache": False}
+        close(output(optimized, one), whole[row : row + 1])
     with torch.no_grad():
         out = optimized(inputs["input_ids"][:, :6], use_cache=True)
         for place in range(6, 9):
-            out = optimized(input_ids=inputs["input_ids"][:, place: place + 1], past_key_values=out.past_key_values)
+            out = optimized(input_ids=inputs["input_ids"][:, place : place + 1], past_key_values=out.past_key_values)
             close(out.logits[:, -1], whole[:, place])
 
 
@@ -253,8 +272,9 @@ def test_the_first_visible_tokens_stay_dense(family, count, fallback):
     if "attention_mask" in inputs:
         mask[0, :4] = 0
         inputs = inputs | {"attention_mask": mask}
-    optimized = tokcompile.optimize(dense, recipe(dense_first=count, fallback=fallback), calibration=[inputs],
-                                    lowering="eager")
+    optimized = tokcompile.optimize(
+        dense, recipe(dense_first=count, fallback=fallback), calibration=[inputs], lowering="eager"
+    )
     assert output(optimized, inputs).shape == output(dense, inputs).shape
     assert tokcompile.report(optimized).steps[0].details["dense_first"] == count
     other = inputs | {"input_ids": inputs["input_ids"].roll(1, 1)}  # ids that have rows come first
@@ -284,8 +304,13 @@ def test_decode_steps_know_how_many_tokens_came_before(length, padding, cache):
     past = StaticCache(dense.config, max_cache_len=12) if cache == "static" else None
     with torch.no_grad():
         for start, stop in [(0, length), *((i, i + 1) for i in range(length, 9))]:
-            out = optimized(input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=past,
-                            position_ids=places[:, start:stop], use_cache=True)
+            out = optimized(
+                input_ids=ids[:, start:stop],
+                attention_mask=mask[:, :stop],
+                past_key_values=past,
+                position_ids=places[:, start:stop],
+                use_cache=True,
+            )
             past = out.past_key_values
             real = mask[:, start:stop].bool()
             close(out.logits[real], expected[:, start:stop][real])
@@ -342,8 +367,9 @@ def test_the_first_token_is_dense_by_default():
 def test_inductor_computes_the_same():
     dense, inputs = decoders.llama()
     state = tokcompile.calibrate(dense, recipe(), [inputs])
-    eager, compiled = (tokcompile.optimize(dense, recipe(), calibration=state, lowering=how)
-                       for how in ("eager", "inductor"))
+    eager, compiled = (
+        tokcompile.optimize(dense, recipe(), calibration=state, lowering=how) for how in ("eager", "inductor")
+    )
     other = inputs | {"input_ids": inputs["input_ids"] + 5}
     close(output(compiled, other), output(eager, other))
 
@@ -352,8 +378,9 @@ def test_the_layers_that_the_tables_explain_best_are_converted():
     dense, inputs = decoders.llama(4)
     nn.init.zeros_(dense.model.layers[0].self_attn.o_proj.weight)  # the first layer depends on the id alone
     data = [{"input_ids": inputs["input_ids"].roll(shift, 1)} for shift in range(6)]
-    optimized = tokcompile.optimize(dense, recipe(convert=1, held_out=3), calibration=data, lowering="eager",
-                                    inputs=inputs)
+    optimized = tokcompile.optimize(
+        dense, recipe(convert=1, held_out=3), calibration=data, lowering="eager", inputs=inputs
+    )
     step = tokcompile.report(optimized).steps[0]
     assert step.regions == ["model.layers.0.mlp"]
     assert step.details["explained"] > 0.999
@@ -403,8 +430,12 @@ def test_bad_edits():
         tokcompile.stem.edit(dense, 1, like=2)
     optimized = tokcompile.optimize(dense, recipe(), calibration=[inputs], lowering="eager")
     before = {k: v.clone() for k, v in optimized.state_dict().items()}
-    for token, like, message in [(4, 5000, "no token id"), (4, 127, "has no row"), ([4, 5], [6], "2 tokens and 1"),
-                                 ([], 4, "0 tokens")]:
+    for token, like, message in [
+        (4, 5000, "no token id"),
+        (4, 127, "has no row"),
+        ([4, 5], [6], "2 tokens and 1"),
+        ([], 4, "0 tokens"),
+    ]:
         with pytest.raises(TokcompileError, match=message):
             tokcompile.stem.edit(optimized, token, like=like)
     assert all(torch.equal(v, before[k]) for k, v in optimized.state_dict().items())
@@ -442,8 +473,18 @@ def test_a_state_for_another_vocabulary_is_refused():
         output(optimized, inputs)
 
 
-@pytest.mark.parametrize("params", [{"convert": 0}, {"convert": 0.0}, {"convert": 1.5}, {"max_rows": 0},
-                                    {"shrinkage": -1.0}, {"fallback": "zero"}, {"dense_first": -1}])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"convert": 0},
+        {"convert": 0.0},
+        {"convert": 1.5},
+        {"max_rows": 0},
+        {"shrinkage": -1.0},
+        {"fallback": "zero"},
+        {"dense_first": -1},
+    ],
+)
 def test_bad_parameters(params):
     dense, inputs = decoders.llama()
     with pytest.raises(RecipeError, match=next(iter(params))):

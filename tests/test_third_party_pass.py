@@ -37,10 +37,23 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("setuptools is not installed, so nothing can be built offline")
     work = tmp_path_factory.mktemp("third_party")
     source, target = work / "source", work / "site"
-    subprocess.run([sys.executable, "-c", "import shutil, sys; shutil.copytree(*sys.argv[1:])", EXAMPLE, source],
-                   check=True)  # pip builds inside the folder; the checkout stays clean
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
-               "--disable-pip-version-check", "--target", str(target), str(source)]
+    subprocess.run(
+        [sys.executable, "-c", "import shutil, sys; shutil.copytree(*sys.argv[1:])", EXAMPLE, source], check=True
+    )  # pip builds inside the folder; the checkout stays clean
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--disable-pip-version-check",
+        "--target",
+        str(target),
+        str(source),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return target
@@ -54,9 +67,14 @@ def run(program: str, *args: str, path: Path | None = None) -> subprocess.Comple
 def test_an_installed_package_adds_its_pass(installed: Path) -> None:
     done = run(PROGRAM, str(EXAMPLE / "uniform_25.yaml"), path=installed)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"module": "tokcompile_uniform", "known": True, "shipped": False, "failures": {},
-                                       # three of ten tokens at distances of 3 and 4, two of seven
-                                       "kept": [4, 7, 10, 15, 18]}
+    assert json.loads(done.stdout) == {
+        "module": "tokcompile_uniform",
+        "known": True,
+        "shipped": False,
+        "failures": {},
+        # three of ten tokens at distances of 3 and 4, two of seven
+        "kept": [4, 7, 10, 15, 18],
+    }
 
 
 def test_without_the_package_the_recipe_says_so() -> None:

@@ -218,12 +218,12 @@ def channel_whole(p: Params, x: Tensor, v: Any, c: Whole) -> Tensor:
         return x.movedim(1, 0).softmax(-1).movedim(0, 1)
     if kind == "expand":
         y = x.unsqueeze(2).expand(B, S, 2, D)
-        return y.reshape(B, S, 2 * D)[..., 1:D + 1]
+        return y.reshape(B, S, 2 * D)[..., 1 : D + 1]
     if kind == "expand_heads":
         y = x.view(B, S, H, Dh).transpose(1, 2)[:, :, None].expand(-1, -1, 2, -1, -1)
         return y.reshape(B, 2 * H, S, Dh)[:, H:].transpose(1, 2).flatten(2)
     if kind == "repeat":
-        return x.repeat(1, 1, 2)[..., 1:D + 1] + x.tile(2)[..., :D]
+        return x.repeat(1, 1, 2)[..., 1 : D + 1] + x.tile(2)[..., :D]
     if kind == "repeat_interleave":
         return x.repeat_interleave(2, -1)[..., :D]
     if kind == "einsum":
@@ -266,7 +266,7 @@ def channel_row(p: Params, x: Tensor, v: Any, r: Row) -> Tensor:
         "roll": lambda: x.roll(1, 1),
         "topk": lambda: x + x.amax(1)[:, None],
         "slice": lambda: x.roll(-1, 1),
-        "chunk": lambda: torch.cat([x[:, D // 2:], 2 * x[:, : D // 2]], 1),
+        "chunk": lambda: torch.cat([x[:, D // 2 :], 2 * x[:, : D // 2]], 1),
         "split": lambda: x.roll(-1, 1),
         "stack": lambda: x * 0.75,
         "stack_front": lambda: x.sin() * x.cos(),
@@ -307,7 +307,8 @@ CHANNEL = (  # noqa: SIM905
     "pairs index heads_view heads_transpose heads_permute heads_unflatten heads_folded flat flat_minus_one "
     "flatten_unflatten view_as flat_heads channels_first tokens_first movedim expand expand_heads repeat "
     "repeat_interleave einsum einsum_implicit "
-    "where pad squeeze isin var_mean dropout new").split()
+    "where pad squeeze isin var_mean dropout new"
+).split()
 STEPS["channel"] = Step(pick(*CHANNEL), no_sides, channel_whole, channel_row)
 
 
@@ -325,13 +326,18 @@ def linear_whole(p: Params, x: Tensor, v: Any, c: Whole) -> Tensor:
 
 
 STEPS["linear"] = Step(
-    pick("linear", "matmul", "addmm", "bmm", "einsum"), lambda p, s: {"w": Spec((s.width, s.width), "weight")},
-    linear_whole, lambda p, x, v, r: (x[:, None] * v("w")[None]).sum(2) + (v("w")[0] if p["kind"] == "addmm" else 0))
+    pick("linear", "matmul", "addmm", "bmm", "einsum"),
+    lambda p, s: {"w": Spec((s.width, s.width), "weight")},
+    linear_whole,
+    lambda p, x, v, r: (x[:, None] * v("w")[None]).sum(2) + (v("w")[0] if p["kind"] == "addmm" else 0),
+)
 
 
 def side_params(d: random.Random, sizes: Sizes) -> Params:
-    return {"shape": d.choice(sorted(TOKEN_SHAPES)),
-            "kind": d.choice(["add", "gate", "where", "cat", "flat", "heads", "ids", "mul_in_place"])}
+    return {
+        "shape": d.choice(sorted(TOKEN_SHAPES)),
+        "kind": d.choice(["add", "gate", "where", "cat", "flat", "heads", "ids", "mul_in_place"]),
+    }
 
 
 def side_specs(p: Params, s: Sizes) -> dict[str, Spec]:
@@ -395,10 +401,14 @@ def attention_params(d: random.Random, sizes: Sizes) -> Params:
     style = d.choice(["sdpa", "eager", "einsum", "folded"])
     groups = [g for g in (1, 2, 4) if sizes.heads % g == 0]
     p: Params = {
-        "style": style, "group": d.choice(groups), "mask": d.choice(MASKS),
-        "bool": d.random() < 0.5, "gqa": d.choice(["expand", "repeat", "native"]),
+        "style": style,
+        "group": d.choice(groups),
+        "mask": d.choice(MASKS),
+        "bool": d.random() < 0.5,
+        "gqa": d.choice(["expand", "repeat", "native"]),
         "rope": d.choice(["none", "S", "1S", "BS", "ids"]) if sizes.head % 2 == 0 else "none",
-        "cache": d.choice([0, 0, 2, sizes.tokens]), "class": d.choice([0, 0, 1, 3]),
+        "cache": d.choice([0, 0, 2, sizes.tokens]),
+        "class": d.choice([0, 0, 1, 3]),
         "causal": d.choice(["no", "no", "arange", "flag"]),
     }
     if p["class"]:
@@ -412,8 +422,11 @@ def attention_params(d: random.Random, sizes: Sizes) -> Params:
 
 def attention_specs(p: Params, s: Sizes) -> dict[str, Spec]:
     kv = s.width // p["group"]
-    specs = {"q": Spec((s.width, s.width), "weight"), "k": Spec((kv, s.width), "weight"),
-             "v": Spec((kv, s.width), "weight")}
+    specs = {
+        "q": Spec((s.width, s.width), "weight"),
+        "k": Spec((kv, s.width), "weight"),
+        "v": Spec((kv, s.width), "weight"),
+    }
     if p["rope"] == "ids":
         specs["ids"] = Spec(("B", "S"), "ids")
     elif p["rope"] != "none":
@@ -486,8 +499,9 @@ def attention_whole(p: Params, x: Tensor, v: Any, c: Whole) -> Tensor:
         else:
             k, w = (t[:, :, None].expand(B, Hkv, p["group"], length, Dh).reshape(B, H, length, Dh) for t in (k, w))
     if p["style"] == "sdpa":
-        y = F.scaled_dot_product_attention(q, k, w, attn_mask=mask, is_causal=p["causal"] == "flag",
-                                           enable_gqa=native and p["group"] > 1)
+        y = F.scaled_dot_product_attention(
+            q, k, w, attn_mask=mask, is_causal=p["causal"] == "flag", enable_gqa=native and p["group"] > 1
+        )
     else:
         if p["style"] == "einsum":
             scores = torch.einsum("bhqd,bhkd->bhqk", q, k) / math.sqrt(Dh)
@@ -509,7 +523,7 @@ def attention_whole(p: Params, x: Tensor, v: Any, c: Whole) -> Tensor:
             y = torch.bmm(probs.view(B * H, T, length), w.reshape(B * H, length, Dh)).view(B, H, T, Dh)
     y = y.transpose(1, 2).contiguous().view(B, T, c.D)
     if p["class"]:
-        return y[:, p["class"]:] + y[:, : p["class"]].mean(1, keepdim=True) + y[:, 0].unsqueeze(1)
+        return y[:, p["class"] :] + y[:, : p["class"]].mean(1, keepdim=True) + y[:, 0].unsqueeze(1)
     return y
 
 
@@ -531,9 +545,9 @@ def attention_row(p: Params, x: Tensor, v: Any, r: Row) -> Tensor:
     out = []
     for h in range(H):
         g = h // p["group"]
-        q = x @ v("q")[h * Dh: (h + 1) * Dh].t()
-        k = x @ v("k")[g * Dh: (g + 1) * Dh].t()
-        w = x @ v("v")[g * Dh: (g + 1) * Dh].t()
+        q = x @ v("q")[h * Dh : (h + 1) * Dh].t()
+        k = x @ v("k")[g * Dh : (g + 1) * Dh].t()
+        w = x @ v("v")[g * Dh : (g + 1) * Dh].t()
         if p["rope"] != "none":
             q, k = (t * cos + rotate(t) * sin for t in (q, k))
         if past:
@@ -587,8 +601,9 @@ def pooled_row(p: Params, x: Tensor, v: Any, r: Row) -> Tensor:
     return x + (x.mean(1).softmax(0)[:, None] * x).sum(0)
 
 
-STEPS["pooled"] = Step(pick("mean", "max", "linear_attention", "einsum", "pool_softmax"), no_sides, pooled_whole,
-                       pooled_row, ragged=False)
+STEPS["pooled"] = Step(
+    pick("mean", "max", "linear_attention", "einsum", "pool_softmax"), no_sides, pooled_whole, pooled_row, ragged=False
+)
 
 
 def pool_attention_whole(p: Params, x: Tensor, v: Any, c: Whole) -> Tensor:
@@ -601,8 +616,11 @@ def pool_attention_whole(p: Params, x: Tensor, v: Any, c: Whole) -> Tensor:
 
 
 STEPS["pool_attention"] = Step(
-    pick("tokens_last", "tokens_middle"), lambda p, s: {"probe": Spec((1, s.width), "weight")}, pool_attention_whole,
-    lambda p, x, v, r: x + (x @ v("probe")[0]).softmax(0) @ x)
+    pick("tokens_last", "tokens_middle"),
+    lambda p, s: {"probe": Spec((1, s.width), "weight")},
+    pool_attention_whole,
+    lambda p, x, v, r: x + (x @ v("probe")[0]).softmax(0) @ x,
+)
 
 
 def positions_whole(p: Params, x: Tensor, v: Any, c: Whole) -> Tensor:
@@ -662,8 +680,9 @@ def protected_row(p: Params, x: Tensor, v: Any, r: Row) -> Tensor:
     return x - x[-1] if kind == "last" else x + x[-1]
 
 
-STEPS["first"] = Step(pick("select", "slice", "patches", "residual", "cross"), no_sides, protected_whole,
-                      protected_row, ragged=False)
+STEPS["first"] = Step(
+    pick("select", "slice", "patches", "residual", "cross"), no_sides, protected_whole, protected_row, ragged=False
+)
 STEPS["last"] = Step(pick("last", "last_slice"), no_sides, protected_whole, protected_row)
 
 
@@ -768,8 +787,9 @@ def make_program(d: random.Random, symbolic: bool = False, only: tuple[str, Para
     keep = [d.randint(3, max(3, tokens - 1))]
     if cuts == 2:
         keep.append(d.randint(2, keep[0]))
-    return Program(sizes, [stage(0, 1) if only is None else [], *stages], keep, ragged, d.random() < 0.5,
-                   d.randint(0, 999))
+    return Program(
+        sizes, [stage(0, 1) if only is None else [], *stages], keep, ragged, d.random() < 0.5, d.randint(0, 999)
+    )
 
 
 @st.composite
@@ -780,8 +800,12 @@ def programs(draw: st.DrawFn, symbolic: bool = False) -> Program:
 # ----------------------------------------------------------------------------------------- capture and compare
 
 
-def capture(function: Callable[..., Any], inputs: dict[str, Tensor], specs: dict[str, Spec] | None = None,
-            symbolic: bool = False) -> Captured:
+def capture(
+    function: Callable[..., Any],
+    inputs: dict[str, Tensor],
+    specs: dict[str, Spec] | None = None,
+    symbolic: bool = False,
+) -> Captured:
     """Trace ``function(values)``; with ``symbolic`` the sizes named "B" and "S" in ``specs`` are symbols."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     names = list(inputs)
@@ -824,8 +848,11 @@ class Feed:
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        return self.values | {f"keep{i}": k for i, k in enumerate(self.kept)} | {
-            f"cache{n}": k for n, k in self.caches.items()}
+        return (
+            self.values
+            | {f"keep{i}": k for i, k in enumerate(self.kept)}
+            | {f"cache{n}": k for n, k in self.caches.items()}
+        )
 
 
 def feed(program: Program) -> Feed:
@@ -844,12 +871,19 @@ def feed(program: Program) -> Feed:
     return Feed(values, kept, caches)
 
 
-def narrowed(program: Program, given: Feed, symbolic: bool = False, make: Callable[..., Captured] | None = None,
-             ) -> Captured:
+def narrowed(
+    program: Program,
+    given: Feed,
+    symbolic: bool = False,
+    make: Callable[..., Captured] | None = None,
+) -> Captured:
     """Capture the program and narrow it at every cut, the upper one first."""
     inputs = given.inputs
-    specs = program.specs | {f"keep{i}": Spec(("B", f"K{i}")) for i in range(len(given.kept))} | {
-        f"cache{n}": Spec(("B", k.shape[1])) for n, k in given.caches.items()}
+    specs = (
+        program.specs
+        | {f"keep{i}": Spec(("B", f"K{i}")) for i in range(len(given.kept))}
+        | {f"cache{n}": Spec(("B", k.shape[1])) for n, k in given.caches.items()}
+    )
     captured = (make or capture)(program.whole, inputs, specs, symbolic=symbolic)
     nodes = placeholders(captured, inputs)
     for i, keep in enumerate(program.keep):
@@ -861,8 +895,11 @@ def narrowed(program: Program, given: Feed, symbolic: bool = False, make: Callab
             size.meta["val"] = index.meta["val"].shape[1]
         cuts = [Cut(output_nodes(captured)[1 + i], index, size, ragged=program.ragged, prefix=1, suffix=1)]
         if i == 0:
-            cuts += [Cut(nodes[f"{n}.{key}"], nodes[f"cache{n}"], k.shape[1], token_dim=2)
-                     for n, k in given.caches.items() for key in ("ck", "cv")]
+            cuts += [
+                Cut(nodes[f"{n}.{key}"], nodes[f"cache{n}"], k.shape[1], token_dim=2)
+                for n, k in given.caches.items()
+                for key in ("ck", "cv")
+            ]
         narrow(captured, cuts)
     return captured
 
@@ -897,8 +934,12 @@ def check_symbolic(program: Program, make: Callable[..., Captured] | None = None
     return True
 
 
-SETTINGS: dict[str, Any] = {"deadline": None, "derandomize": True, "database": None,
-                            "suppress_health_check": list(HealthCheck)}
+SETTINGS: dict[str, Any] = {
+    "deadline": None,
+    "derandomize": True,
+    "database": None,
+    "suppress_health_check": list(HealthCheck),
+}
 
 
 @settings(max_examples=60, **SETTINGS)
@@ -931,15 +972,40 @@ def test_attention_steps(style: str, mask: str) -> None:
 def test_as_many_tokens_as_head_channels(ragged: bool) -> None:
     """64 tokens, head width 64: nothing but the flow of the axes tells them apart."""
     sizes = Sizes(batch=2, tokens=64, width=128, heads=2)
-    attention = {"style": "eager", "group": 1, "mask": "SS", "bool": False, "gqa": "expand", "rope": "S", "cache": 0,
-                 "class": 0, "causal": "arange"}
-    check_literal(Program(sizes, [[], [
-        ("attention", attention), ("side", {"shape": "S", "kind": "heads"}), ("channel", {"kind": "heads_permute"}),
-        ("attention", attention | {"style": "folded", "cache": 64})]], [17], ragged, True, 5))
+    attention = {
+        "style": "eager",
+        "group": 1,
+        "mask": "SS",
+        "bool": False,
+        "gqa": "expand",
+        "rope": "S",
+        "cache": 0,
+        "class": 0,
+        "causal": "arange",
+    }
+    check_literal(
+        Program(
+            sizes,
+            [
+                [],
+                [
+                    ("attention", attention),
+                    ("side", {"shape": "S", "kind": "heads"}),
+                    ("channel", {"kind": "heads_permute"}),
+                    ("attention", attention | {"style": "folded", "cache": 64}),
+                ],
+            ],
+            [17],
+            ragged,
+            True,
+            5,
+        )
+    )
 
 
-def _from_dynamo(function: Callable[..., Any], inputs: dict[str, Tensor], specs: dict[str, Spec],
-                 symbolic: bool = True) -> Captured:
+def _from_dynamo(
+    function: Callable[..., Any], inputs: dict[str, Tensor], specs: dict[str, Spec], symbolic: bool = True
+) -> Captured:
     names, graphs = list(inputs), []
 
     def backend(graph_module: torch.fx.GraphModule, _: Any) -> Any:
@@ -951,6 +1017,7 @@ def _from_dynamo(function: Callable[..., Any], inputs: dict[str, Tensor], specs:
         for i, d in enumerate(specs[name].dims):
             if not isinstance(d, int):
                 torch._dynamo.maybe_mark_dynamic(value, i)
+
     def call(*v: Tensor) -> Any:
         used = [t.clone() for t in v]  # all are inputs of the graph, in this order
         return (*function(dict(zip(names, v, strict=True))), *used)
@@ -966,8 +1033,12 @@ def test_through_dynamo(seed: int) -> None:
     rng = random.Random(seed)
     program = make_program(rng, symbolic=True)
     attention = attention_params(rng, program.sizes) | {"style": ["eager", "sdpa"][seed]}
-    program = replace(program, keep=[3], cache_cut=False, stages=[
-        [], [("attention", attention), ("side", {"shape": "S", "kind": "heads"})]])
+    program = replace(
+        program,
+        keep=[3],
+        cache_cut=False,
+        stages=[[], [("attention", attention), ("side", {"shape": "S", "kind": "heads"})]],
+    )
     given = feed(program)
     inputs = given.inputs
     specs = program.specs | {"keep0": Spec(("B", "K"))}
@@ -982,8 +1053,12 @@ def test_through_dynamo(seed: int) -> None:
     assert isinstance(nodes["x"].meta["val"].shape[1], torch.SymInt)
     narrow(captured, [Cut(nodes["x"], index, size, ragged=program.ragged, prefix=1, suffix=1)])
     flat = dict(zip(tensors, inputs.values(), strict=True))
-    symbols = {n.meta["val"].shape[i].node.expr: v.shape[i] for n, v in flat.items() for i in range(v.dim())
-               if isinstance(n.meta["val"].shape[i], torch.SymInt)}
+    symbols = {
+        n.meta["val"].shape[i].node.expr: v.shape[i]
+        for n, v in flat.items()
+        for i in range(v.dim())
+        if isinstance(n.meta["val"].shape[i], torch.SymInt)
+    }
     args = [flat[n] if n in flat else int(symbols[n.meta["val"].node.expr]) for n in captured.placeholders]
     results = captured.graph_module(*args)
     compare(program, given, results)
@@ -1030,10 +1105,16 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str, str]] = {
     "pad": (lambda x: F.pad(x, (0, 0, 0, 1)), "pad", "neighbouring tokens"),
     "boolean_mask": (lambda x: x[x[:, :, 0] > 0], "index", "boolean mask"),
     "index_all_rows": (lambda x: x[:, torch.tensor([1, 2])], "index", "one index for all rows"),
-    "index_several": (lambda x: x[torch.arange(B)[:, None], torch.zeros(B, 3, dtype=torch.long)], "index",
-                      "several tokens"),
-    "index_of_heads": (lambda x: x.view(B, S, 4, 2).transpose(1, 2)[:, torch.arange(4), torch.arange(4)], "index",
-                       "one index for all rows"),
+    "index_several": (
+        lambda x: x[torch.arange(B)[:, None], torch.zeros(B, 3, dtype=torch.long)],
+        "index",
+        "several tokens",
+    ),
+    "index_of_heads": (
+        lambda x: x.view(B, S, 4, 2).transpose(1, 2)[:, torch.arange(4), torch.arange(4)],
+        "index",
+        "one index for all rows",
+    ),
     "index_select": (lambda x: x.index_select(1, torch.tensor([0, 1])), "index_select", "picks tokens"),
     "gather": (lambda x: x.gather(1, torch.zeros(B, 1, D, dtype=torch.long)), "gather", "picks tokens"),
     "repeat": (lambda x: x.repeat(1, 2, 1), "repeat", "repeats the token axis"),
@@ -1044,8 +1125,12 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str, str]] = {
     "weight_from_tokens": (lambda x: F.linear(torch.ones(3, D), x[0]), "linear", "depends on tokens"),
     "unknown": (lambda x: torch.cdist(x, x), "cdist", "not known to the token-axis analysis"),
     "causal_against_cache": (
-        lambda x: F.scaled_dot_product_attention(x, torch.cat([torch.ones(B, 2, D), x], 1), torch.cat(
-            [torch.ones(B, 2, D), x], 1), is_causal=True), "scaled_dot_product_attention", "is_causal"),
+        lambda x: F.scaled_dot_product_attention(
+            x, torch.cat([torch.ones(B, 2, D), x], 1), torch.cat([torch.ones(B, 2, D), x], 1), is_causal=True
+        ),
+        "scaled_dot_product_attention",
+        "is_causal",
+    ),
 }
 
 
@@ -1079,12 +1164,15 @@ def test_refusals(name: str) -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("function", [
-    lambda x: x.sum(1) / x.shape[1],
-    lambda x: x * x.shape[1],
-    lambda x: x / math.sqrt(64) * (1.0 / x.shape[1]),
-    lambda x: x.softmax(-1) * (x.shape[0] * x.shape[1]),
-])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.sum(1) / x.shape[1],
+        lambda x: x * x.shape[1],
+        lambda x: x / math.sqrt(64) * (1.0 / x.shape[1]),
+        lambda x: x.softmax(-1) * (x.shape[0] * x.shape[1]),
+    ],
+)
 def test_number_of_tokens_in_arithmetic(function: Callable[[Tensor], Tensor]) -> None:
     inputs = {"x": torch.randn(2, 6, 8), "keep": torch.tensor([[0, 2, 5], [1, 3, 5]])}
 
@@ -1141,6 +1229,7 @@ def function_on_kept(name: str, y: Tensor) -> Tensor:
 
 def test_labels() -> None:
     """Labels name the axis, whatever its size: here everything is 4 wide."""
+
     def model(x: Tensor, weight: Tensor) -> Any:
         y = x * 2
         heads = y.view(4, 4, 4, 4).transpose(1, 2)
@@ -1150,8 +1239,9 @@ def test_labels() -> None:
     captured = plain_capture(model, torch.randn(4, 4, 16), torch.randn(4, 4))
     y, heads, scores, mixed, flat, last = output_nodes(captured)
     flow = check(captured, y)
-    where = [[i for i, dim in enumerate(flow.labels[node]) if is_token(dim)]
-             for node in (heads, scores, mixed, flat, last)]
+    where = [
+        [i for i, dim in enumerate(flow.labels[node]) if is_token(dim)] for node in (heads, scores, mixed, flat, last)
+    ]
     assert where == [[2], [2, 3], [2], [0], [1]]
     assert [f.axis.kind for f in flow.labels[flat][0] if f.axis] == ["batch", "token"]
     assert list(flow.attention) == [n for n in captured.graph.nodes if "softmax" in n.name]

@@ -22,8 +22,21 @@ from tokcompile.kernels.token_list_attention.triton import launches, token_list_
 OP = torch.ops.tokcompile.token_list_attention
 
 
-def make(batch=2, heads=4, kv_heads=2, queries=1, length=20, width=8, lists=None, capacity=7, value_width=None,
-         dtype=torch.float32, seed=0, counted=True, device="cpu"):
+def make(
+    batch=2,
+    heads=4,
+    kv_heads=2,
+    queries=1,
+    length=20,
+    width=8,
+    lists=None,
+    capacity=7,
+    value_width=None,
+    dtype=torch.float32,
+    seed=0,
+    counted=True,
+    device="cpu",
+):
     """Random arguments: lists of distinct keys, some slots empty, counts from 0 to the capacity."""
     g = torch.Generator().manual_seed(seed)
     lists = lists or kv_heads
@@ -34,8 +47,11 @@ def make(batch=2, heads=4, kv_heads=2, queries=1, length=20, width=8, lists=None
     index = torch.where(order < length, order, -1)
     index = torch.where(torch.rand(index.shape, generator=g) < 0.2, -1, index).int()
     count = torch.randint(0, capacity + 1, (batch, lists), generator=g).int() if counted else None
-    return (*(t.to(device, dtype) for t in (query, key, value)), index.to(device),
-            None if count is None else count.to(device))
+    return (
+        *(t.to(device, dtype) for t in (query, key, value)),
+        index.to(device),
+        None if count is None else count.to(device),
+    )
 
 
 def visible(query, key, index, count, causal=False):
@@ -46,7 +62,7 @@ def visible(query, key, index, count, causal=False):
     for b in range(batch):
         for h in range(heads):
             entries = index[b, h // (heads // lists)].tolist()
-            for token in entries if count is None else entries[:int(count[b, h // (heads // lists)])]:
+            for token in entries if count is None else entries[: int(count[b, h // (heads // lists)])]:
                 if token >= 0:
                     mask[b, h, :, token] = True
     if causal:
@@ -64,10 +80,18 @@ def expected(args, scale=None, causal=False, softcap=0.0):
 def cases(draw):
     kv_heads, sharing, group = (draw(st.integers(1, 3)) for _ in range(3))
     args = make(
-        draw(st.integers(1, 3)), kv_heads * sharing * group, kv_heads, draw(st.integers(1, 4)),
-        draw(st.integers(1, 30)), draw(st.integers(1, 20)), kv_heads * sharing, draw(st.integers(0, 12)),
-        draw(st.integers(1, 9)), draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])),
-        draw(st.integers(0, 2**31)), draw(st.booleans()),
+        draw(st.integers(1, 3)),
+        kv_heads * sharing * group,
+        kv_heads,
+        draw(st.integers(1, 4)),
+        draw(st.integers(1, 30)),
+        draw(st.integers(1, 20)),
+        kv_heads * sharing,
+        draw(st.integers(0, 12)),
+        draw(st.integers(1, 9)),
+        draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])),
+        draw(st.integers(0, 2**31)),
+        draw(st.booleans()),
     )
     return args, draw(st.sampled_from([None, 1.0, 0.3])), draw(st.booleans()), draw(st.sampled_from([0.0, 1.5]))
 
@@ -100,8 +124,11 @@ def test_no_other_key_has_an_influence():
 
 def test_empty_lists_give_zero_and_minus_infinity():
     query, key, value, index, _ = make()
-    for empty in ((torch.full_like(index, -1), None), (index, torch.zeros(2, 2, dtype=torch.int32)),
-                  (index[:, :, :0], None)):
+    for empty in (
+        (torch.full_like(index, -1), None),
+        (index, torch.zeros(2, 2, dtype=torch.int32)),
+        (index[:, :, :0], None),
+    ):
         output, lse = token_list_attention(query, key, value, *empty)
         assert torch.equal(output, torch.zeros_like(output))
         assert bool((lse == -float("inf")).all())
@@ -125,8 +152,11 @@ def test_strided_caches_are_read_where_they_are():
     wanted = token_list_attention(query, key, value, index, count)
     for other in (turned, wide, odd):
         assert torch.equal(token_list_attention(query, *other, index, count)[0], wanted[0])
-    close(token_list_attention(query, *shared, index, count)[0],
-          expected((query, *shared, index, count))[0], torch.float32)
+    close(
+        token_list_attention(query, *shared, index, count)[0],
+        expected((query, *shared, index, count))[0],
+        torch.float32,
+    )
 
 
 @pytest.mark.parametrize("softcap", [0.0, 1.5])
@@ -197,32 +227,40 @@ def test_onnxruntime_computes_the_same():
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     dynamic = torch.export.Dim.DYNAMIC
-    dims = ({0: dynamic, 2: dynamic}, {0: dynamic, 2: dynamic}, {0: dynamic, 2: dynamic}, {0: dynamic, 2: dynamic},
-            {0: dynamic})
+    dims = (
+        {0: dynamic, 2: dynamic},
+        {0: dynamic, 2: dynamic},
+        {0: dynamic, 2: dynamic},
+        {0: dynamic, 2: dynamic},
+        {0: dynamic},
+    )
     program = torch.export.export(Attend(), make(queries=3), dynamic_shapes=dims)
     program = program.run_decompositions({OP.default: decompose})
     assert not any("tokcompile" in str(n.target) for n in program.graph.nodes)
     model = torch.onnx.export(program, dynamo=True, opset_version=20, verbose=False).model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     for args in (make(queries=3), make(batch=3, queries=2, length=31, capacity=12, seed=5)):
-        found = session.run(None, dict(zip((i.name for i in session.get_inputs()), (a.numpy() for a in args),
-                                           strict=True)))
+        found = session.run(
+            None, dict(zip((i.name for i in session.get_inputs()), (a.numpy() for a in args), strict=True))
+        )
         for value, wanted in zip(found, Attend()(*args), strict=True):
             close(torch.from_numpy(value), wanted, torch.float32)
 
 
 def triton_equals_dense(device):
-    for number, (shape, parts, options) in enumerate((
-        ({"width": 64, "capacity": 40, "length": 50}, None, ()),
-        ({"width": 40, "capacity": 150, "length": 300, "queries": 3}, 3, (0.4, True, 2.0)),
-        ({"heads": 6, "kv_heads": 1, "width": 24, "value_width": 17, "capacity": 70, "length": 90}, 1, ()),
-        ({"heads": 8, "kv_heads": 2, "lists": 4, "queries": 20, "capacity": 33, "length": 60}, 2, (None, True)),
-        ({"width": 256, "capacity": 64, "length": 64, "counted": False}, 2, ()),
-        ({"batch": 1, "width": 5, "capacity": 1, "length": 1}, None, ()),
-        ({"capacity": 0}, None, ()),
-    )):
+    for number, (shape, parts, options) in enumerate(
+        (
+            ({"width": 64, "capacity": 40, "length": 50}, None, ()),
+            ({"width": 40, "capacity": 150, "length": 300, "queries": 3}, 3, (0.4, True, 2.0)),
+            ({"heads": 6, "kv_heads": 1, "width": 24, "value_width": 17, "capacity": 70, "length": 90}, 1, ()),
+            ({"heads": 8, "kv_heads": 2, "lists": 4, "queries": 20, "capacity": 33, "length": 60}, 2, (None, True)),
+            ({"width": 256, "capacity": 64, "length": 64, "counted": False}, 2, ()),
+            ({"batch": 1, "width": 5, "capacity": 1, "length": 1}, None, ()),
+            ({"capacity": 0}, None, ()),
+        )
+    ):
         # the interpreter multiplies blocks of bf16 as if they were integers
-        for dtype in (torch.float32, torch.float16, torch.bfloat16)[:2 if device == "cpu" else 3]:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)[: 2 if device == "cpu" else 3]:
             args = make(**shape, dtype=dtype, seed=number, device=device)
             assert supports(*args)[0]
             found = token_list_attention_triton(*args, *options, parts=parts)

@@ -45,8 +45,15 @@ MODELS = {
 
 
 def steps(**params):
-    return {"recipe_version": 1, "steps": [{"pass": "token_sparse", "params": {
-        "keep": 0.4, "window": 6, "least": 4, "calm": 1.0, "min_length": 0, **params}}]}
+    return {
+        "recipe_version": 1,
+        "steps": [
+            {
+                "pass": "token_sparse",
+                "params": {"keep": 0.4, "window": 6, "least": 4, "calm": 1.0, "min_length": 0, **params},
+            }
+        ],
+    }
 
 
 def call(model, inputs):
@@ -55,7 +62,7 @@ def call(model, inputs):
     found = found if isinstance(found, torch.Tensor) else found.logits
     if "attention_mask" not in inputs:
         return found
-    return found[inputs["attention_mask"][:, -found.shape[1]:].bool()]
+    return found[inputs["attention_mask"][:, -found.shape[1] :].bool()]
 
 
 def difference(found, wanted):
@@ -125,9 +132,14 @@ def test_everything_kept_is_the_model(name):
     assert (step.status, step.matches) == ("matched", 2)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [
-    *((name, torch.float32) for name in MODELS if name != "bloom"), ("llama", torch.bfloat16),
-    ("gemma2", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in MODELS if name != "bloom"),
+        ("llama", torch.bfloat16),
+        ("gemma2", torch.bfloat16),
+    ],
+)
 def test_sparse_is_dense_under_the_mask_that_was_chosen(name, dtype, monkeypatch):
     model, inputs = MODELS[name](dtype)
     sparse = tokcompile.optimize(model, steps(), lowering="eager")
@@ -222,14 +234,16 @@ def test_gradients_go_to_what_was_chosen():
     keys = torch.ones(1, 12, dtype=torch.bool)
     keys[0, 1] = False
     settings = (None, None, 2.0, 0, 0.0, 0.5, 2, 3, 1)
-    index = sparse_prefill.select(leaves[0], leaves[1], sparse_prefill._position(leaves[0], keys), *settings[:1],
-                                  *settings[1:], -1)
+    index = sparse_prefill.select(
+        leaves[0], leaves[1], sparse_prefill._position(leaves[0], keys), *settings[:1], *settings[1:], -1
+    )
     op = torch.ops.tokcompile.token_sparse_attention
     output = op(*leaves, keys, *settings)
     weight = torch.randn(output.shape, generator=generator, dtype=torch.float64)
     found = torch.autograd.grad((output * weight).sum(), leaves)
-    wanted = torch.autograd.grad((compute(
-        *leaves, index, sparse_prefill._position(leaves[0], keys), None, None, 2.0, 0) * weight).sum(), leaves)
+    wanted = torch.autograd.grad(
+        (compute(*leaves, index, sparse_prefill._position(leaves[0], keys), None, None, 2.0, 0) * weight).sum(), leaves
+    )
     for x, y in zip(found, wanted, strict=True):
         torch.testing.assert_close(x, y)
     torch.library.opcheck(op.default, (*leaves, keys, *settings))
@@ -247,9 +261,13 @@ def test_pruned_images_and_sparse_attention_together():
 
     case = vlm.llava()
     inputs = case.inputs(batch=2, left_padding=3)
-    recipe = {"recipe_version": 1, "steps": [
-        {"pass": "todre", "params": {"keep": 0.5, "criterion": "max_sum"}},
-        {"pass": "token_sparse", "params": {"keep": 1.0, "window": 2, "least": 2, "calm": 1.0, "min_length": 0}}]}
+    recipe = {
+        "recipe_version": 1,
+        "steps": [
+            {"pass": "todre", "params": {"keep": 0.5, "criterion": "max_sum"}},
+            {"pass": "token_sparse", "params": {"keep": 1.0, "window": 2, "least": 2, "calm": 1.0, "min_length": 0}},
+        ],
+    }
     both = tokcompile.optimize(case.model, recipe, lowering="eager", inputs=inputs)
     pruned = tokcompile.optimize(case.model, {**recipe, "steps": recipe["steps"][:1]}, lowering="eager", inputs=inputs)
     assert [s.status for s in tokcompile.report(both).steps] == ["matched", "matched"]

@@ -46,8 +46,14 @@ def naive(query: Tensor, key: Tensor, candidate: Tensor, skip: Tensor, scale: fl
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 3), st.sampled_from([(1, 1), (4, 2), (6, 2), (3, 3)]), st.integers(1, 30), st.booleans(),
-       st.sampled_from([0.0, 2.0]), st.integers(0, 1000))
+@given(
+    st.integers(1, 3),
+    st.sampled_from([(1, 1), (4, 2), (6, 2), (3, 3)]),
+    st.integers(1, 30),
+    st.booleans(),
+    st.sampled_from([0.0, 2.0]),
+    st.integers(0, 1000),
+)
 def test_all_forms_equal_the_definition(batch, heads, length, shared, softcap, seed):
     args = make(batch, *heads, length, seed=seed, shared=shared)
     expected = naive(*args, 0.5, softcap)
@@ -87,19 +93,22 @@ def test_flops():
 
 def test_errors_say_what_was_found():
     query, key, candidate, skip = make()
-    for args, message in (((query[:, :, :, :4], key, candidate, skip), r"query \[B, H, 1, D\]"),
-                          ((query.double(), key, candidate, skip), "one float type"),
-                          ((query[:, :3], key, candidate, skip), "3 query heads cannot share 2"),
-                          ((query, key, candidate[:, :3], skip), "candidate must be bool"),
-                          ((query, key, candidate, skip.int()), "skip must be bool")):
+    for args, message in (
+        ((query[:, :, :, :4], key, candidate, skip), r"query \[B, H, 1, D\]"),
+        ((query.double(), key, candidate, skip), "one float type"),
+        ((query[:, :3], key, candidate, skip), "3 query heads cannot share 2"),
+        ((query, key, candidate[:, :3], skip), "candidate must be bool"),
+        ((query, key, candidate, skip.int()), "skip must be bool"),
+    ):
         with pytest.raises(ValueError, match=message):
             token_votes(*args, 0.5)
     assert not supports(query.double(), key.double())[0]
 
 
 def triton_equals_the_definition(device):
-    for number, (sizes, parts) in enumerate([((2, 4, 2, 20, 8), None), ((3, 8, 1, 300, 64), 3), ((1, 6, 6, 70, 40), 2),
-                                             ((2, 4, 2, 513, 16), 5)]):
+    for number, (sizes, parts) in enumerate(
+        [((2, 4, 2, 20, 8), None), ((3, 8, 1, 300, 64), 3), ((1, 6, 6, 70, 40), 2), ((2, 4, 2, 513, 16), 5)]
+    ):
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 1e-5), (torch.bfloat16, 1e-5)):
             if dtype == torch.bfloat16 and device == "cpu":
                 continue  # the interpreter multiplies blocks of bf16 as if they were integers

@@ -21,13 +21,19 @@ STEM = {"recipe_version": 1, "description": "tables", "steps": [{"pass": "stem"}
 
 
 def random_pruning(keep: float) -> dict[str, Any]:
-    return {"recipe_version": 1, "description": "at random",
-            "steps": [{"pass": "random", "params": {"keep": keep, "seed": 0}}]}
+    return {
+        "recipe_version": 1,
+        "description": "at random",
+        "steps": [{"pass": "random", "params": {"keep": keep, "seed": 0}}],
+    }
 
 
 def class_pruning(keep: float) -> dict[str, Any]:
-    return {"recipe_version": 1, "description": "patches",
-            "steps": [{"pass": "class_attention", "params": {"keep": [keep], "at": [0.5]}}]}
+    return {
+        "recipe_version": 1,
+        "description": "patches",
+        "steps": [{"pass": "class_attention", "params": {"keep": [keep], "at": [0.5]}}],
+    }
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor | None]:
@@ -118,8 +124,16 @@ def test_freezing_and_thawing_tables_under_inductor() -> None:
 
 
 def test_dropout_follows_the_mode() -> None:
-    config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32,
-                       patch_size=8, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.0)
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
+        hidden_dropout_prob=0.5,
+        attention_probs_dropout_prob=0.0,
+    )
     dense = ViTModel(config).eval()
     model = tokcompile.optimize(dense, class_pruning(1.0), lowering="eager")
     inputs = {"pixel_values": torch.randn(2, 3, 32, 32)}
@@ -218,7 +232,8 @@ def test_conversion_leaves_the_original_alone() -> None:
     assert found.dtype == torch.float64
     torch.testing.assert_close(found.float(), logits, rtol=1e-5, atol=1e-5)
     assert [p.data_ptr() for p in tokcompile.optimize(dense, random_pruning(0.5)).parameters()] == [
-        p.data_ptr() for p in dense.parameters()]
+        p.data_ptr() for p in dense.parameters()
+    ]
 
 
 def test_tied_parameters_stay_tied() -> None:

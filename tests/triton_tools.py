@@ -29,8 +29,14 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, tor
 def run_interpreted(module: str, function: str) -> None:
     """Call ``function("cpu")`` of a test module in a process of its own, whose Triton kernels are interpreted."""
     code = f"from {module} import {function}; {function}('cpu'); print('equal')"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=400,
-                            cwd=Path(__file__).resolve().parents[1], env={**os.environ, "TRITON_INTERPRET": "1"})
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        cwd=Path(__file__).resolve().parents[1],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
     assert result.stdout.strip() == "equal", result.stderr
 
 
@@ -43,8 +49,9 @@ def compiled(launch: Launch, capability: int, spilled: int = 0) -> Usage:
     return usage
 
 
-def dense(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float | None = None,
-          softcap: float = 0.0) -> tuple[Tensor, Tensor]:
+def dense(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float | None = None, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Attention in fp64 under an explicit mask: output [B, H, Q, Dv] and log-sum-exp [B, H, Q].
 
     Args:

@@ -23,9 +23,16 @@ RecipeLike = str | PathLike[str] | Mapping[str, Any] | Recipe
 ON_NO_MATCH = ("error", "warn", "ignore")
 
 
-def optimize(model: Model, recipe: RecipeLike, *, inputs: Mapping[str, Any] | None = None,
-             calibration: Any = None, on_no_match: str = "error", lowering: str = "inductor",
-             inplace: bool = False) -> Model:
+def optimize(
+    model: Model,
+    recipe: RecipeLike,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    calibration: Any = None,
+    on_no_match: str = "error",
+    lowering: str = "inductor",
+    inplace: bool = False,
+) -> Model:
     """Compile ``model`` with the steps of ``recipe``.
 
     Args:
@@ -60,8 +67,7 @@ def optimize(model: Model, recipe: RecipeLike, *, inputs: Mapping[str, Any] | No
     check_prepared(loaded, calibration)
     if calibration is not None and not isinstance(calibration, PreparedState):
         calibration = calibrate(model, loaded, calibration)
-    session = Session(loaded, lowering=lowering, on_no_match=on_no_match, model=type(model).__name__,
-                      state=calibration)
+    session = Session(loaded, lowering=lowering, on_no_match=on_no_match, model=type(model).__name__, state=calibration)
     target = model if inplace else share(model)
     install(target, session)
     session.origin = origin(target)
@@ -76,8 +82,13 @@ def optimize(model: Model, recipe: RecipeLike, *, inputs: Mapping[str, Any] | No
     return target
 
 
-def explain(model: nn.Module, inputs: Mapping[str, Any], recipe: RecipeLike | None = None, *,
-            calibration: PreparedState | None = None) -> Report:
+def explain(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    recipe: RecipeLike | None = None,
+    *,
+    calibration: PreparedState | None = None,
+) -> Report:
     """What tokcompile finds in ``model`` on ``inputs`` and what ``recipe`` would change; changes nothing.
 
     Runs the model once (eagerly lowered), like ``optimize(..., inputs=inputs)`` does.

@@ -12,8 +12,13 @@ from tokcompile.errors import RecipeError
 OPTIONS = ("recipe", "lowering", "on_no_match")
 
 
-def tokcompile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], *,
-               options: dict[str, Any] | None = None, mode: str | None = None) -> Any:
+def tokcompile(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+) -> Any:
     """The backend. Options: ``recipe`` (required), ``lowering`` ("inductor" or "eager"), ``on_no_match``.
 
     Raises:
@@ -28,9 +33,13 @@ def tokcompile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], *,
     if session is None:
         unknown = sorted(set(options) - set(OPTIONS))
         if unknown or "recipe" not in options:
-            raise RecipeError(f"the tokcompile backend takes options {', '.join(OPTIONS)} and needs 'recipe'"
-                              + (f"; unknown: {', '.join(unknown)}" if unknown else ""))
-        session = options["_session"] = Session(Recipe.load(options["recipe"]),
-                                                lowering=options.get("lowering", "inductor"),
-                                                on_no_match=options.get("on_no_match", "error"))
+            raise RecipeError(
+                f"the tokcompile backend takes options {', '.join(OPTIONS)} and needs 'recipe'"
+                + (f"; unknown: {', '.join(unknown)}" if unknown else "")
+            )
+        session = options["_session"] = Session(
+            Recipe.load(options["recipe"]),
+            lowering=options.get("lowering", "inductor"),
+            on_no_match=options.get("on_no_match", "error"),
+        )
     return session.backend(graph_module, example_inputs)

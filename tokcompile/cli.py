@@ -39,18 +39,31 @@ Exit codes: 0 done, 2 wrong usage, 3 recipe not valid, 4 recipe changes nothing,
 6 refused, 1 a defect of tokcompile.
 """
 
-app = typer.Typer(name="tokcompile", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
-                  add_completion=False, epilog=_EPILOG,
-                  help="Compress models inside the graph that torch.compile captures.",
-                  context_settings={"help_option_names": ["-h", "--help"]})
-recipes_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown",
-                          help="The recipes that ship, what is in them, and a start for your own.")
+app = typer.Typer(
+    name="tokcompile",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    add_completion=False,
+    epilog=_EPILOG,
+    help="Compress models inside the graph that torch.compile captures.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="The recipes that ship, what is in them, and a start for your own.",
+)
 app.add_typer(recipes_app, name="recipes")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub name, or module:function.")]
 RecipeName = Annotated[str, typer.Option("--recipe", "-r", metavar="R", help="Shipped name or YAML file.")]
-Sets = Annotated[list[str] | None, typer.Option(
-    "--set", metavar="PLACE=VALUE", help="Change a value of the recipe: steps[0].params.keep=0.2. Repeatable.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="PLACE=VALUE", help="Change a value of the recipe: steps[0].params.keep=0.2. Repeatable."
+    ),
+]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write to.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Write one JSON value to standard output.")]
 Prompt = Annotated[str, typer.Option(help="Text of the input, read with the model's tokenizer or processor.")]
@@ -61,8 +74,12 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; left out
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 RandomWeights = Annotated[bool, typer.Option("--random-weights", help="Build the model from its config.json alone.")]
 Lowering = Annotated[str, typer.Option(help="inductor (fast code) or eager (no code generation).")]
-Calibration = Annotated[str, typer.Option(
-    metavar="MODULE:FUNCTION", help="Function that returns calibration inputs, for recipes that need them.")]
+Calibration = Annotated[
+    str,
+    typer.Option(
+        metavar="MODULE:FUNCTION", help="Function that returns calibration inputs, for recipes that need them."
+    ),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -74,10 +91,13 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _main(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (works anywhere).")] = False,
-    passes: Annotated[list[Path] | None, typer.Option(
-        "--passes", metavar="FILE", help="Python file with passes of your own; it is run. Repeatable.")] = None,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True,
-                                          callback=_version)] = False,
+    passes: Annotated[
+        list[Path] | None,
+        typer.Option("--passes", metavar="FILE", help="Python file with passes of your own; it is run. Repeatable."),
+    ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_version)
+    ] = False,
 ) -> None:
     from tokcompile.registry import load_file
 
@@ -96,11 +116,18 @@ def recipes_list(as_json: AsJson = False) -> None:
     from tokcompile.registry import get_pass, load_failures, pass_names
 
     recipes = [Recipe.load(name) for name in shipped()]
-    passes = [{"name": n, "region": get_pass(n).regions, "summary": pass_summary(n), "source": pass_source(n)}
-              for n in pass_names()]
+    passes = [
+        {"name": n, "region": get_pass(n).regions, "summary": pass_summary(n), "source": pass_source(n)}
+        for n in pass_names()
+    ]
     if as_json:
-        _json({"recipes": [{"name": r.name, **r.to_dict()} for r in recipes], "passes": passes,
-               "failures": load_failures()})
+        _json(
+            {
+                "recipes": [{"name": r.name, **r.to_dict()} for r in recipes],
+                "passes": passes,
+                "failures": load_failures(),
+            }
+        )
         return
     table = _table("recipe", "passes", "what it does")
     for recipe in recipes:
@@ -118,7 +145,8 @@ def recipes_list(as_json: AsJson = False) -> None:
 @recipes_app.command("show", epilog="Examples: tokcompile recipes show vlm_prune_90 · tokcompile recipes show todre")
 def recipes_show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Recipe (shipped name or file), or name of a pass.")],
-    sets: Sets = None, as_json: AsJson = False,
+    sets: Sets = None,
+    as_json: AsJson = False,
 ) -> None:
     """A recipe with everything filled in, and the parameters of its passes: type, bounds, unit, default, source."""
     from tokcompile.recipe.parameters import pass_parameters, pass_source, pass_summary
@@ -128,9 +156,19 @@ def recipes_show(
     recipe = None if name in pass_names() and name not in shipped() and not Path(name).exists() else _load(name, sets)
     passes = [name] if recipe is None else list(dict.fromkeys(step.pass_ for step in recipe.steps))
     if as_json:
-        _json({"recipe": recipe.to_dict() if recipe else None, "passes": {p: {
-            "summary": pass_summary(p), "source": pass_source(p),
-            "parameters": [vars(q) for q in pass_parameters(p)]} for p in passes}})
+        _json(
+            {
+                "recipe": recipe.to_dict() if recipe else None,
+                "passes": {
+                    p: {
+                        "summary": pass_summary(p),
+                        "source": pass_source(p),
+                        "parameters": [vars(q) for q in pass_parameters(p)],
+                    }
+                    for p in passes
+                },
+            }
+        )
         return
     out = _out()
     if recipe is not None:
@@ -143,8 +181,9 @@ def recipes_show(
         table = _table("parameter", "type", "default", "unit", "source", "meaning")
         for parameter in pass_parameters(entry):
             default = "required" if parameter.required else json.dumps(parameter.default)
-            table.add_row(parameter.name, parameter.type, default, parameter.unit, parameter.source,
-                          parameter.description)
+            table.add_row(
+                parameter.name, parameter.type, default, parameter.unit, parameter.source, parameter.description
+            )
         out.print(table)
 
 
@@ -179,8 +218,11 @@ def recipes_schema() -> None:
 
 
 @app.command(epilog="Examples: tokcompile lint mine.yaml · tokcompile lint recipes/*.yaml --json")
-def lint(files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Recipe files (or shipped names).")],
-         sets: Sets = None, as_json: AsJson = False) -> None:
+def lint(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Recipe files (or shipped names).")],
+    sets: Sets = None,
+    as_json: AsJson = False,
+) -> None:
     """Check recipes; every mistake at once, with its line and column. Exit code 3 if there is one."""
     from tokcompile.runtime.session import Session
 
@@ -192,7 +234,8 @@ def lint(files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Rec
         except RecipeError as error:
             mistakes = [vars(m) for m in error.mistakes] or [
                 {"file": name, "line": None, "column": None, "where": "", "what": line}
-                for line in str(error).split("\n")]
+                for line in str(error).split("\n")
+            ]
             if not as_json:
                 prefix = "" if error.mistakes else f"{name}: "
                 for line in str(error).split("\n"):
@@ -210,8 +253,16 @@ def lint(files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Rec
 # ---------------------------------------------------------------------------------------------------------- models
 
 
-def _request(model: Model, prompt: Prompt = "", images: Images = None, tokens: Tokens = 64, batch: Batch = 1,
-             dtype: Dtype = "", device: Device = "", random_weights: RandomWeights = False) -> Any:
+def _request(
+    model: Model,
+    prompt: Prompt = "",
+    images: Images = None,
+    tokens: Tokens = 64,
+    batch: Batch = 1,
+    dtype: Dtype = "",
+    device: Device = "",
+    random_weights: RandomWeights = False,
+) -> Any:
     """The options that every command with a MODEL has, as a :class:`tokcompile.model_source.Request`."""
     from tokcompile.model_source import Request
 
@@ -236,8 +287,10 @@ def _takes_model(command: Callable[..., None]) -> Callable[..., None]:
     return run_command
 
 
-@app.command(epilog="Examples: tokcompile explain tokcompile.demo:tiny_vlm · "
-                    "tokcompile explain ./my-model --recipe vlm_prune_90 --image cat.png --html report.html")
+@app.command(
+    epilog="Examples: tokcompile explain tokcompile.demo:tiny_vlm · "
+    "tokcompile explain ./my-model --recipe vlm_prune_90 --image cat.png --html report.html"
+)
 @_takes_model
 def explain(
     request: Any,
@@ -270,13 +323,18 @@ def explain(
         raise CaptureError(f"nothing was captured: {uncaptured[0].reason}")
 
 
-@app.command(epilog="Example: tokcompile optimize ./my-model --recipe vlm_prune_90 --set steps[0].params.keep=0.2 "
-                    "--out my-model-pruned")
+@app.command(
+    epilog="Example: tokcompile optimize ./my-model --recipe vlm_prune_90 --set steps[0].params.keep=0.2 "
+    "--out my-model-pruned"
+)
 @_takes_model
 def optimize(
-    request: Any, recipe: RecipeName,
+    request: Any,
+    recipe: RecipeName,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Folder to write to.")] = None,
-    sets: Sets = None, lowering: Lowering = "eager", calibration: Calibration = "",
+    sets: Sets = None,
+    lowering: Lowering = "eager",
+    calibration: Calibration = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Match and rewrite, write nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -296,15 +354,17 @@ def optimize(
     with _working("loading the model") as say:
         module, inputs = _model(request)
         say("calibrating, rewriting" if calibration else "capturing, rewriting")
-        optimized = tokcompile.optimize(module, loaded, inputs=inputs, lowering=lowering,
-                                        calibration=_calibration(calibration))
+        optimized = tokcompile.optimize(
+            module, loaded, inputs=inputs, lowering=lowering, calibration=_calibration(calibration)
+        )
         report = tokcompile.report(optimized)
         if out is not None and not dry_run:
             say(f"saving to {out}")
             tokcompile.save_pretrained(optimized, out)
             report.to_html(out / PAGE)
-    _json({"out": None if dry_run else str(out), "report": report.to_dict()}) if as_json \
-        else _out().print(Text(str(report)), soft_wrap=True)
+    _json({"out": None if dry_run else str(out), "report": report.to_dict()}) if as_json else _out().print(
+        Text(str(report)), soft_wrap=True
+    )
     if out is not None and not dry_run:
         _err().print(f"wrote {out}; the report is {out / PAGE}", markup=False, soft_wrap=True)
 
@@ -315,13 +375,16 @@ def bench(
     request: Any,
     recipe: Annotated[list[str] | None, typer.Option("--recipe", "-r", metavar="R", help="Repeatable.")] = None,
     sets: Sets = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR",
-                                             help="Folder for bench.csv, bench.json, bench.png, report pages.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="Folder for bench.csv, bench.json, bench.png, report pages."),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 10,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated in each round.")] = 16,
     lowering: Lowering = "inductor",
     no_compile: Annotated[bool, typer.Option("--no-compile", help="Leave plain torch.compile out.")] = False,
-    calibration: Calibration = "", as_json: AsJson = False,
+    calibration: Calibration = "",
+    as_json: AsJson = False,
 ) -> None:
     """Time to first token, prefill, decode and memory: dense, dense with torch.compile, and with each recipe."""
     from tokcompile.measure.bench import bench as measure
@@ -331,8 +394,17 @@ def bench(
         out.mkdir(parents=True, exist_ok=True)
     with _working("loading the model") as say:
         module, inputs = _model(request)
-        result = measure(module, inputs, loaded, rounds=rounds, new_tokens=new_tokens, lowering=lowering,
-                         compiled_baseline=not no_compile, progress=say, calibration=_calibration(calibration))
+        result = measure(
+            module,
+            inputs,
+            loaded,
+            rounds=rounds,
+            new_tokens=new_tokens,
+            lowering=lowering,
+            compiled_baseline=not no_compile,
+            progress=say,
+            calibration=_calibration(calibration),
+        )
     if out is not None:
         result.to_csv(out / "bench.csv")
         (out / "bench.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -347,8 +419,10 @@ def bench(
 @app.command(epilog="Example: tokcompile export ./my-model --recipe vlm_prune_90 --out my-model-onnx")
 @_takes_model
 def export(
-    request: Any, recipe: Annotated[str, typer.Option("--recipe", "-r", metavar="R", help="Left out, dense.")] = "",
-    out: Out = Path("onnx"), sets: Sets = None,
+    request: Any,
+    recipe: Annotated[str, typer.Option("--recipe", "-r", metavar="R", help="Left out, dense.")] = "",
+    out: Out = Path("onnx"),
+    sets: Sets = None,
     no_check: Annotated[bool, typer.Option("--no-check", help="Do not compare onnxruntime with PyTorch.")] = False,
     opset: Annotated[int, typer.Option(help="Of the standard operations, 18 to 24.")] = 20,
     target: Annotated[str, typer.Option(help="standard, or contrib: fused operations of onnxruntime.")] = "standard",
@@ -363,8 +437,17 @@ def export(
     with _working("loading the model") as say:
         module, inputs = _model(request)
         say("exporting" if no_check else "exporting, comparing with onnxruntime")
-        result = tokcompile.export_onnx(module, inputs, out, recipe=loaded, check=not no_check, opset=opset,
-                                        target=target, logits="all" if all_logits else "last", overwrite=overwrite)
+        result = tokcompile.export_onnx(
+            module,
+            inputs,
+            out,
+            recipe=loaded,
+            check=not no_check,
+            opset=opset,
+            target=target,
+            logits="all" if all_logits else "last",
+            overwrite=overwrite,
+        )
     if as_json:
         _json(result.to_dict() if hasattr(result, "to_dict") else {"out": str(out), "report": str(result)})
         return
@@ -384,8 +467,10 @@ def demo(
     from tokcompile import demo as tried
 
     if not tiny and tried.full_demo() is None:
-        raise TokcompileError("the full demonstration is part of the repository, not of the installed package: clone "
-                              "it and run `make demo`; or run `tokcompile demo --tiny`")
+        raise TokcompileError(
+            "the full demonstration is part of the repository, not of the installed package: clone "
+            "it and run `make demo`; or run `tokcompile demo --tiny`"
+        )
     if as_json and not tiny:
         raise typer.BadParameter("give --tiny, too; the full demonstration writes pictures", param_hint="--json")
     if not tiny:
@@ -431,8 +516,15 @@ def _calibration(name: str) -> Any:
 def _working(text: str) -> Iterator[Callable[..., None]]:
     """A progress line on standard error, where that is a terminal; gives a function that says what is being done."""
     console = _err()
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=30), TimeElapsedColumn(),
-                  console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
         task = progress.add_task(text, total=None)
 
         def say(what: str, done: int = 0, total: int | None = None) -> None:

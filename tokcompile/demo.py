@@ -24,17 +24,37 @@ def tiny_vlm() -> tuple[nn.Module, dict[str, Any]]:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlavaForConditionalGeneration(LlavaConfig(
-            vision_config=CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3,
-                                           num_attention_heads=2, image_size=64, patch_size=8, projection_dim=32),
-            text_config=LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=10, num_attention_heads=4,
-                                    num_key_value_heads=2, vocab_size=128),
-            image_token_index=_IMAGE, image_seq_length=64)).eval()
+        model = LlavaForConditionalGeneration(
+            LlavaConfig(
+                vision_config=CLIPVisionConfig(
+                    hidden_size=32,
+                    intermediate_size=64,
+                    num_hidden_layers=3,
+                    num_attention_heads=2,
+                    image_size=64,
+                    patch_size=8,
+                    projection_dim=32,
+                ),
+                text_config=LlamaConfig(
+                    hidden_size=64,
+                    intermediate_size=128,
+                    num_hidden_layers=10,
+                    num_attention_heads=4,
+                    num_key_value_heads=2,
+                    vocab_size=128,
+                ),
+                image_token_index=_IMAGE,
+                image_seq_length=64,
+            )
+        ).eval()
         model.generation_config = GenerationConfig(pad_token_id=0)
         text = torch.randint(10, 128, (1, 8))
         ids = torch.cat([text[:, :2], torch.full((1, 64), _IMAGE), text[:, 2:]], 1)
-        return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids),
-                       "pixel_values": torch.randn(1, 3, 64, 64)}
+        return model, {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "pixel_values": torch.randn(1, 3, 64, 64),
+        }
 
 
 def tiny_vit() -> tuple[nn.Module, dict[str, Any]]:
@@ -43,8 +63,9 @@ def tiny_vit() -> tuple[nn.Module, dict[str, Any]]:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Dinov2Model(Dinov2Config(hidden_size=48, num_hidden_layers=8, num_attention_heads=4, image_size=64,
-                                         patch_size=8)).eval()
+        model = Dinov2Model(
+            Dinov2Config(hidden_size=48, num_hidden_layers=8, num_attention_heads=4, image_size=64, patch_size=8)
+        ).eval()
         return model, {"pixel_values": torch.randn(2, 3, 64, 64)}
 
 
@@ -54,8 +75,16 @@ def tiny_llm() -> tuple[nn.Module, dict[str, Any]]:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=4,
-                                             num_attention_heads=4, num_key_value_heads=2, vocab_size=128)).eval()
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                vocab_size=128,
+            )
+        ).eval()
         model.generation_config = GenerationConfig(pad_token_id=0)
         return model, {"input_ids": torch.randint(10, 128, (1, 32))}
 

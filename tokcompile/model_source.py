@@ -60,8 +60,9 @@ def load(request: Request) -> tuple[nn.Module, dict[str, Any]]:
         if not isinstance(dtype, torch.dtype):
             raise TokcompileError(f"--dtype {request.dtype}: write float32, bfloat16 or float16")
         model = model.to(dtype)
-        inputs = {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-                  for k, v in inputs.items()}
+        inputs = {
+            k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()
+        }
     if request.device:
         try:
             model = model.to(request.device)
@@ -76,10 +77,13 @@ def load(request: Request) -> tuple[nn.Module, dict[str, Any]]:
 
 def _from_function(module: str, name: str) -> tuple[nn.Module, dict[str, Any]]:
     made = call_function(module, name)
-    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)
-            and isinstance(made[1], Mapping)):
-        raise ModelNotFoundError(f"{module}:{name} should return (model, inputs): a torch.nn.Module and a dict of "
-                                 f"keyword arguments; it returned {type(made).__name__}")
+    if not (
+        isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module) and isinstance(made[1], Mapping)
+    ):
+        raise ModelNotFoundError(
+            f"{module}:{name} should return (model, inputs): a torch.nn.Module and a dict of "
+            f"keyword arguments; it returned {type(made).__name__}"
+        )
     return made[0], dict(made[1])
 
 
@@ -103,8 +107,11 @@ def call_function(module: str, name: str) -> Any:
             found = importlib.import_module(module)
         function = getattr(found, name, None)
         if not callable(function):
-            near = [n for n, value in vars(found).items() if not n.startswith("_")
-                    and inspect.isfunction(value) and value.__module__ == found.__name__]
+            near = [
+                n
+                for n, value in vars(found).items()
+                if not n.startswith("_") and inspect.isfunction(value) and value.__module__ == found.__name__
+            ]
             from tokcompile.registry import did_you_mean
 
             raise ModelNotFoundError(f"{module} has no function {name!r}{did_you_mean(name, near)}")
@@ -113,8 +120,10 @@ def call_function(module: str, name: str) -> Any:
         raise
     except Exception as error:  # the user's own code
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
-            raise ModelNotFoundError(f"there is no module {error.name!r} to import, and no folder {module}:{name}; "
-                                     "MODEL is a folder, a hub name, module:function or file.py:function") from None
+            raise ModelNotFoundError(
+                f"there is no module {error.name!r} to import, and no folder {module}:{name}; "
+                "MODEL is a folder, a hub name, module:function or file.py:function"
+            ) from None
         raise ModelNotFoundError(f"{module}:{name} failed: {type(error).__name__}: {_line(error)}") from error
 
 
@@ -128,8 +137,10 @@ def _from_transformers(request: Request) -> tuple[nn.Module, dict[str, Any]]:
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         if (folder / "tokcompile.json").is_file():
-            raise ModelNotFoundError(f"{name} was written by tokcompile.save_pretrained: it is optimized already; load "
-                                     "it with tokcompile.load, and start from the original model here")
+            raise ModelNotFoundError(
+                f"{name} was written by tokcompile.save_pretrained: it is optimized already; load "
+                "it with tokcompile.load, and start from the original model here"
+            )
         raise ModelNotFoundError(f"{name}: a folder without config.json; expected a model saved by save_pretrained")
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or " " in name):
         raise ModelNotFoundError(f"{name}: no such folder")
@@ -138,13 +149,19 @@ def _from_transformers(request: Request) -> tuple[nn.Module, dict[str, Any]]:
         model_class = _model_class(config)
         if request.random_weights:
             torch.manual_seed(0)
-            model = model_class._from_config(config) if hasattr(model_class, "_from_config") \
+            model = (
+                model_class._from_config(config)
+                if hasattr(model_class, "_from_config")
                 else model_class.from_config(config)
+            )
         else:
             model = model_class.from_pretrained(name)
     except Exception as error:  # every kind of trouble that files, networks and configurations can make
-        hint = "" if folder.is_dir() else ("; MODEL is a folder, a name on the hub, or module:function that returns "
-                                           "(model, inputs)")
+        hint = (
+            ""
+            if folder.is_dir()
+            else ("; MODEL is a folder, a name on the hub, or module:function that returns (model, inputs)")
+        )
         raise ModelNotFoundError(f"{name} cannot be loaded: {type(error).__name__}: {_line(error)}{hint}") from error
     return model, _inputs(model, request)
 
@@ -168,8 +185,10 @@ def _inputs(model: Any, request: Request) -> dict[str, Any]:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocabulary = getattr(text, "vocab_size", None)
     if main != "input_ids" or not vocabulary:
-        raise ModelNotFoundError(f"{request.name}: no inputs can be made up for {type(model).__name__} (it takes "
-                                 f"{main}); write a function that returns (model, inputs) and name it module:function")
+        raise ModelNotFoundError(
+            f"{request.name}: no inputs can be made up for {type(model).__name__} (it takes "
+            f"{main}); write a function that returns (model, inputs) and name it module:function"
+        )
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(10, vocabulary - 1), vocabulary, (request.batch, request.tokens), generator=generator)
     special = [v for k, v in vars(config).items() if k.endswith(("token_id", "token_index")) and isinstance(v, int)]
@@ -184,8 +203,10 @@ def _inputs(model: Any, request: Request) -> dict[str, Any]:
                 features = model.base_model.get_image_features(pixel_values=pixels).pooler_output
             count = sum(f.numel() // f.shape[-1] for f in features) // request.batch
         except Exception as error:
-            raise ModelNotFoundError(f"{request.name}: no picture can be made up for {type(model).__name__} "
-                                     f"({_line(error)}); give --image and --prompt, or module:function") from error
+            raise ModelNotFoundError(
+                f"{request.name}: no picture can be made up for {type(model).__name__} "
+                f"({_line(error)}); give --image and --prompt, or module:function"
+            ) from error
         ids = torch.cat([ids[:, :4], torch.full((request.batch, count), image), ids[:, 4:]], 1)
         inputs = {"input_ids": ids, "pixel_values": pixels}
     return {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
@@ -194,8 +215,10 @@ def _inputs(model: Any, request: Request) -> dict[str, Any]:
 def _pixels(config: Any, batch: int, name: str) -> torch.Tensor:
     size = getattr(config, "image_size", None)
     if size is None:
-        raise ModelNotFoundError(f"{name}: its configuration has no image_size to make up a picture; give --image and "
-                                 "--prompt, or module:function")
+        raise ModelNotFoundError(
+            f"{name}: its configuration has no image_size to make up a picture; give --image and "
+            "--prompt, or module:function"
+        )
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
     generator = torch.Generator().manual_seed(0)
     return torch.randn(batch, int(getattr(config, "num_channels", 3)), height, width, generator=generator)
@@ -223,8 +246,10 @@ def _processed(request: Request) -> dict[str, Any]:
     except ImportError as error:
         raise ModelNotFoundError(f"--image needs pillow: pip install pillow ({_line(error)})") from error
     except Exception as error:
-        raise ModelNotFoundError(f"{request.name}: its processor cannot read the prompt or the images: "
-                                 f"{type(error).__name__}: {_line(error)}") from error
+        raise ModelNotFoundError(
+            f"{request.name}: its processor cannot read the prompt or the images: "
+            f"{type(error).__name__}: {_line(error)}"
+        ) from error
 
 
 def _line(error: BaseException) -> str:

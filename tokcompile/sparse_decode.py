@@ -31,5 +31,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     warnings.warn(
         f"{__name__}.{name} moved to {_MOVED[name]}.{name}; the old place goes with the next release",
-        DeprecationWarning, stacklevel=2)
+        DeprecationWarning,
+        stacklevel=2,
+    )
     return getattr(importlib.import_module(_MOVED[name]), name)

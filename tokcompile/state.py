@@ -46,8 +46,9 @@ class PreparedState(nn.Module):
         super().__init__()
         self.facts: dict[tuple[str, str], dict[str, Any]] = {}
 
-    def put(self, pass_name: str, key: str, tensors: Mapping[str, torch.Tensor],
-            facts: Mapping[str, Any] | None = None) -> None:
+    def put(
+        self, pass_name: str, key: str, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any] | None = None
+    ) -> None:
         """Store the state of one region.
 
         Args:
@@ -89,8 +90,11 @@ class PreparedState(nn.Module):
 
 def origin(model: nn.Module) -> dict[str, tuple[int, torch.dtype]]:
     """name -> (how often it was written to, dtype) of every tensor of the model that is not prepared state."""
-    return {name: (tensor._version, tensor.dtype) for name, tensor in model.state_dict(keep_vars=True).items()
-            if isinstance(tensor, torch.Tensor) and not name.startswith(f"{NAMESPACE}.")}
+    return {
+        name: (tensor._version, tensor.dtype)
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if isinstance(tensor, torch.Tensor) and not name.startswith(f"{NAMESPACE}.")
+    }
 
 
 def _parts(pass_name: str, key: str) -> list[str]:

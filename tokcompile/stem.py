@@ -54,8 +54,9 @@ class Edit:
     def __enter__(self) -> Edit:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.restore()
 
 
@@ -75,16 +76,23 @@ def edit(model: nn.Module, token: int | Sequence[int], *, like: int | Sequence[i
             the two sequences differ in length. Nothing is changed then.
     """
     state = getattr(model, NAMESPACE, None)
-    scopes = {} if not isinstance(state, PreparedState) else {
-        key: state.scope(_PASS, key) for key in state.keys(_PASS) if "remap" in state.tensors(_PASS, key)}
+    scopes = (
+        {}
+        if not isinstance(state, PreparedState)
+        else {key: state.scope(_PASS, key) for key in state.keys(_PASS) if "remap" in state.tensors(_PASS, key)}
+    )
     if not scopes:
-        raise TokcompileError("stem.edit: this model has no tables of token ids; make it with "
-                              "tokcompile.optimize(model, 'stem_ffn', calibration=...)")
+        raise TokcompileError(
+            "stem.edit: this model has no tables of token ids; make it with "
+            "tokcompile.optimize(model, 'stem_ffn', calibration=...)"
+        )
     tokens = [token] if isinstance(token, int) else list(token)
     others = [like] * len(tokens) if isinstance(like, int) else list(like)
     if not tokens or len(tokens) != len(others):
-        raise TokcompileError(f"stem.edit: {len(tokens)} tokens and {len(others)} to take the rows of; give one id, or "
-                              "as many (repeat some, or leave some out)")
+        raise TokcompileError(
+            f"stem.edit: {len(tokens)} tokens and {len(others)} to take the rows of; give one id, or "
+            "as many (repeat some, or leave some out)"
+        )
     indices: dict[str, torch.Tensor] = {key: scope.get_buffer("remap") for key, scope in scopes.items()}
     rows: dict[tuple[str, int], int] = {}
     for key, index in indices.items():
@@ -94,8 +102,10 @@ def edit(model: nn.Module, token: int | Sequence[int], *, like: int | Sequence[i
             rows[key, number] = int(index[number])
         without = next((n for n in others if rows[key, n] < 0), None)
         if without is not None:
-            raise TokcompileError(f"stem.edit: token {without} has no row in {key}: calibration never met it; "
-                                  "calibrate with text that has it, or with vocabulary: all")
+            raise TokcompileError(
+                f"stem.edit: token {without} has no row in {key}: calibration never met it; "
+                "calibrate with text that has it, or with vocabulary: all"
+            )
     made = Edit([], indices)
     for key, index in indices.items():
         for one, other in zip(tokens, others, strict=True):

@@ -64,8 +64,15 @@ def lee_task(tokenizer: Any) -> Task:
 
         return score
 
-    return Task("Lee", texts, embed(tokenizer), [Measure("Pearson", judge, correlation(False), unit=""),
-                                                Measure("Spearman", judge, correlation(True), unit="")])
+    return Task(
+        "Lee",
+        texts,
+        embed(tokenizer),
+        [
+            Measure("Pearson", judge, correlation(False), unit=""),
+            Measure("Spearman", judge, correlation(True), unit=""),
+        ],
+    )
 
 
 def words_task(tokenizer: Any) -> Task:
@@ -81,8 +88,12 @@ def words_task(tokenizer: Any) -> Task:
     def spearman(stats: Array) -> float:
         return float(np.corrcoef(_ranks(stats[:, 0]), _ranks(stats[:, 1]))[0, 1])
 
-    return Task("wordsim353", pairs, lambda model, pair: float(call(model, pair[0]) @ call(model, pair[1])),
-                [Measure("Spearman", judge, spearman, unit="")])
+    return Task(
+        "wordsim353",
+        pairs,
+        lambda model, pair: float(call(model, pair[0]) @ call(model, pair[1])),
+        [Measure("Spearman", judge, spearman, unit="")],
+    )
 
 
 def _number(text: str) -> bool:

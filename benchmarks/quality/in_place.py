@@ -70,8 +70,14 @@ class InPlace(nn.Module):
     from the model's in the layers below ``first``, so that :func:`above` can leave them out.
     """
 
-    def __init__(self, model: Any, attention: Attention | None = None,
-                 feed_forward: Mapping[int, FeedForward] | None = None, dense_first: int = 0, first: int = 0) -> None:
+    def __init__(
+        self,
+        model: Any,
+        attention: Attention | None = None,
+        feed_forward: Mapping[int, FeedForward] | None = None,
+        dense_first: int = 0,
+        first: int = 0,
+    ) -> None:
         super().__init__()
         self.model, self.attention, self.feed_forward = model, attention, feed_forward or {}
         self.dense_first, self.first = dense_first, first
@@ -152,6 +158,7 @@ class Lower:
 @torch.no_grad()
 def lower_of(model: Any, ids: Tensor, first: int) -> Lower:
     """Read ``ids [1, L]`` with the layers below ``first``."""
+
     class Enough(Exception):
         pass
 
@@ -180,7 +187,7 @@ def above(model: Any, ids: Tensor, lower: Lower) -> tuple[Tensor, DynamicCache]:
     inner = model.model if isinstance(model, InPlace) else model
     if isinstance(model, InPlace) and model.first < lower.first:
         raise ValueError(f"the model differs from layer {model.first} on, and the layers below {lower.first} were read")
-    below, cache = inner.model.layers[:lower.first], DynamicCache()
+    below, cache = inner.model.layers[: lower.first], DynamicCache()
     for layer in below:
         layer.forward = lambda *args, **kwargs: lower.hidden
     try:
@@ -196,8 +203,9 @@ def above(model: Any, ids: Tensor, lower: Lower) -> tuple[Tensor, DynamicCache]:
 # -------------------------------------------------------------------------------------------------------- attention
 
 
-def sparse_prefill_of(model: Any, params: TokenSparse.Params, layers: Collection[int] | None = None,
-                      seed: int = 0) -> InPlace:
+def sparse_prefill_of(
+    model: Any, params: TokenSparse.Params, layers: Collection[int] | None = None, seed: int = 0
+) -> InPlace:
     """These layers sparse; None: the upper part, as :class:`TokenSparse` without calibration.
 
     ``seed`` is for ``select: random``; with 0 the choice is the pass's.
@@ -210,15 +218,29 @@ def sparse_prefill_of(model: Any, params: TokenSparse.Params, layers: Collection
             return None
         drawn = layer + depth * seed if params.select == "random" else -1
         found: Tensor = torch.ops.tokcompile.token_sparse_attention(
-            query, key, value, None, None, scale, 0.0, 0, params.coverage, params.keep or 0.0, params.least,
-            params.window, params.pool, drawn)
+            query,
+            key,
+            value,
+            None,
+            None,
+            scale,
+            0.0,
+            0,
+            params.coverage,
+            params.keep or 0.0,
+            params.least,
+            params.window,
+            params.pool,
+            drawn,
+        )
         return found
 
     return InPlace(model, attention, first=min(sparse))
 
 
-def sparse_decode_of(model: Any, method: SparseDecode | TokenSelect, first: int = 1,
-                     state: Mapping[int, Tensor] | None = None) -> InPlace:
+def sparse_decode_of(
+    model: Any, method: SparseDecode | TokenSelect, first: int = 1, state: Mapping[int, Tensor] | None = None
+) -> InPlace:
     """Decode steps of the layers ``first`` and up. ``state``: layer -> what :meth:`SparseDecode.score` takes more.
 
     With ``reuse`` the model has a list ``reused``: whether each row reused its list, by step and layer.
@@ -281,18 +303,27 @@ def fasa_planes(model: Any, method: Fasa, data: Iterable[Mapping[str, Tensor]]) 
 
 
 @torch.no_grad()
-def observed(model: Any, data: Iterable[Mapping[str, Tensor]], experts_params: MoeFromDense.Params | None,
-             stem_params: Stem.Params | None) -> dict[str, Seen]:
+def observed(
+    model: Any,
+    data: Iterable[Mapping[str, Tensor]],
+    experts_params: MoeFromDense.Params | None,
+    stem_params: Stem.Params | None,
+) -> dict[str, Seen]:
     """What calibration of the two passes sees of each layer."""
     layers = model.model.layers
     embedding = model.get_input_embeddings().weight
     seen = {}
     for number, layer in enumerate(layers):
-        weights = {"gate": layer.mlp.gate_proj.weight, "up": layer.mlp.up_proj.weight,
-                   "down": layer.mlp.down_proj.weight, "embedding": embedding}
+        weights = {
+            "gate": layer.mlp.gate_proj.weight,
+            "up": layer.mlp.up_proj.weight,
+            "down": layer.mlp.down_proj.weight,
+            "embedding": embedding,
+        }
         seen[str(number)] = Seen(str(number), str(number), number, len(layers), weights=weights)
         seen[str(number)].facts["activation"] = "silu"
     for place, item in enumerate(data):
+
         def watch(x: Tensor, ids: Tensor, number: int, place: int = place) -> Tensor:
             mlp, sums = layers[number].mlp, seen[str(number)].sums
             flat = x.reshape(-1, x.shape[-1])
@@ -321,6 +352,7 @@ def experts_of(model: Any, params: MoeFromDense.Params, seen: dict[str, Seen]) -
     found: dict[int, FeedForward] = {}
     for key, (tensors, _) in method.prepare(seen).items():
         if tensors:
+
             def run(x: Tensor, ids: Tensor, t: Any = tensors) -> Tensor:
                 return experts.run(x.reshape(-1, x.shape[-1]), t, "silu", params.router, params.active).view(x.shape)
 
@@ -342,8 +374,13 @@ def fixed_neurons_of(model: Any, share: float, seen: dict[str, Seen]) -> InPlace
 
 
 @torch.no_grad()
-def tables_of(model: Any, params: Stem.Params, seen: dict[str, Seen], random_layers: int | None = None,
-              random_rows: int | None = None) -> InPlace:
+def tables_of(
+    model: Any,
+    params: Stem.Params,
+    seen: dict[str, Seen],
+    random_layers: int | None = None,
+    random_rows: int | None = None,
+) -> InPlace:
     """Tables in the place of up-projections; ids without a row keep theirs.
 
     Args:
@@ -354,8 +391,9 @@ def tables_of(model: Any, params: Stem.Params, seen: dict[str, Seen], random_lay
     count = sum(bool(tensors) for tensors, _ in made.values())
     if random_layers is not None:
         drawn = torch.randperm(len(seen), generator=torch.Generator().manual_seed(random_layers))[:count].tolist()
-        made = Stem(params.model_copy(update={"convert": 1.0})).prepare({k: v for k, v in seen.items()
-                                                                         if int(k) in drawn})
+        made = Stem(params.model_copy(update={"convert": 1.0})).prepare(
+            {k: v for k, v in seen.items() if int(k) in drawn}
+        )
     found: dict[int, FeedForward] = {}
     for key, (tensors, _) in made.items():
         if not tensors:

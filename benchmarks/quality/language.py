@@ -52,7 +52,7 @@ def calibration(tokenizer: Any, sequences: int = 32, length: int = 512) -> list[
     for _, text in articles()[40:]:
         ids = tokenizer.encode(text, add_special_tokens=False)
         for start in range(0, min(len(ids), 4 * length) - length + 1, length):
-            found.append({"input_ids": torch.tensor([ids[start:start + length]])})
+            found.append({"input_ids": torch.tensor([ids[start : start + length]])})
             if len(found) == sequences:
                 return found
     return found
@@ -66,10 +66,17 @@ def _likelihood(model: Any, ids: torch.Tensor) -> tuple[float, int]:
 
 def perplexity_task(tokenizer: Any, which: slice = EVALUATED, context: int = CONTEXT, name: str = "perplexity") -> Task:
     """The first ``context`` tokens of each of 12 articles; dense: 18.2 on 11,161 predicted tokens."""
-    items = [torch.tensor([tokenizer.encode(text, add_special_tokens=False)[:context]])
-             for _, text in articles()[which]]
-    return Task(name, items, _likelihood, [Measure("perplexity", score=perplexity, unit="", higher_is_better=False)],
-                calibration=calibration(tokenizer), note="12 articles: a wide interval")
+    items = [
+        torch.tensor([tokenizer.encode(text, add_special_tokens=False)[:context]]) for _, text in articles()[which]
+    ]
+    return Task(
+        name,
+        items,
+        _likelihood,
+        [Measure("perplexity", score=perplexity, unit="", higher_is_better=False)],
+        calibration=calibration(tokenizer),
+        note="12 articles: a wide interval",
+    )
 
 
 def _question(country: str) -> str:
@@ -81,8 +88,11 @@ def quiz_items(tokenizer: Any) -> list[tuple[torch.Tensor, str]]:
     shots = capitals()[:3]
     shown = {country for country, _ in shots}
     head = "".join(f"{_question(country)} {capital}\n" for country, capital in shots)
-    return [(torch.tensor([tokenizer.encode(head + _question(country), add_special_tokens=False)]), capital)
-            for country, capital in dict(capitals()).items() if country not in shown]
+    return [
+        (torch.tensor([tokenizer.encode(head + _question(country), add_special_tokens=False)]), capital)
+        for country, capital in dict(capitals()).items()
+        if country not in shown
+    ]
 
 
 def quiz_task(tokenizer: Any) -> Task:
@@ -90,17 +100,30 @@ def quiz_task(tokenizer: Any) -> Task:
 
     def answer(model: Any, item: tuple[torch.Tensor, str]) -> str:
         ids, _ = item
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False,
-                             pad_token_id=tokenizer.eos_token_id, stop_strings=["\n"], tokenizer=tokenizer)
-        return str(tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True))
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=10,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+            stop_strings=["\n"],
+            tokenizer=tokenizer,
+        )
+        return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
     items = quiz_items(tokenizer)
 
     def right(observed: Sequence[Any], dense: Sequence[Any]) -> Any:
         return np.array([[float(_same(text, capital))] for text, (_, capital) in zip(observed, items, strict=True)])
 
-    return Task("capitals", items, answer, [Measure("accuracy", right, mean_percent)],
-                calibration=calibration(tokenizer), version="2")
+    return Task(
+        "capitals",
+        items,
+        answer,
+        [Measure("accuracy", right, mean_percent)],
+        calibration=calibration(tokenizer),
+        version="2",
+    )
 
 
 def _same(text: str, capital: str) -> bool:
@@ -122,5 +145,8 @@ def recipes() -> dict[str, Any]:
     from tokcompile.recipes import Recipe, shipped
     from tokcompile.registry import get_pass
 
-    return {name: name for name in shipped()
-            if all(get_pass(step.pass_).regions == "feed_forward" for step in Recipe.load(name).steps)}
+    return {
+        name: name
+        for name in shipped()
+        if all(get_pass(step.pass_).regions == "feed_forward" for step in Recipe.load(name).steps)
+    }

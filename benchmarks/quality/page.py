@@ -30,13 +30,17 @@ def _groups(rows: Sequence[EvalRow]) -> dict[tuple[str, str], list[EvalRow]]:
 
 def leaderboard(rows: Sequence[EvalRow]) -> str:
     """One line for each method and figure: share of dense, and whether it is above its controls."""
-    lines = ["| model | task | figure | method | tokens | of dense | against random | against pooling |",
-             "|---|---|---|---|--:|--:|---|---|"]
+    lines = [
+        "| model | task | figure | method | tokens | of dense | against random | against pooling |",
+        "|---|---|---|---|--:|--:|---|---|",
+    ]
     methods = [r for r in rows if r.role == "method" and r.value is not None]
     for r in sorted(methods, key=lambda r: (r.model, r.task, r.metric, -(r.relative or 0))):
         share = "" if r.relative is None else f"{100 * r.relative:.1f} %"
-        lines.append(f"| {r.model} | {r.task} | {r.metric} | {r.candidate} | {_tokens(r)} | {share} | "
-                     f"{_against(r, 'random')} | {_against(r, 'pool')} |")
+        lines.append(
+            f"| {r.model} | {r.task} | {r.metric} | {r.candidate} | {_tokens(r)} | {share} | "
+            f"{_against(r, 'random')} | {_against(r, 'pool')} |"
+        )
     return "\n".join(lines)
 
 
@@ -61,16 +65,23 @@ def markdown(rows: Sequence[EvalRow], plots: Sequence[Path], skipped: Mapping[st
     parts = [f"## Leaderboard\n\n{leaderboard(rows)}"]
     for (model, task), members in _groups(rows).items():
         refused = [r for r in members if r.status != "measured"]
-        lines = ["| figure | candidate | tokens | FLOPs before / after | value | minus dense | ms |",
-                 "|---|---|--:|--:|--:|---|--:|"]
+        lines = [
+            "| figure | candidate | tokens | FLOPs before / after | value | minus dense | ms |",
+            "|---|---|--:|--:|--:|---|--:|",
+        ]
         for r in members:
             if r.status != "measured":
                 continue
-            minus = "" if r.minus_dense is None else \
-                f"{r.minus_dense:+.3g} [{r.minus_dense_low:+.3g}, {r.minus_dense_high:+.3g}]"
+            minus = (
+                ""
+                if r.minus_dense is None
+                else f"{r.minus_dense:+.3g} [{r.minus_dense_low:+.3g}, {r.minus_dense_high:+.3g}]"
+            )
             own = f"{_plain(r.value)} [{_plain(r.low)}, {_plain(r.high)}] {r.unit}".strip()
-            lines.append(f"| {r.metric} | {r.candidate} | {_tokens(r)} | {_plain(r.flop_ratio)} | {own} | {minus} | "
-                         f"{'' if r.ms is None else f'{r.ms:.0f}'} |")
+            lines.append(
+                f"| {r.metric} | {r.candidate} | {_tokens(r)} | {_plain(r.flop_ratio)} | {own} | {minus} | "
+                f"{'' if r.ms is None else f'{r.ms:.0f}'} |"
+            )
         text = f"## {task} ({model})\n\n{members[0].items} items.\n\n" + "\n".join(lines)
         seen = {r.candidate: f"`{r.candidate}`: {r.status}: {r.reason}" for r in refused}
         parts.append(text + "".join(f"\n\n{line}" for line in seen.values()))
@@ -81,8 +92,10 @@ def markdown(rows: Sequence[EvalRow], plots: Sequence[Path], skipped: Mapping[st
     if first is not None:
         loads = [r.load for r in rows if r.load is not None]
         busy = f"; load average of the machine {min(loads):.1f} to {max(loads):.1f}" if loads else ""
-        parts.append(f"torch {first.torch}, transformers {first.transformers}, tokcompile {first.tokcompile}, "
-                     f"{first.threads} thread(s){busy}.")
+        parts.append(
+            f"torch {first.torch}, transformers {first.transformers}, tokcompile {first.tokcompile}, "
+            f"{first.threads} thread(s){busy}."
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -104,8 +117,9 @@ def plot(results: Path, rows: Sequence[EvalRow]) -> list[Path]:
     for kind, name in (("tokens", "tokens kept"), ("time", "ms for an item (median)")):
         columns = min(3, len(panels))
         lines = -(-len(panels) // columns)
-        figure, axes = plt.subplots(lines, columns, squeeze=False, layout="constrained",
-                                    figsize=(4.2 * columns, 3.1 * lines))
+        figure, axes = plt.subplots(
+            lines, columns, squeeze=False, layout="constrained", figsize=(4.2 * columns, 3.1 * lines)
+        )
         for ax, (key, members) in zip(axes.flat, panels.items(), strict=False):
             full = max((r.tokens_before or 0 for r in members), default=0)
             for r in members:
@@ -114,8 +128,18 @@ def plot(results: Path, rows: Sequence[EvalRow]) -> list[Path]:
                     continue
                 # the percentile interval of a skewed figure can leave the figure itself outside
                 spread = [[max(0.0, r.value - r.low)], [max(0.0, r.high - r.value)]]
-                ax.errorbar([x], [r.value], yerr=spread, fmt="s" if r.role == "dense" else "o", ms=5, lw=1, capsize=2,
-                            color=COLOURS[r.role], alpha=0.85, label=r.role)
+                ax.errorbar(
+                    [x],
+                    [r.value],
+                    yerr=spread,
+                    fmt="s" if r.role == "dense" else "o",
+                    ms=5,
+                    lw=1,
+                    capsize=2,
+                    color=COLOURS[r.role],
+                    alpha=0.85,
+                    label=r.role,
+                )
                 if r.role == "method":
                     ax.annotate(r.candidate, (x, r.value), fontsize=6, xytext=(4, 4), textcoords="offset points")
             handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
@@ -123,7 +147,7 @@ def plot(results: Path, rows: Sequence[EvalRow]) -> list[Path]:
             ax.set_title(f"{key[1]}: {key[2]} ({key[0]})", fontsize=8, loc="left")
             ax.set_xlabel(name, fontsize=7)
             ax.tick_params(labelsize=7)
-        for ax in list(axes.flat)[len(panels):]:
+        for ax in list(axes.flat)[len(panels) :]:
             ax.axis("off")
         path = results.with_name(f"{results.stem}_{kind}.png")
         figure.savefig(path, dpi=100)

@@ -38,10 +38,16 @@ from . import in_place, language
 from .text_data import articles
 
 CITIES = ("Lisbon", "Oslo", "Cairo", "Lima", "Delhi", "Quito", "Seoul", "Dublin")
-FACTS = ("The code of the blue door", "The number of the night train to Vienna", "The page with the missing map",
-         "The price of the red lamp in euros", "The weight of the old bell in kilograms",
-         "The room of the violin teacher", "The year in which the mill burned down",
-         "The height of the stone tower in feet")
+FACTS = (
+    "The code of the blue door",
+    "The number of the night train to Vienna",
+    "The page with the missing map",
+    "The price of the red lamp in euros",
+    "The weight of the old bell in kilograms",
+    "The room of the violin teacher",
+    "The year in which the mill burned down",
+    "The height of the stone tower in feet",
+)
 FILLER = slice(24, 40)
 EACH = 4
 """Needles and keys in a haystack, of each as many."""
@@ -66,8 +72,9 @@ class Haystack:
     asked: list[Asked]
 
 
-def haystacks(encode: Callable[[str], list[int]], text: Sequence[int], length: int, count: int,
-              questions: int = 2 * EACH) -> list[Haystack]:
+def haystacks(
+    encode: Callable[[str], list[int]], text: Sequence[int], length: int, count: int, questions: int = 2 * EACH
+) -> list[Haystack]:
     """Haystacks of disjoint parts of ``text``; each with a question and an answer has at most ``length`` tokens.
 
     Args:
@@ -92,7 +99,7 @@ def haystacks(encode: Callable[[str], list[int]], text: Sequence[int], length: i
         answers = [torch.tensor([encode(f" {value}")]) for value in numbers]
         behind = max(q.shape[1] + a.shape[1] for q, a in zip(asking, answers, strict=True))
         room = length - behind - sum(map(len, needles))
-        filler = text[number * length: number * length + room]
+        filler = text[number * length : number * length + room]
         ids: list[int] = []
         depths, before = {}, 0
         for place, which in enumerate(order):
@@ -101,8 +108,12 @@ def haystacks(encode: Callable[[str], list[int]], text: Sequence[int], length: i
             ids += [*filler[before:at], *needles[which]]
             before = at
         chosen = [*range(questions // 2), *range(EACH, EACH + questions // 2)]
-        found.append(Haystack(torch.tensor([[*ids, *filler[before:]]]), [
-            Asked(asking[i], answers[i], i < EACH, depths[i]) for i in chosen]))
+        found.append(
+            Haystack(
+                torch.tensor([[*ids, *filler[before:]]]),
+                [Asked(asking[i], answers[i], i < EACH, depths[i]) for i in chosen],
+            )
+        )
     return found
 
 
@@ -134,8 +145,9 @@ def answer_in_steps(dense: Any) -> Callable[[Any, Haystack], Array]:
         questions = []
         for asked in item.asked:
             cache = dense(input_ids=asked.question, past_key_values=plain(text), use_cache=True).past_key_values
-            questions.append([(layer.keys[:, :, length:].clone(), layer.values[:, :, length:].clone())
-                              for layer in cache.layers])
+            questions.append(
+                [(layer.keys[:, :, length:].clone(), layer.values[:, :, length:].clone()) for layer in cache.layers]
+            )
         return text, questions
 
     def observe(model: Any, item: Haystack) -> Array:
@@ -195,17 +207,29 @@ def answer_after(dense: Any, first: int) -> Callable[[Any, Haystack], Array]:
 
 def sums(observed: Sequence[Any], dense: Sequence[Any]) -> Array:
     """[haystacks, 6]: of needles and of keys, how many were right, the sum of their logarithms, how many there were."""
-    return np.array([[float(value) for key in (0.0, 1.0) for mine in [rows[rows[:, 0] == key]]
-                      for value in (mine[:, 1].sum(), mine[:, 2].sum(), len(mine))] for rows in observed])
+    return np.array(
+        [
+            [
+                float(value)
+                for key in (0.0, 1.0)
+                for mine in [rows[rows[:, 0] == key]]
+                for value in (mine[:, 1].sum(), mine[:, 2].sum(), len(mine))
+            ]
+            for rows in observed
+        ]
+    )
 
 
 def _share(column: int, count: int, factor: float) -> Score:
     return lambda stats: factor * float(stats[:, column].sum() / stats[:, count].sum())
 
 
-MEASURES = [Measure("needles found", sums, _share(0, 2, 100.0)), Measure("keys found", sums, _share(3, 5, 100.0)),
-            Measure("loss of needles", sums, _share(1, 2, -1.0), unit="nats", higher_is_better=False),
-            Measure("loss of keys", sums, _share(4, 5, -1.0), unit="nats", higher_is_better=False)]
+MEASURES = [
+    Measure("needles found", sums, _share(0, 2, 100.0)),
+    Measure("keys found", sums, _share(3, 5, 100.0)),
+    Measure("loss of needles", sums, _share(1, 2, -1.0), unit="nats", higher_is_better=False),
+    Measure("loss of keys", sums, _share(4, 5, -1.0), unit="nats", higher_is_better=False),
+]
 """Shares of the answers that are right; and the negative logarithm of the probability of the right number, a mean."""
 
 
@@ -226,59 +250,100 @@ def task(dense: Any, tokenizer: Any, kind: str, length: int, count: int, questio
     """
     items = haystacks(partial(tokenizer.encode, add_special_tokens=False), filler(tokenizer), length, count, questions)
     observe = answer_in_steps(dense) if kind == "decode" else answer_after(dense, len(dense.model.layers) // 2)
-    return Task(f"{length // 1024}K, sparse {kind}", items, observe, MEASURES, language.calibration(tokenizer),
-                note=f"{questions} questions to a haystack")
+    return Task(
+        f"{length // 1024}K, sparse {kind}",
+        items,
+        observe,
+        MEASURES,
+        language.calibration(tokenizer),
+        note=f"{questions} questions to a haystack",
+    )
 
 
-def decode_candidates(model: Any, tokenizer: Any, budgets: Sequence[int | float],
-                      seeds: Sequence[int] = SEEDS) -> list[Candidate]:
+def decode_candidates(
+    model: Any, tokenizer: Any, budgets: Sequence[int | float], seeds: Sequence[int] = SEEDS
+) -> list[Candidate]:
     """All layers but the first attend to a budget of keys: two methods and the latest keys, beside random ones."""
     data = language.calibration(tokenizer, 4, 384)
     found = []
     for budget in budgets:
         label = f"{budget:.0%}" if isinstance(budget, float) else f"{budget} keys"
-        chance = [Candidate(f"random {label} seed={seed}", role="random", seed=seed, model=in_place.sparse_decode_of(
-            model, DecodeControl(DecodeControl.Params(budget=budget, choose="random", seed=seed)))) for seed in seeds]
+        chance = [
+            Candidate(
+                f"random {label} seed={seed}",
+                role="random",
+                seed=seed,
+                model=in_place.sparse_decode_of(
+                    model, DecodeControl(DecodeControl.Params(budget=budget, choose="random", seed=seed))
+                ),
+            )
+            for seed in seeds
+        ]
         fasa = Fasa(Fasa.Params(budget=budget, planes=16))
         planes = in_place.fasa_planes(model, fasa, data)
         window = DecodeControl(DecodeControl.Params(budget=budget, choose="window"))
-        made = {"tokenselect": in_place.sparse_decode_of(model, TokenSelect(TokenSelect.Params(budget=budget))),
-                "fasa": in_place.sparse_decode_of(model, fasa, 1, planes),
-                "latest keys": in_place.sparse_decode_of(model, window)}
+        made = {
+            "tokenselect": in_place.sparse_decode_of(model, TokenSelect(TokenSelect.Params(budget=budget))),
+            "fasa": in_place.sparse_decode_of(model, fasa, 1, planes),
+            "latest keys": in_place.sparse_decode_of(model, window),
+        }
         found += [Candidate(f"{name} {label}", model=one, controls=chance) for name, one in made.items()]
     return found
 
 
-def prefill_candidates(model: Any, tokenizer: Any, shares: Sequence[int | float],
-                       seeds: Sequence[int] = SEEDS) -> list[Candidate]:
+def prefill_candidates(
+    model: Any, tokenizer: Any, shares: Sequence[int | float], seeds: Sequence[int] = SEEDS
+) -> list[Candidate]:
     """The upper half of the layers at each share of the tokens, beside random ones; 0: by the recipe's coverage."""
     found = []
     for share in shares:
         if share == 0:
-            found.append(Candidate("token_sparse coverage=0.005", model=in_place.sparse_prefill_of(
-                model, TokenSparse.Params(least=0))))
+            found.append(
+                Candidate(
+                    "token_sparse coverage=0.005", model=in_place.sparse_prefill_of(model, TokenSparse.Params(least=0))
+                )
+            )
             continue
         given = {"keep": share, "least": 0}
-        chance = [Candidate(f"random {share:.0%} seed={seed}", role="random", seed=seed,
-                            model=in_place.sparse_prefill_of(
-                                model, TokenSparse.Params(select="random", **given), seed=seed)) for seed in seeds]
-        found.append(Candidate(f"token_sparse {share:.0%}", controls=chance, model=in_place.sparse_prefill_of(
-            model, TokenSparse.Params(**given))))
+        chance = [
+            Candidate(
+                f"random {share:.0%} seed={seed}",
+                role="random",
+                seed=seed,
+                model=in_place.sparse_prefill_of(model, TokenSparse.Params(select="random", **given), seed=seed),
+            )
+            for seed in seeds
+        ]
+        found.append(
+            Candidate(
+                f"token_sparse {share:.0%}",
+                controls=chance,
+                model=in_place.sparse_prefill_of(model, TokenSparse.Params(**given)),
+            )
+        )
     return found
 
 
 CANDIDATES = {"decode": decode_candidates, "prefill": prefill_candidates}
 FULL: list[tuple[str, int, int, int, tuple[int | float, ...]]] = [
-    ("decode", 2048, 8, 8, (0.25, 256, 64)), ("decode", 8192, 3, 8, (256, 64)),
-    ("prefill", 2048, 4, 2, (0, 0.5, 0.25, 0.1)), ("decode", 4096, 4, 8, (256, 64)), ("prefill", 4096, 4, 2, (0, 0.25))]
+    ("decode", 2048, 8, 8, (0.25, 256, 64)),
+    ("decode", 8192, 3, 8, (256, 64)),
+    ("prefill", 2048, 4, 2, (0, 0.5, 0.25, 0.1)),
+    ("decode", 4096, 4, 8, (256, 64)),
+    ("prefill", 4096, 4, 2, (0, 0.25)),
+]
 """Kind, tokens, haystacks, questions to each, and budgets: about 40 minutes of one core. A prefill of 8K would take
 minutes for each question and candidate."""
 SHORT: list[tuple[str, int, int, int, tuple[int | float, ...]]] = [
-    ("decode", 1024, 2, 4, (64,)), ("prefill", 1024, 1, 2, (0.25,))]
+    ("decode", 1024, 2, 4, (64,)),
+    ("prefill", 1024, 1, 2, (0.25,)),
+]
 
 
 def measured(model: Any, tokenizer: Any, full: bool) -> Iterator[tuple[Task, list[Candidate]]]:
     """Each task with its candidates. Raises MissingError."""
     for kind, length, count, questions, budgets in FULL if full else SHORT:
-        yield task(model, tokenizer, kind, length, count, questions), CANDIDATES[kind](
-            model, tokenizer, budgets, SEEDS if full else SEEDS[:1])
+        yield (
+            task(model, tokenizer, kind, length, count, questions),
+            CANDIDATES[kind](model, tokenizer, budgets, SEEDS if full else SEEDS[:1]),
+        )

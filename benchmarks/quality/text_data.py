@@ -35,10 +35,12 @@ def plain_text(markup: str) -> str:
     media = r"(?:File|Image|Category)\s*:"
     while True:  # links inside captions first
         changed = re.sub(rf"\[\[{media}{inside}\]\]", "", text, flags=re.DOTALL | re.IGNORECASE)
-        changed = re.sub(rf"\[\[(?!{media})(?:(?!\[\[|\]\]|\|).)*\|({inside})\]\]", r"\1", changed,
-                         flags=re.DOTALL | re.IGNORECASE)
-        changed = re.sub(rf"\[\[(?!{media})((?:(?!\[\[|\]\]|\|).)*)\]\]", r"\1", changed,
-                         flags=re.DOTALL | re.IGNORECASE)
+        changed = re.sub(
+            rf"\[\[(?!{media})(?:(?!\[\[|\]\]|\|).)*\|({inside})\]\]", r"\1", changed, flags=re.DOTALL | re.IGNORECASE
+        )
+        changed = re.sub(
+            rf"\[\[(?!{media})((?:(?!\[\[|\]\]|\|).)*)\]\]", r"\1", changed, flags=re.DOTALL | re.IGNORECASE
+        )
         if changed == text:
             break
         text = changed

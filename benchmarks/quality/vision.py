@@ -62,8 +62,11 @@ def load_decoder() -> Decoder:
         graph = onnx.load(str(small_vlm.vision_file())).graph
     except small_vlm.WeightsNotFoundError as error:
         raise MissingError(str(error)) from None
-    weights = {i.name.removeprefix("decoder."): torch.tensor(numpy_helper.to_array(i))
-               for i in graph.initializer if i.name.startswith("decoder.")}
+    weights = {
+        i.name.removeprefix("decoder."): torch.tensor(numpy_helper.to_array(i))
+        for i in graph.initializer
+        if i.name.startswith("decoder.")
+    }
     decoder = Decoder().eval()
     outcome = decoder.load_state_dict(weights, strict=False)
     missing = [k for k in outcome.missing_keys if not k.endswith("num_batches_tracked")]
@@ -79,8 +82,12 @@ def stamp_items() -> list[tuple[Path, str]]:
     """(file, class) of the stamps in 12 folders, mirror twins left out."""
     _, train = examples()
     root = debian_path(STAMPS, "tuxpaint-stamps-default")
-    return [(path, name) for folder, name in train.CLASS_FOLDERS.items()
-            for path in sorted((root / folder).rglob("*.png")) if not path.stem.endswith("_mirror")]
+    return [
+        (path, name)
+        for folder, name in train.CLASS_FOLDERS.items()
+        for path in sorted((root / folder).rglob("*.png"))
+        if not path.stem.endswith("_mirror")
+    ]
 
 
 def on_white(path: Path) -> Image.Image:
@@ -151,12 +158,20 @@ def stamps_task(limit: int | None = None) -> Task:
     """Kind of a stamp. Dense: 64.5 % by the nearest neighbour on 330 pictures."""
     items = stamp_items()
     if limit is not None:
-        items = items[::max(1, len(items) // limit)]
+        items = items[:: max(1, len(items) // limit)]
     labels = [name for _, name in items]
-    return Task("stamps", [path for path, _ in items], lambda model, path: features(model, pixels(on_white(path))),
-                [Measure("1-NN", nearest(labels)), Measure("probe refitted", probe(labels, frozen=False)),
-                 Measure("probe frozen", probe(labels, frozen=True))], version=f"1/{limit}",
-                note="photos and drawings mixed")
+    return Task(
+        "stamps",
+        [path for path, _ in items],
+        lambda model, path: features(model, pixels(on_white(path))),
+        [
+            Measure("1-NN", nearest(labels)),
+            Measure("probe refitted", probe(labels, frozen=False)),
+            Measure("probe frozen", probe(labels, frozen=True)),
+        ],
+        version=f"1/{limit}",
+        note="photos and drawings mixed",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- saliency
@@ -173,7 +188,7 @@ def saliency_task(count: int = 60) -> Task:
 
     decoder = load_decoder()
     items = [path for path, _ in stamp_items()]
-    items = items[::max(1, len(items) // count)][:count]
+    items = items[:: max(1, len(items) // count)][:count]
     places = torch.stack(torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij"), -1).reshape(-1, 2)
 
     def observe(model: Any, path: Path) -> Array:
@@ -194,8 +209,13 @@ def saliency_task(count: int = 60) -> Task:
     def judge(observed: Sequence[Any], dense: Sequence[Any]) -> Array:
         return np.array([[np.corrcoef(a, b)[0, 1]] for a, b in zip(observed, dense, strict=True)])
 
-    return Task("saliency", items, observe, [Measure("map correlation", judge, mean_percent)],
-                note="fidelity to the dense map; no labels")
+    return Task(
+        "saliency",
+        items,
+        observe,
+        [Measure("map correlation", judge, mean_percent)],
+        note="fidelity to the dense map; no labels",
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- Fashion-MNIST
@@ -225,9 +245,17 @@ def fashion_task(train: int = 1500, test: int = 800) -> Task:
     known, known_labels = _idx("train", train)
     asked, asked_labels = _idx("t10k", test)
     labels = known_labels + asked_labels
-    items = [Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB")
-             for image in np.concatenate([known, asked])]
-    return Task("fashion", items, lambda model, image: features(model, pixels(image)),
-                [Measure("probe refitted", probe(labels, frozen=False, split=train)),
-                 Measure("probe frozen", probe(labels, frozen=True, split=train))], version=f"1/{train}/{test}")
-
+    items = [
+        Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB")
+        for image in np.concatenate([known, asked])
+    ]
+    return Task(
+        "fashion",
+        items,
+        lambda model, image: features(model, pixels(image)),
+        [
+            Measure("probe refitted", probe(labels, frozen=False, split=train)),
+            Measure("probe frozen", probe(labels, frozen=True, split=train)),
+        ],
+        version=f"1/{train}/{test}",
+    )

@@ -102,7 +102,7 @@ def _chooser(processor: Any, question: str, names: Sequence[str]) -> Any:
         start = inputs["input_ids"].shape[1]
 
         def matching(said: Sequence[int]) -> list[str]:
-            return [name for name in allowed if spelled[name][:len(said)] == list(said)]
+            return [name for name in allowed if spelled[name][: len(said)] == list(said)]
 
         def following(row: int, ids: Any) -> list[int]:
             said = ids[start:].tolist()
@@ -136,9 +136,14 @@ def naming_task(processor: Any, source: str = "stamps", split: str = "test", lim
         return np.array([[float(a == b)] for a, b in zip(observed, dense, strict=True)])
 
     name = f"naming {source}" if split == "test" else f"naming {source} ({split})"
-    return Task(name, items, lambda model, item: choose(model, item[0], view(source, item[0])),
-                [Measure("accuracy", judge), Measure("same answer as dense", agree)], version=f"2/{len(items)}",
-                note=f"{len(items)} pictures")
+    return Task(
+        name,
+        items,
+        lambda model, item: choose(model, item[0], view(source, item[0])),
+        [Measure("accuracy", judge), Measure("same answer as dense", agree)],
+        version=f"2/{len(items)}",
+        note=f"{len(items)} pictures",
+    )
 
 
 def collage(keys: Sequence[str]) -> Image.Image:
@@ -173,8 +178,14 @@ def collage_task(processor: Any, split: str = "test", count: int = 84) -> Task:
         keys = tuple(key for key, _ in item)
         return str(choose(model, keys, collage(keys), [name for _, name in item]))
 
-    return Task("collage", items, observe, [Measure("accuracy", judge)], version=f"2/{len(items)}",
-                note="four kinds to choose from, 25 % by chance")
+    return Task(
+        "collage",
+        items,
+        observe,
+        [Measure("accuracy", judge)],
+        version=f"2/{len(items)}",
+        note="four kinds to choose from, 25 % by chance",
+    )
 
 
 def budget_recipes(budgets: Sequence[float] = (0.5, 0.25, 0.1)) -> dict[str, Any]:
@@ -191,4 +202,3 @@ def budget_recipes(budgets: Sequence[float] = (0.5, 0.25, 0.1)) -> dict[str, Any
         found[f"todre {keep:.0%}, no late drop"] = recipe("todre", keep=keep, drop_layer=None)
         found[f"vtc_cls {keep:.0%}"] = recipe("vtc_cls", keep=keep)
     return found
-

@@ -11,8 +11,16 @@ from ..attend import head_of, softmax_scale, wide
 from .reference import hidden_keys
 
 
-def decompose(query: Tensor, key: Tensor, position: Tensor | None = None, scale: float | None = None,
-              causal: bool = True, window: int = 0, softcap: float = 0.0, sums: bool = True) -> Tensor:
+def decompose(
+    query: Tensor,
+    key: Tensor,
+    position: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+    sums: bool = True,
+) -> Tensor:
     """``attention_rows`` in operations that ONNX has; see ``reference.attention_rows_reference``."""
     numbers = wide(query.dtype)
     head = head_of(query.shape[1], key.shape[1], key.device)

@@ -12,8 +12,16 @@ from .reference import attention_rows_reference
 
 
 @torch.library.custom_op("tokcompile::attention_rows", mutates_args=())
-def attention_rows(query: Tensor, key: Tensor, position: Tensor | None = None, scale: float | None = None,
-                   causal: bool = True, window: int = 0, softcap: float = 0.0, sums: bool = True) -> Tensor:
+def attention_rows(
+    query: Tensor,
+    key: Tensor,
+    position: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+    sums: bool = True,
+) -> Tensor:
     """Attention of the last Q positions on all L keys; see ``reference.attention_rows_reference``.
 
     Args:
@@ -35,15 +43,24 @@ def attention_rows(query: Tensor, key: Tensor, position: Tensor | None = None, s
 
 
 @attention_rows.register_fake
-def _(query: Tensor, key: Tensor, position: Tensor | None = None, scale: float | None = None, causal: bool = True,
-      window: int = 0, softcap: float = 0.0, sums: bool = True) -> Tensor:
+def _(
+    query: Tensor,
+    key: Tensor,
+    position: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+    sums: bool = True,
+) -> Tensor:
     check(query, key, position, scale, softcap, window)
     batch, heads, queries, _ = query.shape
     return query.new_empty(batch, heads, *(() if sums else (queries,)), key.shape[2], dtype=wide(query.dtype))
 
 
-def check(query: Tensor, key: Tensor, position: Tensor | None, scale: float | None, softcap: float,
-          window: int) -> None:
+def check(
+    query: Tensor, key: Tensor, position: Tensor | None, scale: float | None, softcap: float, window: int
+) -> None:
     """Raise ValueError where the arguments do not fit together; puts no guard on symbolic sizes."""
     check_heads(query, key)
     check_numbers(scale, softcap)
@@ -60,7 +77,8 @@ def check_position(position: Tensor | None, key: Tensor, window: int) -> None:
         return
     shape_of("position", position, "B P L", (torch.int32, torch.int64))
     if any(differ(position.shape[i], key.shape[j]) for i, j in ((0, 0), (2, 2))) or (
-            differ(position.shape[1], 1) and differ(position.shape[1], key.shape[1])):
+        differ(position.shape[1], 1) and differ(position.shape[1], key.shape[1])
+    ):
         raise ValueError(f"position {list(position.shape)} must be [B, 1 or Hkv, L] of key {list(key.shape)}")
 
 

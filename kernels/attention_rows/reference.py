@@ -13,11 +13,12 @@ from torch import Tensor
 from ..attend import logits, softmax_scale, wide
 
 
-def hidden_keys(queries: int, length: int, position: Tensor | None, causal: bool, window: int,
-                device: torch.device) -> Tensor | None:
+def hidden_keys(
+    queries: int, length: int, position: Tensor | None, causal: bool, window: int, device: torch.device
+) -> Tensor | None:
     """bool, broadcasts to [B, heads, Q, L]: the keys that a query does not see; None: it sees all."""
     place = torch.arange(length, device=device)[None, None] if position is None else position
-    last = place[..., length - queries:].unsqueeze(-1)
+    last = place[..., length - queries :].unsqueeze(-1)
     place = place.unsqueeze(2)
     hidden = None if position is None else place < 0
     for rule in ([place > last] if causal else []) + ([place <= last - window] if window else []):
@@ -25,8 +26,16 @@ def hidden_keys(queries: int, length: int, position: Tensor | None, causal: bool
     return hidden
 
 
-def attention_rows_reference(query: Tensor, key: Tensor, position: Tensor | None = None, scale: float | None = None,
-                             causal: bool = True, window: int = 0, softcap: float = 0.0, sums: bool = True) -> Tensor:
+def attention_rows_reference(
+    query: Tensor,
+    key: Tensor,
+    position: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+    sums: bool = True,
+) -> Tensor:
     """Softmax weights of the last Q positions of a sequence over all its keys.
 
     Args:
@@ -49,10 +58,11 @@ def attention_rows_reference(query: Tensor, key: Tensor, position: Tensor | None
         return result
     for head in range(kv_heads):
         part = slice(head * group, (head + 1) * group)
-        score = logits(query[:, part].to(numbers), key[:, head: head + 1].to(numbers), softmax_scale(scale, width),
-                       softcap)
+        score = logits(
+            query[:, part].to(numbers), key[:, head : head + 1].to(numbers), softmax_scale(scale, width), softcap
+        )
         if hidden is not None:
-            score.masked_fill_(hidden if hidden.shape[1] == 1 else hidden[:, head: head + 1], -math.inf)
+            score.masked_fill_(hidden if hidden.shape[1] == 1 else hidden[:, head : head + 1], -math.inf)
         weight = score.softmax(-1)
         if hidden is not None:
             weight = weight.nan_to_num_(0.0)

@@ -13,9 +13,18 @@ from ..attention_rows.reference import hidden_keys
 
 
 def decompose(
-    query: Tensor, key: Tensor, value: Tensor, index: Tensor | None = None, count: Tensor | None = None,
-    position: Tensor | None = None, block_q: int = 128, block_k: int = 64, scale: float | None = None,
-    causal: bool = True, window: int = 0, softcap: float = 0.0,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor | None = None,
+    count: Tensor | None = None,
+    position: Tensor | None = None,
+    block_q: int = 128,
+    block_k: int = 64,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """``block_list_attention`` in operations that ONNX has; blocks that are listed twice count once."""
     _, heads, queries, width = query.shape

@@ -54,9 +54,18 @@ class _Tile:
 
 
 def block_list_attention_reference(
-    query: Tensor, key: Tensor, value: Tensor, index: Tensor | None = None, count: Tensor | None = None,
-    position: Tensor | None = None, block_q: int = 128, block_k: int = 64, scale: float | None = None,
-    causal: bool = True, window: int = 0, softcap: float = 0.0,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor | None = None,
+    count: Tensor | None = None,
+    position: Tensor | None = None,
+    block_q: int = 128,
+    block_k: int = 64,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each block of queries over its blocks of keys.
 
@@ -89,8 +98,17 @@ def block_list_attention_reference(
 
 
 def backward_reference(
-    grad_output: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor,
-    index: Tensor | None, count: Tensor | None, position: Tensor | None, settings: Settings,
+    grad_output: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    index: Tensor | None,
+    count: Tensor | None,
+    position: Tensor | None,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Derivatives for query, key and value; weights are computed again, tile by tile."""
     numbers, factor = wide(query.dtype), softmax_scale(settings.scale, query.shape[3])
@@ -102,8 +120,18 @@ def backward_reference(
             part = t[:, tile.heads, tile.rows].to(numbers)
             return part.reshape(*rows, -1) if part.ndim == 4 else part.reshape(rows)
 
-        found = attend_backward(taken(grad_output), taken(grad_lse), tile.query, tile.key, tile.value, taken(output),
-                                taken(lse), factor, settings.softcap, tile.hidden)
+        found = attend_backward(
+            taken(grad_output),
+            taken(grad_lse),
+            tile.query,
+            tile.key,
+            tile.value,
+            taken(output),
+            taken(lse),
+            factor,
+            settings.softcap,
+            tile.hidden,
+        )
         part = grads[0][:, tile.heads, tile.rows]
         part.copy_(found[0].view(part.shape))
         for total, grad in zip(grads[1:], found[1:], strict=True):
@@ -111,8 +139,15 @@ def backward_reference(
     return grads[0].to(query.dtype), grads[1].to(key.dtype), grads[2].to(value.dtype)
 
 
-def _tiles(query: Tensor, key: Tensor, value: Tensor, index: Tensor | None, count: Tensor | None,
-           position: Tensor | None, settings: Settings) -> Iterator[_Tile]:
+def _tiles(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor | None,
+    count: Tensor | None,
+    position: Tensor | None,
+    settings: Settings,
+) -> Iterator[_Tile]:
     batch, heads, queries, _ = query.shape
     kv_heads, length = key.shape[1:3]
     if 0 in (batch, heads, queries, length):
@@ -129,16 +164,29 @@ def _tiles(query: Tensor, key: Tensor, value: Tensor, index: Tensor | None, coun
             if columns <= 0:
                 continue
         else:
-            where, limit = _listed(index[:, :, number], None if count is None else count[:, :, number],
-                                   settings.block_k, length)
+            where, limit = _listed(
+                index[:, :, number], None if count is None else count[:, :, number], settings.block_k, length
+            )
             columns, start, end = where.shape[2], 0, 0
             if columns == 0:
                 continue
         step = max(1, _TILE // max(1, batch * group * (rows.stop - rows.start) * columns))
         for low in range(0, lists, step):
             high = min(low + step, lists)
-            yield _tile(query, key, value, position, settings, rows, slice(low, high), group, lists,
-                        None if where is None else where[:, low:high], (start, end), limit)
+            yield _tile(
+                query,
+                key,
+                value,
+                position,
+                settings,
+                rows,
+                slice(low, high),
+                group,
+                lists,
+                None if where is None else where[:, low:high],
+                (start, end),
+                limit,
+            )
 
 
 def _listed(blocks: Tensor, count: Tensor | None, size: int, length: int) -> tuple[Tensor, bool]:
@@ -152,9 +200,20 @@ def _listed(blocks: Tensor, count: Tensor | None, size: int, length: int) -> tup
     return rows, bool((rows < 0).any())
 
 
-def _tile(query: Tensor, key: Tensor, value: Tensor, position: Tensor | None, settings: Settings, rows: slice,
-          part: slice, group: int, lists: int, where: Tensor | None, span: tuple[int, int],
-          gaps: bool | None) -> _Tile:
+def _tile(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor | None,
+    settings: Settings,
+    rows: slice,
+    part: slice,
+    group: int,
+    lists: int,
+    where: Tensor | None,
+    span: tuple[int, int],
+    gaps: bool | None,
+) -> _Tile:
     batch, _, queries, width = query.shape
     kv_heads, length = key.shape[1:3]
     numbers, count, size = wide(query.dtype), part.stop - part.start, rows.stop - rows.start
@@ -163,13 +222,13 @@ def _tile(query: Tensor, key: Tensor, value: Tensor, position: Tensor | None, se
     head = torch.arange(part.start, part.stop, device=key.device) // (lists // kv_heads)
     number = torch.arange(batch, device=key.device)[:, None, None]
     place = torch.arange(length, device=key.device)[None, None] if position is None else position
-    mine = place[..., length - queries:][..., rows]  # [., ., rows]
+    mine = place[..., length - queries :][..., rows]  # [., ., rows]
     if place.shape[1] > 1:
         place, mine = place[:, head], mine[:, head]
     if where is None:
         row = torch.arange(*span, device=key.device)[None, None]
-        keys, values = key[:, part, span[0]:span[1]].to(numbers), value[:, part, span[0]:span[1]].to(numbers)
-        place = place[..., span[0]:span[1]]
+        keys, values = key[:, part, span[0] : span[1]].to(numbers), value[:, part, span[0] : span[1]].to(numbers)
+        place = place[..., span[0] : span[1]]
         hidden = None if position is None else place < 0
         inside = span[1] - span[0] > 0 and position is None
         bounds = settings.causal and not (inside and span[1] - 1 <= rows.start + length - queries)
@@ -194,6 +253,16 @@ def _tile(query: Tensor, key: Tensor, value: Tensor, position: Tensor | None, se
     for rule in later:
         rule = rule.repeat(1, 1, group, 1) if group > 1 else rule
         hidden = rule if hidden is None else hidden | rule
-    return _Tile(heads, rows, grouped, keys, values, hidden,
-                 (number.expand(batch, count, row.shape[2]), head[None, :, None].expand(batch, count, row.shape[2]),
-                  row.expand(batch, count, row.shape[2])))
+    return _Tile(
+        heads,
+        rows,
+        grouped,
+        keys,
+        values,
+        hidden,
+        (
+            number.expand(batch, count, row.shape[2]),
+            head[None, :, None].expand(batch, count, row.shape[2]),
+            row.expand(batch, count, row.shape[2]),
+        ),
+    )

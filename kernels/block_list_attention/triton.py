@@ -17,18 +17,51 @@ if AVAILABLE:
 
     @triton.jit  # type: ignore[untyped-decorator]
     def block_kernel(  # type: ignore[no-untyped-def]
-        query, key, value,  # [B, H, Q, D], [B, Hkv, L, D], [B, Hkv, L, Dv]; rows of adjacent numbers
-        index, count,  # int [B, M, blocks, C], int [B, M, blocks]; or None
+        query,
+        key,
+        value,  # [B, H, Q, D], [B, Hkv, L, D], [B, Hkv, L, Dv]; rows of adjacent numbers
+        index,
+        count,  # int [B, M, blocks, C], int [B, M, blocks]; or None
         position,  # int32 [B, 1 or Hkv, L] or None
-        result, lse,  # [B, H, Q, Dv], fp32 [B, H, Q]
-        query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
-        position_batch, position_head,
-        heads, sharing, serving, lists, blocks, capacity,  # H, H / Hkv, H / M, M, ceil(Q / BLOCK_Q), C
-        queries, length, inner, outer, window,
-        WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-        LISTED: tl.constexpr, COUNTED: tl.constexpr, PLACED: tl.constexpr, CAPPED: tl.constexpr,
-        BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
-        DV: tl.constexpr, PRECISION: tl.constexpr,
+        result,
+        lse,  # [B, H, Q, Dv], fp32 [B, H, Q]
+        query_batch,
+        query_head,
+        query_row,
+        key_batch,
+        key_head,
+        key_row,
+        value_batch,
+        value_head,
+        value_row,
+        position_batch,
+        position_head,
+        heads,
+        sharing,
+        serving,
+        lists,
+        blocks,
+        capacity,  # H, H / Hkv, H / M, M, ceil(Q / BLOCK_Q), C
+        queries,
+        length,
+        inner,
+        outer,
+        window,
+        WIDTH: tl.constexpr,
+        VALUE_WIDTH: tl.constexpr,
+        CAUSAL: tl.constexpr,
+        WINDOW: tl.constexpr,
+        LISTED: tl.constexpr,
+        COUNTED: tl.constexpr,
+        PLACED: tl.constexpr,
+        CAPPED: tl.constexpr,
+        BLOCK_Q: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+        ROWS: tl.constexpr,
+        KEYS: tl.constexpr,
+        D: tl.constexpr,
+        DV: tl.constexpr,
+        PRECISION: tl.constexpr,
     ):
         number = tl.program_id(1).to(tl.int64)
         batch, head = number // heads, number % heads
@@ -37,8 +70,11 @@ if AVAILABLE:
         row, column, value_column = first + tl.arange(0, ROWS), tl.arange(0, D), tl.arange(0, DV)
         block = first // BLOCK_Q
         there_q = row < queries
-        tile = tl.load(query + batch * query_batch + head * query_head + row[:, None] * query_row + column[None, :],
-                       mask=there_q[:, None] & (column < WIDTH)[None, :], other=0.0)
+        tile = tl.load(
+            query + batch * query_batch + head * query_head + row[:, None] * query_row + column[None, :],
+            mask=there_q[:, None] & (column < WIDTH)[None, :],
+            other=0.0,
+        )
         keys = key + batch * key_batch + head // sharing * key_head
         values = value + batch * value_batch + head // sharing * value_head
         places = position
@@ -76,8 +112,11 @@ if AVAILABLE:
             if PLACED:
                 place = tl.load(places + slot, mask=there, other=-1).to(tl.int32)
                 there = there & (place >= 0)
-            key_tile = tl.load(keys + slot[None, :].to(tl.int64) * key_row + column[:, None],
-                               mask=there[None, :] & (column < WIDTH)[:, None], other=0.0)
+            key_tile = tl.load(
+                keys + slot[None, :].to(tl.int64) * key_row + column[:, None],
+                mask=there[None, :] & (column < WIDTH)[:, None],
+                other=0.0,
+            )
             score = logits(tile, key_tile, inner, outer, CAPPED, PRECISION)
             seen = there[None, :]
             if CAUSAL:
@@ -85,15 +124,21 @@ if AVAILABLE:
             if WINDOW:
                 seen = seen & (place[None, :] > mine[:, None] - window)
             score = tl.where(seen, score, float("-inf"))
-            value_tile = tl.load(values + slot[:, None].to(tl.int64) * value_row + value_column[None, :],
-                                 mask=there[:, None] & (value_column < VALUE_WIDTH)[None, :], other=0.0)
+            value_tile = tl.load(
+                values + slot[:, None].to(tl.int64) * value_row + value_column[None, :],
+                mask=there[:, None] & (value_column < VALUE_WIDTH)[None, :],
+                other=0.0,
+            )
             top, total, accumulator = step(score, value_tile, top, total, accumulator, PRECISION)
         empty = total == 0.0
         accumulator = accumulator / tl.where(empty, 1.0, total)[:, None]
         out = number * queries + row
         tl.store(lse + out, tl.where(empty, float("-inf"), (top + tl.log2(total)) * 0.6931471805599453), mask=there_q)
-        tl.store(result + out[:, None] * VALUE_WIDTH + value_column[None, :], accumulator.to(result.dtype.element_ty),
-                 mask=there_q[:, None] & (value_column < VALUE_WIDTH)[None, :])
+        tl.store(
+            result + out[:, None] * VALUE_WIDTH + value_column[None, :],
+            accumulator.to(result.dtype.element_ty),
+            mask=there_q[:, None] & (value_column < VALUE_WIDTH)[None, :],
+        )
 
 
 def tile_sizes(block_q: int, block_k: int, width: int, itemsize: int) -> tuple[int, int]:
@@ -106,9 +151,18 @@ def tile_sizes(block_q: int, block_k: int, width: int, itemsize: int) -> tuple[i
 
 
 def launch(
-    query: Tensor, key: Tensor, value: Tensor, index: Tensor | None = None, count: Tensor | None = None,
-    position: Tensor | None = None, block_q: int = 128, block_k: int = 64, scale: float | None = None,
-    causal: bool = True, window: int = 0, softcap: float = 0.0,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor | None = None,
+    count: Tensor | None = None,
+    position: Tensor | None = None,
+    block_q: int = 128,
+    block_k: int = 64,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[Launch, Tensor, Tensor]:
     """The launch for these arguments, and the tensors that it fills: output and log-sum-exp."""
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
@@ -120,34 +174,83 @@ def launch(
     lse = query.new_empty(batch, heads, queries, dtype=wide(query.dtype))
     place = None if position is None else position.to(torch.int32).contiguous()
     lists = heads if index is None else index.shape[1]
-    return Launch(
-        block_kernel, (-(-queries // rows), batch * heads),
-        {"query": query, "key": key, "value": value, "index": None if index is None else index.contiguous(),
-         "count": None if count is None else count.contiguous(), "position": place, "result": output, "lse": lse,
-         "query_batch": query.stride(0), "query_head": query.stride(1), "query_row": query.stride(2),
-         "key_batch": key.stride(0), "key_head": key.stride(1), "key_row": key.stride(2),
-         "value_batch": value.stride(0), "value_head": value.stride(1), "value_row": value.stride(2),
-         "position_batch": 0 if place is None else place.stride(0),
-         "position_head": 0 if place is None or place.shape[1] == 1 else place.stride(1), "heads": heads,
-         "sharing": heads // key.shape[1], "serving": heads // lists, "lists": lists, "blocks": blocks,
-         "capacity": 0 if index is None else index.shape[3], "queries": queries, "length": key.shape[2],
-         **factors(softmax_scale(scale, width), softcap), "window": window},
-        {"WIDTH": width, "VALUE_WIDTH": value_width, "CAUSAL": causal, "WINDOW": window > 0,
-         "LISTED": index is not None, "COUNTED": count is not None, "PLACED": place is not None,
-         "CAPPED": softcap > 0, "BLOCK_Q": block_q, "BLOCK_K": block_k, "ROWS": rows, "KEYS": keys, "D": d, "DV": dv,
-         "PRECISION": precision(query.dtype)},
-        warps=8 if rows * dv >= 1 << 14 else 4,
-    ), output, lse
+    return (
+        Launch(
+            block_kernel,
+            (-(-queries // rows), batch * heads),
+            {
+                "query": query,
+                "key": key,
+                "value": value,
+                "index": None if index is None else index.contiguous(),
+                "count": None if count is None else count.contiguous(),
+                "position": place,
+                "result": output,
+                "lse": lse,
+                "query_batch": query.stride(0),
+                "query_head": query.stride(1),
+                "query_row": query.stride(2),
+                "key_batch": key.stride(0),
+                "key_head": key.stride(1),
+                "key_row": key.stride(2),
+                "value_batch": value.stride(0),
+                "value_head": value.stride(1),
+                "value_row": value.stride(2),
+                "position_batch": 0 if place is None else place.stride(0),
+                "position_head": 0 if place is None or place.shape[1] == 1 else place.stride(1),
+                "heads": heads,
+                "sharing": heads // key.shape[1],
+                "serving": heads // lists,
+                "lists": lists,
+                "blocks": blocks,
+                "capacity": 0 if index is None else index.shape[3],
+                "queries": queries,
+                "length": key.shape[2],
+                **factors(softmax_scale(scale, width), softcap),
+                "window": window,
+            },
+            {
+                "WIDTH": width,
+                "VALUE_WIDTH": value_width,
+                "CAUSAL": causal,
+                "WINDOW": window > 0,
+                "LISTED": index is not None,
+                "COUNTED": count is not None,
+                "PLACED": place is not None,
+                "CAPPED": softcap > 0,
+                "BLOCK_Q": block_q,
+                "BLOCK_K": block_k,
+                "ROWS": rows,
+                "KEYS": keys,
+                "D": d,
+                "DV": dv,
+                "PRECISION": precision(query.dtype),
+            },
+            warps=8 if rows * dv >= 1 << 14 else 4,
+        ),
+        output,
+        lse,
+    )
 
 
 def block_list_attention_triton(
-    query: Tensor, key: Tensor, value: Tensor, index: Tensor | None = None, count: Tensor | None = None,
-    position: Tensor | None = None, block_q: int = 128, block_k: int = 64, scale: float | None = None,
-    causal: bool = True, window: int = 0, softcap: float = 0.0,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor | None = None,
+    count: Tensor | None = None,
+    position: Tensor | None = None,
+    block_q: int = 128,
+    block_k: int = 64,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.block_list_attention_reference``."""
-    todo, output, lse = launch(query, key, value, index, count, position, block_q, block_k, scale, causal, window,
-                               softcap)
+    todo, output, lse = launch(
+        query, key, value, index, count, position, block_q, block_k, scale, causal, window, softcap
+    )
     if output.numel():
         todo.run()
     return output, lse

@@ -8,5 +8,12 @@ from .onnx import decompose
 from .op import embedding_gate, embedding_gate_host, supports
 from .reference import embedding_gate_reference, rows
 
-__all__ = ["decompose", "embedding_gate", "embedding_gate_host", "embedding_gate_reference",
-           "linear_where", "rows", "supports"]
+__all__ = [
+    "decompose",
+    "embedding_gate",
+    "embedding_gate_host",
+    "embedding_gate_reference",
+    "linear_where",
+    "rows",
+    "supports",
+]

@@ -1,6 +1,6 @@
 """How ``tokcompile::embedding_gate`` lowers to ONNX: Gather, Where, the activation and a product.
 
-    program.run_decompositions({torch.ops.tokcompile.embedding_gate.default: decompose})
+program.run_decompositions({torch.ops.tokcompile.embedding_gate.default: decompose})
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from .reference import rows
 
 
 def decompose(
-    gate: Tensor, table: Tensor, index: Tensor, activation: str, remap: Tensor | None = None,
+    gate: Tensor,
+    table: Tensor,
+    index: Tensor,
+    activation: str,
+    remap: Tensor | None = None,
     fallback: Tensor | None = None,
 ) -> Tensor:
     """``embedding_gate`` in operations that ONNX has; arguments as in ``reference.embedding_gate_reference``."""

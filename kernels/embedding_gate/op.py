@@ -19,7 +19,11 @@ from .reference import rows
 
 @torch.library.custom_op("tokcompile::embedding_gate", mutates_args=())
 def embedding_gate(
-    gate: Tensor, table: Tensor, index: Tensor, activation: str, remap: Tensor | None = None,
+    gate: Tensor,
+    table: Tensor,
+    index: Tensor,
+    activation: str,
+    remap: Tensor | None = None,
     fallback: Tensor | None = None,
 ) -> Tensor:
     """Activate the gate and multiply it by the row of each token; see ``reference.embedding_gate_reference``.
@@ -46,7 +50,11 @@ def embedding_gate(
 
 @embedding_gate.register_fake
 def _(
-    gate: Tensor, table: Tensor, index: Tensor, activation: str, remap: Tensor | None = None,
+    gate: Tensor,
+    table: Tensor,
+    index: Tensor,
+    activation: str,
+    remap: Tensor | None = None,
     fallback: Tensor | None = None,
 ) -> Tensor:
     check(gate, table, index, activation, remap, fallback)
@@ -87,7 +95,11 @@ def _other_shape(value: Tensor, gate: Tensor, less: int) -> bool:
 
 
 def supports(
-    gate: Tensor, table: Tensor, index: Tensor, activation: str, remap: Tensor | None = None,
+    gate: Tensor,
+    table: Tensor,
+    index: Tensor,
+    activation: str,
+    remap: Tensor | None = None,
     fallback: Tensor | None = None,
 ) -> tuple[bool, str]:
     """Whether the Triton kernel can run on these arguments, and why not."""
@@ -105,7 +117,11 @@ def supports(
 
 
 def embedding_gate_host(
-    gate: Tensor, table: Tensor, index: Tensor, activation: str, remap: Tensor | None = None,
+    gate: Tensor,
+    table: Tensor,
+    index: Tensor,
+    activation: str,
+    remap: Tensor | None = None,
     fallback: Tensor | None = None,
 ) -> Tensor:
     """As :func:`embedding_gate`, with library operations."""
@@ -127,8 +143,14 @@ def _values(gate: Tensor, table: Tensor, place: Tensor, fallback: Tensor | None)
 
 @torch.library.custom_op("tokcompile::embedding_gate_backward", mutates_args=())
 def embedding_gate_backward(
-    grad: Tensor, gate: Tensor, table: Tensor, index: Tensor, activation: str, remap: Tensor | None,
-    fallback: Tensor | None, needed: list[bool],
+    grad: Tensor,
+    gate: Tensor,
+    table: Tensor,
+    index: Tensor,
+    activation: str,
+    remap: Tensor | None,
+    fallback: Tensor | None,
+    needed: list[bool],
 ) -> list[Tensor]:
     """Gradients of :func:`embedding_gate`.
 
@@ -162,8 +184,14 @@ def embedding_gate_backward(
 
 @embedding_gate_backward.register_fake
 def _(
-    grad: Tensor, gate: Tensor, table: Tensor, index: Tensor, activation: str, remap: Tensor | None,
-    fallback: Tensor | None, needed: list[bool],
+    grad: Tensor,
+    gate: Tensor,
+    table: Tensor,
+    index: Tensor,
+    activation: str,
+    remap: Tensor | None,
+    fallback: Tensor | None,
+    needed: list[bool],
 ) -> list[Tensor]:
     return _gradients(gate, table, fallback, needed)
 

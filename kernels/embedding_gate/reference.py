@@ -27,7 +27,11 @@ def rows(index: Tensor, count: int, remap: Tensor | None) -> Tensor:
 
 
 def embedding_gate_reference(
-    gate: Tensor, table: Tensor, index: Tensor, activation: str, remap: Tensor | None = None,
+    gate: Tensor,
+    table: Tensor,
+    index: Tensor,
+    activation: str,
+    remap: Tensor | None = None,
     fallback: Tensor | None = None,
 ) -> Tensor:
     """Activate the gate and multiply it by the row of each token.

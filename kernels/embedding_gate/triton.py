@@ -27,7 +27,9 @@ if AVAILABLE:
         remap,  # int [V]
         fallback,  # [f] or [N, f]
         result,  # [N, f]
-        width, count, vocabulary,  # f, R, V
+        width,
+        count,
+        vocabulary,  # f, R, V
         ACTIVATION: tl.constexpr,
         REMAP: tl.constexpr,
         FALLBACK: tl.constexpr,  # 0: none, 1: one row, 2: a row for each token
@@ -52,7 +54,11 @@ if AVAILABLE:
 
 
 def embedding_gate_triton(
-    gate: Tensor, table: Tensor, index: Tensor, activation: str, remap: Tensor | None = None,
+    gate: Tensor,
+    table: Tensor,
+    index: Tensor,
+    activation: str,
+    remap: Tensor | None = None,
     fallback: Tensor | None = None,
 ) -> Tensor:
     """As ``reference.embedding_gate_reference``."""
@@ -63,7 +69,12 @@ def embedding_gate_triton(
 
 
 def launch(
-    gate: Tensor, table: Tensor, index: Tensor, activation: str, remap: Tensor | None, fallback: Tensor | None,
+    gate: Tensor,
+    table: Tensor,
+    index: Tensor,
+    activation: str,
+    remap: Tensor | None,
+    fallback: Tensor | None,
     result: Tensor,
 ) -> Launch:
     """The launch that computes ``result`` [..., f]; gate, table and index contiguous."""
@@ -71,14 +82,23 @@ def launch(
     block = min(1024, power_of_two(width))
     per_token = fallback is not None and fallback.ndim == gate.ndim > 1
     return Launch(
-        gate_kernel, (gate.numel() // max(1, width), -(-width // block)),
+        gate_kernel,
+        (gate.numel() // max(1, width), -(-width // block)),
         {
-            "gate": gate, "table": table, "index": index, "remap": index if remap is None else remap.contiguous(),
-            "fallback": gate if fallback is None else fallback.contiguous(), "result": result, "width": width,
-            "count": table.shape[0], "vocabulary": 0 if remap is None else remap.shape[0],
+            "gate": gate,
+            "table": table,
+            "index": index,
+            "remap": index if remap is None else remap.contiguous(),
+            "fallback": gate if fallback is None else fallback.contiguous(),
+            "result": result,
+            "width": width,
+            "count": table.shape[0],
+            "vocabulary": 0 if remap is None else remap.shape[0],
         },
         {
-            "ACTIVATION": activation, "REMAP": remap is not None,
-            "FALLBACK": 0 if fallback is None else 2 if per_token else 1, "BLOCK": block,
+            "ACTIVATION": activation,
+            "REMAP": remap is not None,
+            "FALLBACK": 0 if fallback is None else 2 if per_token else 1,
+            "BLOCK": block,
         },
     )

@@ -7,5 +7,12 @@ from .onnx import decompose_gather, decompose_scatter
 from .op import gather_rows, scatter_rows, supports
 from .reference import gather_rows_reference, scatter_rows_reference
 
-__all__ = ["decompose_gather", "decompose_scatter", "gather_rows", "gather_rows_reference", "scatter_rows",
-           "scatter_rows_reference", "supports"]
+__all__ = [
+    "decompose_gather",
+    "decompose_scatter",
+    "gather_rows",
+    "gather_rows_reference",
+    "scatter_rows",
+    "scatter_rows_reference",
+    "supports",
+]

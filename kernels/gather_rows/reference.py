@@ -57,7 +57,13 @@ def scatter_rows_reference(rows: Tensor, index: Tensor, length: int) -> Tensor:
 def gather_backward_reference(grad: Tensor, index: Tensor, heads: int, length: int) -> Tensor:
     """Derivative of the gather for its source [B, H, L, D]: rows that were read twice get both."""
     number, head, row = places(index, heads)
-    total = torch.zeros(grad.shape[0], heads, length, grad.shape[3], device=grad.device,
-                        dtype=torch.promote_types(grad.dtype, torch.float32))
+    total = torch.zeros(
+        grad.shape[0],
+        heads,
+        length,
+        grad.shape[3],
+        device=grad.device,
+        dtype=torch.promote_types(grad.dtype, torch.float32),
+    )
     grad = grad.masked_fill((index < 0).unsqueeze(-1), 0).to(total.dtype)
     return total.index_put_((number, head, row), grad, accumulate=True).to(grad.dtype)

@@ -12,10 +12,20 @@ if AVAILABLE:
 
     @triton.jit  # type: ignore[untyped-decorator]
     def rows_kernel(  # type: ignore[no-untyped-def]
-        source, index, result,  # [B, H, L, D]; int [B, M, K]; [B, M, K, D] or [B, M, L, D]
-        batch_stride, head_stride, row_stride,  # of the source of a gather, of the rows of a scatter
-        lists, sharing, entries, length,  # M, M / H, K, L
-        WIDTH: tl.constexpr, SCATTER: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+        source,
+        index,
+        result,  # [B, H, L, D]; int [B, M, K]; [B, M, K, D] or [B, M, L, D]
+        batch_stride,
+        head_stride,
+        row_stride,  # of the source of a gather, of the rows of a scatter
+        lists,
+        sharing,
+        entries,
+        length,  # M, M / H, K, L
+        WIDTH: tl.constexpr,
+        SCATTER: tl.constexpr,
+        ROWS: tl.constexpr,
+        D: tl.constexpr,
     ):
         number = tl.program_id(1).to(tl.int64)
         batch, list_ = number // lists, number % lists
@@ -27,13 +37,18 @@ if AVAILABLE:
         inside = (column < WIDTH)[None, :]
         if SCATTER:
             value = tl.load(start + slot[:, None] * row_stride + column[None, :], mask=there[:, None] & inside)
-            tl.store(result + (number * length + row)[:, None] * WIDTH + column[None, :], value,
-                     mask=there[:, None] & inside)
+            tl.store(
+                result + (number * length + row)[:, None] * WIDTH + column[None, :], value, mask=there[:, None] & inside
+            )
         else:
-            value = tl.load(start + row[:, None] * row_stride + column[None, :], mask=there[:, None] & inside,
-                            other=0.0)
-            tl.store(result + (number * entries + slot)[:, None] * WIDTH + column[None, :], value,
-                     mask=(slot < entries)[:, None] & inside)
+            value = tl.load(
+                start + row[:, None] * row_stride + column[None, :], mask=there[:, None] & inside, other=0.0
+            )
+            tl.store(
+                result + (number * entries + slot)[:, None] * WIDTH + column[None, :],
+                value,
+                mask=(slot < entries)[:, None] & inside,
+            )
 
 
 def launch(source: Tensor, index: Tensor, result: Tensor, length: int, scatter: bool) -> Launch:
@@ -44,11 +59,22 @@ def launch(source: Tensor, index: Tensor, result: Tensor, length: int, scatter: 
     d = power_of_two(width)
     rows = max(1, min(64, 4096 // d))
     return Launch(
-        rows_kernel, (-(-entries // rows), batch * lists),
-        {"source": source, "index": index.contiguous(), "result": result, "batch_stride": source.stride(0),
-         "head_stride": source.stride(1), "row_stride": source.stride(2), "lists": lists,
-         "sharing": max(1, lists // source.shape[1]), "entries": entries, "length": length},
-        {"WIDTH": width, "SCATTER": scatter, "ROWS": rows, "D": d})
+        rows_kernel,
+        (-(-entries // rows), batch * lists),
+        {
+            "source": source,
+            "index": index.contiguous(),
+            "result": result,
+            "batch_stride": source.stride(0),
+            "head_stride": source.stride(1),
+            "row_stride": source.stride(2),
+            "lists": lists,
+            "sharing": max(1, lists // source.shape[1]),
+            "entries": entries,
+            "length": length,
+        },
+        {"WIDTH": width, "SCATTER": scatter, "ROWS": rows, "D": d},
+    )
 
 
 def gather_rows_triton(source: Tensor, index: Tensor) -> Tensor:

@@ -96,9 +96,7 @@ def decompose(
 def decomposition(steps: int | None = None) -> Callable[..., Tensor]:
     """The entry for ``run_decompositions``: :func:`decompose` as a loop, or unrolled to ``steps`` steps."""
 
-    def lower(
-        features: Tensor, segment: Tensor, budget: Tensor, criterion: str, pivot: Tensor | None = None
-    ) -> Tensor:
+    def lower(features: Tensor, segment: Tensor, budget: Tensor, criterion: str, pivot: Tensor | None = None) -> Tensor:
         return decompose(features, segment, budget, criterion, pivot, steps=steps)
 
     return lower

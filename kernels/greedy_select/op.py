@@ -56,9 +56,7 @@ def greedy_select(
 
 
 @greedy_select.register_fake
-def _(
-    features: Tensor, segment: Tensor, budget: Tensor, criterion: str, pivot: Tensor | None = None
-) -> Tensor:
+def _(features: Tensor, segment: Tensor, budget: Tensor, criterion: str, pivot: Tensor | None = None) -> Tensor:
     check(features, segment, budget, criterion, pivot)
     return segment.new_empty(segment.shape)
 
@@ -139,7 +137,7 @@ def _quantise(tokens: Tensor) -> Tensor:
     result = torch.empty_like(tokens)
     step = max(1, _CHUNK // max(1, tokens.shape[1]))
     for start in range(0, len(tokens), step):
-        some, out = tokens[start:start + step], result[start:start + step]
+        some, out = tokens[start : start + step], result[start : start + step]
         norm = torch.linalg.vector_norm(some, dim=-1, keepdim=True, dtype=torch.float64).to(torch.float32)
         finite = norm < float("inf")
         if not bool(finite.all()):
@@ -177,8 +175,9 @@ def _choose(tokens: Tensor, steps: int, criterion: str, first: int, mean: np.nda
         chosen.append(best)
 
 
-def _look_ahead(tokens: Tensor, score: np.ndarray, best: int, steps: int, combine: np.ufunc,
-                mean: np.ndarray) -> list[int]:
+def _look_ahead(
+    tokens: Tensor, score: np.ndarray, best: int, steps: int, combine: np.ufunc, mean: np.ndarray
+) -> list[int]:
     """``best`` and the choices after it, if all came from the tokens that have the smallest scores now.
 
     A guess: it decides only for which tokens similarities are computed together.

@@ -109,8 +109,16 @@ def greedy_select_triton(
     first = first_choices(segment, pivot).contiguous()
     block = max(16, triton.next_power_of_2(length))
     greedy_kernel[(length, batch)](
-        similarity, segment, budget, mean, first, order, length,
-        ADD=criterion != "k_center", BLOCK=block, num_warps=warps(block),
+        similarity,
+        segment,
+        budget,
+        mean,
+        first,
+        order,
+        length,
+        ADD=criterion != "k_center",
+        BLOCK=block,
+        num_warps=warps(block),
     )
     return order
 

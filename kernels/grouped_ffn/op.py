@@ -66,8 +66,10 @@ def check(
     """Raise ValueError where the arguments do not fit together; puts no guard on symbolic sizes."""
     check_activation(activation)
     for name, value, sizes in (
-        ("x", x, "[N, d]"), ("weight", weight, "[N, k]"),
-        ("gate_up", gate_up, "[E, 2m, d]"), ("down", down, "[E, d, m]"),
+        ("x", x, "[N, d]"),
+        ("weight", weight, "[N, k]"),
+        ("gate_up", gate_up, "[E, 2m, d]"),
+        ("down", down, "[E, d, m]"),
     ):
         if value.ndim != sizes.count(",") + 1 or not value.is_floating_point():
             raise ValueError(f"{name} must be float {sizes}, found {value.dtype} {tuple(value.shape)}")
@@ -85,9 +87,7 @@ def check(
     if not x.dtype == gate_up.dtype == down.dtype:
         raise ValueError(f"x, gate_up and down must have one type, found {x.dtype}, {gate_up.dtype}, {down.dtype}")
     if bias is not None and (tuple(bias.shape) != tuple(gate_up.shape[:2]) or bias.dtype != x.dtype):
-        raise ValueError(
-            f"bias must be {x.dtype} {tuple(gate_up.shape[:2])}, found {bias.dtype} {tuple(bias.shape)}"
-        )
+        raise ValueError(f"bias must be {x.dtype} {tuple(gate_up.shape[:2])}, found {bias.dtype} {tuple(bias.shape)}")
 
 
 def _equal(what: str, value: Any, other: str, expected: Any) -> None:
@@ -145,8 +145,15 @@ def grouped_ffn_host(
 
 @torch.library.custom_op("tokcompile::grouped_ffn_backward", mutates_args=())
 def grouped_ffn_backward(
-    grad: Tensor, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, activation: str,
-    bias: Tensor | None, needed: list[bool],
+    grad: Tensor,
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: str,
+    bias: Tensor | None,
+    needed: list[bool],
 ) -> list[Tensor]:
     """Gradients of :func:`grouped_ffn`.
 
@@ -192,8 +199,15 @@ def grouped_ffn_backward(
 
 @grouped_ffn_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, activation: str,
-    bias: Tensor | None, needed: list[bool],
+    grad: Tensor,
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: str,
+    bias: Tensor | None,
+    needed: list[bool],
 ) -> list[Tensor]:
     return _gradients(x, weight, gate_up, down, bias, needed)
 
@@ -227,8 +241,9 @@ grouped_ffn.register_autograd(_differentiate, setup_context=_keep)
 
 
 @register_flop_formula(torch.ops.tokcompile.grouped_ffn)
-def _(x: list[int], index: list[int], weight: list[int], gate_up: list[int], down: list[int], *_: object,
-      **__: object) -> int:
+def _(
+    x: list[int], index: list[int], weight: list[int], gate_up: list[int], down: list[int], *_: object, **__: object
+) -> int:
     """Products of all slots; empty ones count too, since no shape shows them."""
     slots, width = index[0] * index[1], x[1]
     return 2 * slots * width * (gate_up[1] + down[2])

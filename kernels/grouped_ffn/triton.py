@@ -70,9 +70,19 @@ if AVAILABLE:
         offsets,  # int64 [E + 1]: where an expert's pairs begin
         tiles,  # int64 [E + 1]: number of tiles before an expert
         hidden,  # [P, m]: result, in sorted order
-        slots, experts, width, inner,  # k, E, d, m
-        GATED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
-        EXPERTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+        slots,
+        experts,
+        width,
+        inner,  # k, E, d, m
+        GATED: tl.constexpr,
+        BIAS: tl.constexpr,
+        ACTIVATION: tl.constexpr,
+        PRECISION: tl.constexpr,
+        EXPERTS: tl.constexpr,
+        BM: tl.constexpr,
+        BN: tl.constexpr,
+        BK: tl.constexpr,
+        GROUP: tl.constexpr,
     ):
         expert, start, end, column = locate(tiles, offsets, experts, tl.cdiv(inner, BN), EXPERTS, BM, GROUP)
         if expert < experts:
@@ -111,10 +121,18 @@ if AVAILABLE:
         hidden,  # [P, m], in sorted order
         down,  # [E, d, m]
         weight,  # [P], in the order of pairs
-        order, offsets, tiles,
+        order,
+        offsets,
+        tiles,
         parts,  # [P, d]: result, in the order of pairs
-        experts, width, inner,
-        PRECISION: tl.constexpr, EXPERTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+        experts,
+        width,
+        inner,
+        PRECISION: tl.constexpr,
+        EXPERTS: tl.constexpr,
+        BM: tl.constexpr,
+        BN: tl.constexpr,
+        BK: tl.constexpr,
         GROUP: tl.constexpr,
     ):
         expert, start, end, column = locate(tiles, offsets, experts, tl.cdiv(width, BN), EXPERTS, BM, GROUP)
@@ -141,7 +159,9 @@ if AVAILABLE:
         parts,  # [N * k, d]; rows of empty slots hold anything
         index,  # int64 [N, k]
         result,  # [N, d]
-        slots, experts, width,
+        slots,
+        experts,
+        width,
         BN: tl.constexpr,
     ):
         token = tl.program_id(0).to(tl.int64)
@@ -156,11 +176,20 @@ if AVAILABLE:
 
     @triton.jit  # type: ignore[untyped-decorator]
     def few_up_kernel(  # type: ignore[no-untyped-def]
-        x, gate_up, bias,
+        x,
+        gate_up,
+        bias,
         index,  # int64 [N, k]
         hidden,  # [N * k, m]: result; rows of empty slots stay as they are
-        slots, experts, width, inner,
-        GATED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+        slots,
+        experts,
+        width,
+        inner,
+        GATED: tl.constexpr,
+        BIAS: tl.constexpr,
+        ACTIVATION: tl.constexpr,
+        BN: tl.constexpr,
+        BK: tl.constexpr,
     ):
         pair = tl.program_id(0).to(tl.int64)
         expert = tl.load(index + pair)
@@ -192,10 +221,17 @@ if AVAILABLE:
 
     @triton.jit  # type: ignore[untyped-decorator]
     def few_down_kernel(  # type: ignore[no-untyped-def]
-        hidden, down, weight, index,
+        hidden,
+        down,
+        weight,
+        index,
         result,  # [N, d]
-        slots, experts, width, inner,
-        BN: tl.constexpr, BK: tl.constexpr,
+        slots,
+        experts,
+        width,
+        inner,
+        BN: tl.constexpr,
+        BK: tl.constexpr,
     ):
         token = tl.program_id(0).to(tl.int64)
         n = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -235,7 +271,13 @@ def grouped_ffn_triton(
 
 
 def launches(
-    x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, activation: str, bias: Tensor | None,
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: str,
+    bias: Tensor | None,
     result: Tensor,
 ) -> list[Launch]:
     """The launches that compute ``result`` [N, d], by the number of tokens; all tensors contiguous."""
@@ -245,7 +287,13 @@ def launches(
 
 
 def _many(
-    x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, activation: str, bias: Tensor | None,
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: str,
+    bias: Tensor | None,
     result: Tensor,
 ) -> list[Launch]:
     (tokens, width), slots = x.shape, index.shape[1]
@@ -267,18 +315,32 @@ def _many(
     block = min(1024, power_of_two(width))
     return [
         Launch(
-            up_kernel, (most * -(-inner // sizes["BN"]),),
-            {"x": x, "gate_up": gate_up, "bias": x if bias is None else bias, **lists, "hidden": hidden, "slots": slots,
-             **counts},
-            bend | constants, warps, STAGES,
+            up_kernel,
+            (most * -(-inner // sizes["BN"]),),
+            {
+                "x": x,
+                "gate_up": gate_up,
+                "bias": x if bias is None else bias,
+                **lists,
+                "hidden": hidden,
+                "slots": slots,
+                **counts,
+            },
+            bend | constants,
+            warps,
+            STAGES,
         ),
         Launch(
-            down_kernel, (most * -(-width // sizes["BN"]),),
+            down_kernel,
+            (most * -(-width // sizes["BN"]),),
             {"hidden": hidden, "down": down, "weight": weight, **lists, "parts": parts, **counts},
-            constants, warps, STAGES,
+            constants,
+            warps,
+            STAGES,
         ),
         Launch(
-            sum_kernel, (tokens, -(-width // block)),
+            sum_kernel,
+            (tokens, -(-width // block)),
             {"parts": parts, "index": index, "result": result, "slots": slots, "experts": experts, "width": width},
             {"BN": block},
         ),
@@ -286,7 +348,13 @@ def _many(
 
 
 def _few(
-    x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, activation: str, bias: Tensor | None,
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: str,
+    bias: Tensor | None,
     result: Tensor,
 ) -> list[Launch]:
     (tokens, width), slots = x.shape, index.shape[1]
@@ -296,13 +364,21 @@ def _few(
     bend = {"GATED": is_gated(gate_up, down), "BIAS": bias is not None, "ACTIVATION": activation}
     return [
         Launch(
-            few_up_kernel, (tokens * slots, -(-inner // FEW["BN"])),
-            {"x": x, "gate_up": gate_up, "bias": x if bias is None else bias, "index": index, "hidden": hidden,
-             **counts},
+            few_up_kernel,
+            (tokens * slots, -(-inner // FEW["BN"])),
+            {
+                "x": x,
+                "gate_up": gate_up,
+                "bias": x if bias is None else bias,
+                "index": index,
+                "hidden": hidden,
+                **counts,
+            },
             bend | FEW,
         ),
         Launch(
-            few_down_kernel, (tokens, -(-width // FEW["BN"])),
+            few_down_kernel,
+            (tokens, -(-width // FEW["BN"])),
             {"hidden": hidden, "down": down, "weight": weight, "index": index, "result": result, **counts},
             FEW,
         ),

@@ -7,5 +7,12 @@ from .onnx import DECOMPOSITIONS
 from .op import await_rows, fetch_rows, side_stream, unique_ids
 from .reference import fetch_rows_reference, unique_ids_reference
 
-__all__ = ["DECOMPOSITIONS", "await_rows", "fetch_rows", "fetch_rows_reference", "side_stream", "unique_ids",
-           "unique_ids_reference"]
+__all__ = [
+    "DECOMPOSITIONS",
+    "await_rows",
+    "fetch_rows",
+    "fetch_rows_reference",
+    "side_stream",
+    "unique_ids",
+    "unique_ids_reference",
+]

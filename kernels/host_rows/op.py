@@ -71,8 +71,10 @@ def fetch_rows(table: Tensor, remap: Tensor, unique: Tensor, place: Tensor, ids:
 @fetch_rows.register_fake
 def _(table: Tensor, remap: Tensor, unique: Tensor, place: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     _check(table, remap, unique, place)
-    return (ids.new_empty(unique.shape[0], table.shape[1], dtype=table.dtype),
-            ids.new_empty(unique.shape[0], dtype=torch.int64))
+    return (
+        ids.new_empty(unique.shape[0], table.shape[1], dtype=table.dtype),
+        ids.new_empty(unique.shape[0], dtype=torch.int64),
+    )
 
 
 def _check(table: Tensor, remap: Tensor, unique: Tensor, place: Tensor) -> None:
@@ -80,8 +82,10 @@ def _check(table: Tensor, remap: Tensor, unique: Tensor, place: Tensor) -> None:
         if value.device.type != "cpu":
             raise ValueError(f"{name} must be in host memory, it is on {value.device}")
     if table.ndim != 2 or remap.ndim != 1 or remap.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"expected table [R, f] and an integer remap [V], found {tuple(table.shape)} and "
-                         f"{remap.dtype} {tuple(remap.shape)}")
+        raise ValueError(
+            f"expected table [R, f] and an integer remap [V], found {tuple(table.shape)} and "
+            f"{remap.dtype} {tuple(remap.shape)}"
+        )
 
 
 def _started(table: Tensor, wanted: Tensor, index: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -95,7 +99,7 @@ def _started(table: Tensor, wanted: Tensor, index: Tensor, device: torch.device)
         # memory of this stream: the copy need not wait for what the current one still has to do
         rows = torch.empty(len(index), table.shape[1], dtype=table.dtype, device=device)
         places = torch.empty(index.shape, dtype=torch.int64, device=device)
-        rows[:len(wanted)].copy_(staged, non_blocking=True)
+        rows[: len(wanted)].copy_(staged, non_blocking=True)
         places.copy_(numbers, non_blocking=True)
         event = torch.cuda.Event()
         event.record(stream)

@@ -29,7 +29,7 @@ def unique_ids_reference(ids: Tensor) -> tuple[Tensor, Tensor]:
     inside = flat >= 0
     found, inverse = torch.unique(flat[inside], return_inverse=True)
     unique, place = torch.full_like(flat, -1), torch.full_like(flat, -1)
-    unique[:len(found)] = found
+    unique[: len(found)] = found
     place[inside] = inverse
     return unique, place
 
@@ -46,7 +46,7 @@ def fetch_rows_reference(table: Tensor, remap: Tensor, unique: Tensor, place: Te
     """
     wanted, index = wanted_rows(table, remap, unique, place)
     result = table.new_zeros(len(unique), table.shape[1])
-    torch.index_select(table, 0, wanted, out=result[:len(wanted)])
+    torch.index_select(table, 0, wanted, out=result[: len(wanted)])
     return result, index
 
 

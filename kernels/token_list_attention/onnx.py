@@ -15,8 +15,14 @@ from ..attend import attend_traceable, head_of, softmax_scale, wide
 
 
 def decompose(
-    query: Tensor, key: Tensor, value: Tensor, index: Tensor, count: Tensor | None = None,
-    scale: float | None = None, causal: bool = False, softcap: float = 0.0,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    count: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """``token_list_attention`` in operations that ONNX has; see ``reference.token_list_attention_reference``."""
     batch, heads, queries, width = query.shape

@@ -18,8 +18,14 @@ from .reference import backward_reference, token_list_attention_reference
 
 @torch.library.custom_op("tokcompile::token_list_attention", mutates_args=())
 def token_list_attention(
-    query: Tensor, key: Tensor, value: Tensor, index: Tensor, count: Tensor | None = None,
-    scale: float | None = None, causal: bool = False, softcap: float = 0.0,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    count: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Attention of a few queries over listed keys; see ``reference.token_list_attention_reference``.
 
@@ -47,39 +53,60 @@ def token_list_attention(
 
 @token_list_attention.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, index: Tensor, count: Tensor | None = None,
-    scale: float | None = None, causal: bool = False, softcap: float = 0.0,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    count: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     check(query, key, value, index, count, scale, softcap)
     batch, heads, queries, _ = query.shape
-    return (query.new_empty(batch, heads, queries, value.shape[3]),
-            query.new_empty(batch, heads, queries, dtype=wide(query.dtype)))
+    return (
+        query.new_empty(batch, heads, queries, value.shape[3]),
+        query.new_empty(batch, heads, queries, dtype=wide(query.dtype)),
+    )
 
 
 @torch.library.custom_op("tokcompile::token_list_attention_backward", mutates_args=())
 def token_list_attention_backward(
-    grad_output: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor,
-    index: Tensor, count: Tensor | None, scale: float | None, causal: bool, softcap: float,
+    grad_output: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    index: Tensor,
+    count: Tensor | None,
+    scale: float | None,
+    causal: bool,
+    softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Derivatives of :func:`token_list_attention` for query, key and value."""
-    return backward_reference(grad_output, grad_lse, query, key, value, output, lse, index, count, scale, causal,
-                              softcap)
+    return backward_reference(
+        grad_output, grad_lse, query, key, value, output, lse, index, count, scale, causal, softcap
+    )
 
 
 register_derivative(token_list_attention, token_list_attention_backward, 2)
 
 
-def check(query: Tensor, key: Tensor, value: Tensor, index: Tensor, count: Tensor | None, scale: float | None,
-          softcap: float) -> None:
+def check(
+    query: Tensor, key: Tensor, value: Tensor, index: Tensor, count: Tensor | None, scale: float | None, softcap: float
+) -> None:
     """Raise ValueError where the arguments do not fit together; puts no guard on symbolic sizes."""
     check_heads(query, key, value)
     check_numbers(scale, softcap)
     shape_of("index", index, "B M C", (torch.int32, torch.int64))
     heads, kv_heads, lists = query.shape[1], key.shape[1], index.shape[1]
-    if all(isinstance(n, int) for n in (heads, kv_heads, lists)) and (
-            lists == 0 or lists % kv_heads or heads % lists):
-        raise ValueError(f"{lists} lists for {heads} query heads and {kv_heads} key heads: the number of lists must "
-                         "be a multiple of the key heads and divide the query heads")
+    if all(isinstance(n, int) for n in (heads, kv_heads, lists)) and (lists == 0 or lists % kv_heads or heads % lists):
+        raise ValueError(
+            f"{lists} lists for {heads} query heads and {kv_heads} key heads: the number of lists must "
+            "be a multiple of the key heads and divide the query heads"
+        )
     if differ(index.shape[0], query.shape[0]):
         raise ValueError(f"query has {query.shape[0]} rows of the batch, index has {index.shape[0]}")
     if count is not None:
@@ -90,8 +117,14 @@ def check(query: Tensor, key: Tensor, value: Tensor, index: Tensor, count: Tenso
 
 
 def supports(
-    query: Tensor, key: Tensor, value: Tensor, index: Tensor, count: Tensor | None = None,
-    scale: float | None = None, causal: bool = False, softcap: float = 0.0,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    count: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    softcap: float = 0.0,
 ) -> tuple[bool, str]:
     """Whether the Triton kernel can run on these arguments, and why not."""
     ok, reason = runs_on(query)

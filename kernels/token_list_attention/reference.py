@@ -15,8 +15,14 @@ from ..attend import attend, attend_backward, softmax_scale, take_rows, wide
 
 
 def token_list_attention_reference(
-    query: Tensor, key: Tensor, value: Tensor, index: Tensor, count: Tensor | None = None,
-    scale: float | None = None, causal: bool = False, softcap: float = 0.0,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    count: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query over the keys in its list.
 
@@ -41,15 +47,33 @@ def token_list_attention_reference(
 
 
 def backward_reference(
-    grad_output: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor,
-    index: Tensor, count: Tensor | None, scale: float | None, causal: bool, softcap: float,
+    grad_output: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    index: Tensor,
+    count: Tensor | None,
+    scale: float | None,
+    causal: bool,
+    softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Derivatives for query, key and value."""
     queries, keys, values, hidden = _gathered(query, key, value, index, count, causal)
     rows, numbers = queries.shape[:3], queries.dtype
     grads = attend_backward(
-        grad_output.to(numbers).reshape(*rows, -1), grad_lse.to(numbers).reshape(rows), queries, keys, values,
-        output.to(numbers).reshape(*rows, -1), lse.reshape(rows), softmax_scale(scale, query.shape[3]), softcap, hidden,
+        grad_output.to(numbers).reshape(*rows, -1),
+        grad_lse.to(numbers).reshape(rows),
+        queries,
+        keys,
+        values,
+        output.to(numbers).reshape(*rows, -1),
+        lse.reshape(rows),
+        softmax_scale(scale, query.shape[3]),
+        softcap,
+        hidden,
     )
     batch, head, row = _places(key, index, keys.shape[2])
     result = [grads[0].reshape(query.shape).to(query.dtype)]
@@ -68,8 +92,9 @@ def _places(key: Tensor, index: Tensor, listed: int) -> tuple[Tensor, Tensor, Te
     return number, head, row
 
 
-def _gathered(query: Tensor, key: Tensor, value: Tensor, index: Tensor, count: Tensor | None,
-              causal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _gathered(
+    query: Tensor, key: Tensor, value: Tensor, index: Tensor, count: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Queries [B, M, R, D] with R = H / M * Q, keys and values [B, M, C, .], hidden bool [B, M, R or 1, C] or None."""
     batch, heads, queries, width = query.shape
     lists = index.shape[1]

@@ -29,18 +29,42 @@ if AVAILABLE:
 
     @triton.jit  # type: ignore[untyped-decorator]
     def part_kernel(  # type: ignore[no-untyped-def]
-        query, key, value,  # [B, H, Q, D], [B, Hkv, L, D], [B, Hkv, L, Dv]; rows of adjacent numbers
+        query,
+        key,
+        value,  # [B, H, Q, D], [B, Hkv, L, D], [B, Hkv, L, Dv]; rows of adjacent numbers
         index,  # int32 or int64 [B, M, C]; lists of adjacent numbers
         count,  # int32 or int64 [B, M] or None
         result,  # [B, H, Q, parts, Dv]
         lse,  # float32 [B, H, Q, parts]
-        query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,  # strides
-        index_batch, index_list,  # strides
-        lists, sharing,  # M; lists that read the same key head
-        rows, queries, length, capacity, parts,  # rows = H / M * Q
-        inner, outer,  # see `logits`
-        WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr,
-        ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
+        query_batch,
+        query_head,
+        query_row,
+        key_batch,
+        key_head,
+        key_row,
+        value_batch,
+        value_head,
+        value_row,  # strides
+        index_batch,
+        index_list,  # strides
+        lists,
+        sharing,  # M; lists that read the same key head
+        rows,
+        queries,
+        length,
+        capacity,
+        parts,  # rows = H / M * Q
+        inner,
+        outer,  # see `logits`
+        WIDTH: tl.constexpr,
+        VALUE_WIDTH: tl.constexpr,
+        CAUSAL: tl.constexpr,
+        CAPPED: tl.constexpr,
+        ROWS: tl.constexpr,
+        KEYS: tl.constexpr,
+        D: tl.constexpr,
+        DV: tl.constexpr,
+        PRECISION: tl.constexpr,
     ):
         number = tl.program_id(0).to(tl.int64)
         part = tl.program_id(1)
@@ -50,7 +74,8 @@ if AVAILABLE:
         head, place = list_ * (rows // queries) + row // queries, row % queries
         tile = tl.load(
             query + batch * query_batch + head[:, None] * query_head + place[:, None] * query_row + column[None, :],
-            mask=(row < rows)[:, None] & (column < WIDTH)[None, :], other=0.0,
+            mask=(row < rows)[:, None] & (column < WIDTH)[None, :],
+            other=0.0,
         )
         listed = capacity
         if count is not None:
@@ -68,30 +93,44 @@ if AVAILABLE:
             slot = start + tl.arange(0, KEYS)
             token = tl.load(list_start + slot, mask=slot < end, other=-1).to(tl.int64)
             there = (token >= 0) & (token < length)
-            key_tile = tl.load(keys + token[None, :] * key_row + column[:, None],
-                               mask=there[None, :] & (column < WIDTH)[:, None], other=0.0)
+            key_tile = tl.load(
+                keys + token[None, :] * key_row + column[:, None],
+                mask=there[None, :] & (column < WIDTH)[:, None],
+                other=0.0,
+            )
             score = logits(tile, key_tile, inner, outer, CAPPED, PRECISION)
             seen = there[None, :]
             if CAUSAL:
                 seen = seen & (token[None, :] <= length - queries + place[:, None])
             score = tl.where(seen, score, float("-inf"))
-            value_tile = tl.load(values + token[:, None] * value_row + value_column[None, :],
-                                 mask=there[:, None] & (value_column < VALUE_WIDTH)[None, :], other=0.0)
+            value_tile = tl.load(
+                values + token[:, None] * value_row + value_column[None, :],
+                mask=there[:, None] & (value_column < VALUE_WIDTH)[None, :],
+                other=0.0,
+            )
             top, total, accumulator = step(score, value_tile, top, total, accumulator, PRECISION)
         empty = total == 0.0
         accumulator = accumulator / tl.where(empty, 1.0, total)[:, None]
         out = (number * rows + row) * parts + part
-        tl.store(lse + out, tl.where(empty, float("-inf"), (top + tl.log2(total)) * 0.6931471805599453),
-                 mask=row < rows)
-        tl.store(result + out[:, None] * VALUE_WIDTH + value_column[None, :], accumulator.to(result.dtype.element_ty),
-                 mask=(row < rows)[:, None] & (value_column < VALUE_WIDTH)[None, :])
+        tl.store(
+            lse + out, tl.where(empty, float("-inf"), (top + tl.log2(total)) * 0.6931471805599453), mask=row < rows
+        )
+        tl.store(
+            result + out[:, None] * VALUE_WIDTH + value_column[None, :],
+            accumulator.to(result.dtype.element_ty),
+            mask=(row < rows)[:, None] & (value_column < VALUE_WIDTH)[None, :],
+        )
 
     @triton.jit  # type: ignore[untyped-decorator]
     def merge_kernel(  # type: ignore[no-untyped-def]
-        partial, partial_lse,  # float32 [rows, parts, Dv], [rows, parts]
-        result, lse,  # [rows, Dv], float32 [rows]
+        partial,
+        partial_lse,  # float32 [rows, parts, Dv], [rows, parts]
+        result,
+        lse,  # [rows, Dv], float32 [rows]
         parts,
-        VALUE_WIDTH: tl.constexpr, PARTS: tl.constexpr, DV: tl.constexpr,
+        VALUE_WIDTH: tl.constexpr,
+        PARTS: tl.constexpr,
+        DV: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
         part, column = tl.arange(0, PARTS), tl.arange(0, DV)
@@ -102,17 +141,26 @@ if AVAILABLE:
         accumulator = tl.zeros([DV], tl.float32)
         for number in range(parts):
             weight = tl.exp(tl.load(partial_lse + row * parts + number) - shift)
-            accumulator += weight * tl.load(partial + (row * parts + number) * VALUE_WIDTH + column,
-                                            mask=column < VALUE_WIDTH, other=0.0)
+            accumulator += weight * tl.load(
+                partial + (row * parts + number) * VALUE_WIDTH + column, mask=column < VALUE_WIDTH, other=0.0
+            )
         accumulator = accumulator / tl.where(total == 0.0, 1.0, total)
         tl.store(lse + row, tl.where(total == 0.0, float("-inf"), shift + tl.log(total)))
-        tl.store(result + row * VALUE_WIDTH + column, accumulator.to(result.dtype.element_ty),
-                 mask=column < VALUE_WIDTH)
+        tl.store(
+            result + row * VALUE_WIDTH + column, accumulator.to(result.dtype.element_ty), mask=column < VALUE_WIDTH
+        )
 
 
 def launches(
-    query: Tensor, key: Tensor, value: Tensor, index: Tensor, count: Tensor | None = None,
-    scale: float | None = None, causal: bool = False, softcap: float = 0.0, parts: int | None = None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    count: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    softcap: float = 0.0,
+    parts: int | None = None,
 ) -> tuple[list[Launch], Tensor, Tensor]:
     """The launches for these arguments, and the tensors that they fill: output and log-sum-exp.
 
@@ -136,32 +184,71 @@ def launches(
         partial = query.new_empty(batch, heads, queries, parts, value_width, dtype=torch.float32)
         partial_lse = query.new_empty(batch, heads, queries, parts, dtype=torch.float32)
     split = Launch(
-        part_kernel, (batch * lists, parts, tiles),
-        {"query": query, "key": key, "value": value, "index": index,
-         "count": None if count is None else count.contiguous(), "result": partial, "lse": partial_lse,
-         "query_batch": query.stride(0), "query_head": query.stride(1), "query_row": query.stride(2),
-         "key_batch": key.stride(0), "key_head": key.stride(1), "key_row": key.stride(2),
-         "value_batch": value.stride(0), "value_head": value.stride(1), "value_row": value.stride(2),
-         "index_batch": index.stride(0), "index_list": index.stride(1), "lists": lists,
-         "sharing": max(1, lists // key.shape[1]), "rows": rows, "queries": queries, "length": key.shape[2],
-         "capacity": capacity, "parts": parts, **factors(softmax_scale(scale, width), softcap)},
-        {"WIDTH": width, "VALUE_WIDTH": value_width, "CAUSAL": causal, "CAPPED": softcap > 0, "ROWS": tile,
-         "KEYS": keys, "D": d, "DV": dv, "PRECISION": precision(query.dtype)},
+        part_kernel,
+        (batch * lists, parts, tiles),
+        {
+            "query": query,
+            "key": key,
+            "value": value,
+            "index": index,
+            "count": None if count is None else count.contiguous(),
+            "result": partial,
+            "lse": partial_lse,
+            "query_batch": query.stride(0),
+            "query_head": query.stride(1),
+            "query_row": query.stride(2),
+            "key_batch": key.stride(0),
+            "key_head": key.stride(1),
+            "key_row": key.stride(2),
+            "value_batch": value.stride(0),
+            "value_head": value.stride(1),
+            "value_row": value.stride(2),
+            "index_batch": index.stride(0),
+            "index_list": index.stride(1),
+            "lists": lists,
+            "sharing": max(1, lists // key.shape[1]),
+            "rows": rows,
+            "queries": queries,
+            "length": key.shape[2],
+            "capacity": capacity,
+            "parts": parts,
+            **factors(softmax_scale(scale, width), softcap),
+        },
+        {
+            "WIDTH": width,
+            "VALUE_WIDTH": value_width,
+            "CAUSAL": causal,
+            "CAPPED": softcap > 0,
+            "ROWS": tile,
+            "KEYS": keys,
+            "D": d,
+            "DV": dv,
+            "PRECISION": precision(query.dtype),
+        },
         warps=8 if max(d, dv) * query.element_size() > 512 else 4,  # fp32 heads of width 256 spill with 4
     )
     if parts == 1:
         return [split], output, lse
     merge = Launch(
-        merge_kernel, (batch * heads * queries,),
+        merge_kernel,
+        (batch * heads * queries,),
         {"partial": partial, "partial_lse": partial_lse, "result": output, "lse": lse, "parts": parts},
-        {"VALUE_WIDTH": value_width, "PARTS": power_of_two(parts, 1), "DV": dv}, warps=1 if dv <= 128 else 2,
+        {"VALUE_WIDTH": value_width, "PARTS": power_of_two(parts, 1), "DV": dv},
+        warps=1 if dv <= 128 else 2,
     )
     return [split, merge], output, lse
 
 
 def token_list_attention_triton(
-    query: Tensor, key: Tensor, value: Tensor, index: Tensor, count: Tensor | None = None,
-    scale: float | None = None, causal: bool = False, softcap: float = 0.0, parts: int | None = None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    count: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    softcap: float = 0.0,
+    parts: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.token_list_attention_reference``; an index that is out of range counts as an empty slot."""
     todo, output, lse = launches(query, key, value, index, count, scale, causal, softcap, parts)

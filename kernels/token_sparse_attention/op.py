@@ -23,9 +23,21 @@ from tokcompile.kernels.token_sparse_attention.reference import compute, select
 
 @torch.library.custom_op("tokcompile::token_sparse_attention", mutates_args=())
 def token_sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None = None, mask: Tensor | None = None,
-    scale: float | None = None, softcap: float = 0.0, sliding: int = 0, coverage: float = 0.005, keep: float = 0.0,
-    least: int = 1024, window: int = 128, pool: int = 7, seed: int = -1, causal: bool = True,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sliding: int = 0,
+    coverage: float = 0.005,
+    keep: float = 0.0,
+    least: int = 1024,
+    window: int = 128,
+    pool: int = 7,
+    seed: int = -1,
+    causal: bool = True,
 ) -> Tensor:
     """Causal attention in which each head attends among tokens that the last queries look at most.
 
@@ -46,8 +58,9 @@ def token_sparse_attention(
     """
     _check(query, key, value, scale, softcap, sliding)
     position, mask = _position(query, keys), _square(mask, query)
-    index = select(query, key, position, mask, scale, softcap, sliding, coverage, keep, least, window, pool, seed,
-                   causal)
+    index = select(
+        query, key, position, mask, scale, softcap, sliding, coverage, keep, least, window, pool, seed, causal
+    )
     return compute(query, key, value, index, position, mask, scale, softcap, sliding, causal).clone()
 
 
@@ -58,28 +71,49 @@ def _(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> T
 
 @torch.library.custom_op("tokcompile::token_sparse_attention_backward", mutates_args=())
 def token_sparse_attention_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, keys: Tensor | None, mask: Tensor | None,
-    scale: float | None, softcap: float, sliding: int, coverage: float, keep: float, least: int, window: int,
-    pool: int, seed: int, causal: bool,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor | None,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float,
+    sliding: int,
+    coverage: float,
+    keep: float,
+    least: int,
+    window: int,
+    pool: int,
+    seed: int,
+    causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Derivatives for query, key and value; the choice is made again and is not differentiated."""
     position, mask = _position(query, keys), _square(mask, query)
-    index = select(query, key, position, mask, scale, softcap, sliding, coverage, keep, least, window, pool, seed,
-                   causal)
+    index = select(
+        query, key, position, mask, scale, softcap, sliding, coverage, keep, least, window, pool, seed, causal
+    )
     if mask is not None:
-        raise NotImplementedError("token_sparse_attention has no derivative under an arbitrary mask (one that is not "
-                                  "causal, a window and padding)")
+        raise NotImplementedError(
+            "token_sparse_attention has no derivative under an arbitrary mask (one that is not "
+            "causal, a window and padding)"
+        )
     ops, operands, place = torch.ops.tokcompile, [query, key, value], position
     if index is not None:
         operands, grad = [gather_rows(t, index) for t in operands], gather_rows(grad, index)
-        place = index if position is None else torch.where(
-            index < 0, -1, position.expand(-1, index.shape[1], -1).gather(2, index.clamp(min=0)))
+        place = (
+            index
+            if position is None
+            else torch.where(index < 0, -1, position.expand(-1, index.shape[1], -1).gather(2, index.clamp(min=0)))
+        )
     settings = (None, None, place, 128, 64, scale, True, sliding, softcap)
     output, lse = block_list_attention(*operands, *settings)
     grads = ops.block_list_attention_backward(grad, torch.zeros_like(lse), *operands, output, lse, *settings)
     if index is not None:
-        grads = [ops.gather_rows_backward(g, index, t.shape[1], t.shape[2])
-                 for g, t in zip(grads, (query, key, value), strict=True)]
+        grads = [
+            ops.gather_rows_backward(g, index, t.shape[1], t.shape[2])
+            for g, t in zip(grads, (query, key, value), strict=True)
+        ]
     return grads[0], grads[1], grads[2]
 
 
@@ -102,9 +136,22 @@ token_sparse_attention.register_autograd(_backward, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.tokcompile.token_sparse_attention)
-def _flops(query: Any, key: Any, value: Any, keys: Any = None, mask: Any = None, scale: Any = None,
-           softcap: float = 0.0, sliding: int = 0, coverage: float = 0.005, keep: float = 0.0, least: int = 1024,
-           window: int = 128, *_args: Any, **_kwargs: Any) -> int:
+def _flops(
+    query: Any,
+    key: Any,
+    value: Any,
+    keys: Any = None,
+    mask: Any = None,
+    scale: Any = None,
+    softcap: float = 0.0,
+    sliding: int = 0,
+    coverage: float = 0.005,
+    keep: float = 0.0,
+    least: int = 1024,
+    window: int = 128,
+    *_args: Any,
+    **_kwargs: Any,
+) -> int:
     """Multiply-adds x 2, as dense attention is counted (the full square); by coverage the count is that of dense."""
     batch, heads, length, width = query
     share = keep if keep else 1.0

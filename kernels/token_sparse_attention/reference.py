@@ -39,9 +39,22 @@ def budget(scores: Tensor, count: Tensor, coverage: float, keep: float, least: i
     return min(length, max(least, int(wanted.max())))
 
 
-def select(query: Tensor, key: Tensor, position: Tensor | None, mask: Tensor | None, scale: float | None,
-           softcap: float, sliding: int, coverage: float, keep: float, least: int, window: int, pool: int,
-           seed: int, causal: bool = True) -> Tensor | None:
+def select(
+    query: Tensor,
+    key: Tensor,
+    position: Tensor | None,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float,
+    sliding: int,
+    coverage: float,
+    keep: float,
+    least: int,
+    window: int,
+    pool: int,
+    seed: int,
+    causal: bool = True,
+) -> Tensor | None:
     """The tokens [B, H, K + window] that each head keeps, ascending, -1 in front where a row has fewer; None: all.
 
     Args:
@@ -55,8 +68,11 @@ def select(query: Tensor, key: Tensor, position: Tensor | None, mask: Tensor | N
     last = query[:, :, prefix:]
     if mask is None:
         scores = attention_rows(last, key, position, scale, True, sliding, softcap)
-        real = torch.ones(batch, prefix, dtype=torch.bool, device=query.device) if position is None else (
-            position[:, 0, :prefix] >= 0)
+        real = (
+            torch.ones(batch, prefix, dtype=torch.bool, device=query.device)
+            if position is None
+            else (position[:, 0, :prefix] >= 0)
+        )
     else:
         weight = _rows(last, key, mask[..., prefix:, :], scale, softcap, position, sliding, causal)
         scores = weight.sum(2)
@@ -87,8 +103,16 @@ def _visible(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask > -1e4
 
 
-def _rows(query: Tensor, key: Tensor, mask: Tensor, scale: float | None, softcap: float, position: Tensor | None,
-          sliding: int, causal: bool) -> Tensor:
+def _rows(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor,
+    scale: float | None,
+    softcap: float,
+    position: Tensor | None,
+    sliding: int,
+    causal: bool,
+) -> Tensor:
     """Weights [B, H, Q, L] of the last Q queries under a part [.., Q, L] of the mask."""
     group = query.shape[1] // key.shape[1]
     keys = key.to(wide(key.dtype)).repeat_interleave(group, 1)
@@ -100,20 +124,40 @@ def _rows(query: Tensor, key: Tensor, mask: Tensor, scale: float | None, softcap
     return score.softmax(-1).nan_to_num(0.0)
 
 
-def dense(query: Tensor, key: Tensor, value: Tensor, position: Tensor | None, mask: Tensor | None,
-          scale: float | None, softcap: float, sliding: int, causal: bool = True) -> Tensor:
+def dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor | None,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float,
+    sliding: int,
+    causal: bool = True,
+) -> Tensor:
     """Attention of all tokens, as the model computes it."""
     if mask is not None:
         everything = torch.arange(query.shape[2], device=query.device).expand(*query.shape[:3])
         return _masked(query, key, value, everything, mask, position, scale, softcap, sliding, causal)
     if position is None and not softcap and not sliding:
-        return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale,
-                                                       enable_gqa=query.shape[1] != key.shape[1])
+        return functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        )
     return block_list_attention(query, key, value, None, None, position, 128, 64, scale, True, sliding, softcap)[0]
 
 
-def _masked(query: Tensor, key: Tensor, value: Tensor, index: Tensor, mask: Tensor, position: Tensor | None,
-            scale: float | None, softcap: float, sliding: int, causal: bool) -> Tensor:
+def _masked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    mask: Tensor,
+    position: Tensor | None,
+    scale: float | None,
+    softcap: float,
+    sliding: int,
+    causal: bool,
+) -> Tensor:
     """Attention among the rows of ``index [B, H, K]`` under an arbitrary mask, tile by tile; -> [B, H, K, Dv]."""
     batch, heads, kept = index.shape
     numbers = wide(query.dtype)
@@ -122,8 +166,11 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, index: Tensor, mask: Tens
     head = torch.arange(heads, device=index.device)[None, :, None, None]
     mask = mask.expand(batch, heads, *mask.shape[2:])
     safe = index.clamp(min=0)
-    place = index if position is None else torch.where(
-        index < 0, -1, position.expand(batch, heads, position.shape[2]).gather(2, safe))
+    place = (
+        index
+        if position is None
+        else torch.where(index < 0, -1, position.expand(batch, heads, position.shape[2]).gather(2, safe))
+    )
     parts = []
     for start in range(0, kept, _TILE):
         rows = slice(start, start + _TILE)
@@ -144,8 +191,18 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, index: Tensor, mask: Tens
     return torch.cat(parts, 2).to(query.dtype) if parts else query.new_zeros(batch, heads, 0, value.shape[3])
 
 
-def compute(query: Tensor, key: Tensor, value: Tensor, index: Tensor | None, position: Tensor | None,
-            mask: Tensor | None, scale: float | None, softcap: float, sliding: int, causal: bool = True) -> Tensor:
+def compute(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor | None,
+    position: Tensor | None,
+    mask: Tensor | None,
+    scale: float | None,
+    softcap: float,
+    sliding: int,
+    causal: bool = True,
+) -> Tensor:
     """Attention among the chosen tokens of each head, 0 elsewhere; differentiable."""
     if index is None:
         return dense(query, key, value, position, mask, scale, softcap, sliding, causal)
@@ -157,8 +214,12 @@ def compute(query: Tensor, key: Tensor, value: Tensor, index: Tensor | None, pos
     if position is None and not softcap and not sliding:
         found = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
     else:
-        place = index if position is None else torch.where(
-            index < 0, -1, position.expand(-1, index.shape[1], -1).gather(2, index.clamp(min=0)))
-        found = block_list_attention(queries, keys, values, None, None, place, 128, 64, scale, True, sliding,
-                                     softcap)[0]
+        place = (
+            index
+            if position is None
+            else torch.where(index < 0, -1, position.expand(-1, index.shape[1], -1).gather(2, index.clamp(min=0)))
+        )
+        found = block_list_attention(queries, keys, values, None, None, place, 128, 64, scale, True, sliding, softcap)[
+            0
+        ]
     return scatter_rows(found, index, length)

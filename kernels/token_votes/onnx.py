@@ -9,7 +9,12 @@ from .reference import votes
 
 
 def decompose(
-    query: Tensor, key: Tensor, candidate: Tensor, skip: Tensor, scale: float, softcap: float = 0.0,
+    query: Tensor,
+    key: Tensor,
+    candidate: Tensor,
+    skip: Tensor,
+    scale: float,
+    softcap: float = 0.0,
 ) -> Tensor:
     """``token_votes`` in operations that ONNX has; arguments as in ``reference.token_votes_reference``."""
     return torch.where(skip.unsqueeze(1), 0.0, votes(query, key, candidate, scale, softcap))

@@ -18,7 +18,12 @@ from .reference import token_votes_reference
 
 @torch.library.custom_op("tokcompile::token_votes", mutates_args=())
 def token_votes(
-    query: Tensor, key: Tensor, candidate: Tensor, skip: Tensor, scale: float, softcap: float = 0.0,
+    query: Tensor,
+    key: Tensor,
+    candidate: Tensor,
+    skip: Tensor,
+    scale: float,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Votes of the heads for each key; see ``reference.token_votes_reference``.
 
@@ -43,7 +48,12 @@ def token_votes(
 
 @token_votes.register_fake
 def _(
-    query: Tensor, key: Tensor, candidate: Tensor, skip: Tensor, scale: float, softcap: float = 0.0,
+    query: Tensor,
+    key: Tensor,
+    candidate: Tensor,
+    skip: Tensor,
+    scale: float,
+    softcap: float = 0.0,
 ) -> Tensor:
     check(query, key, candidate, skip)
     return key.new_empty(key.shape[0], key.shape[2], dtype=torch.float32)
@@ -51,17 +61,30 @@ def _(
 
 def check(query: Tensor, key: Tensor, candidate: Tensor, skip: Tensor) -> None:
     """Raise ValueError where the arguments do not fit together; puts no guard on symbolic sizes."""
-    if query.ndim != 4 or key.ndim != 4 or differ(query.shape[2], 1) or differ(query.shape[3], key.shape[3]) or (
-            differ(query.shape[0], key.shape[0]) or query.dtype != key.dtype or not key.is_floating_point()):
-        raise ValueError(f"expected query [B, H, 1, D] and key [B, Hkv, T, D] of one float type, found {query.dtype} "
-                         f"{tuple(query.shape)} and {key.dtype} {tuple(key.shape)}")
+    if (
+        query.ndim != 4
+        or key.ndim != 4
+        or differ(query.shape[2], 1)
+        or differ(query.shape[3], key.shape[3])
+        or (differ(query.shape[0], key.shape[0]) or query.dtype != key.dtype or not key.is_floating_point())
+    ):
+        raise ValueError(
+            f"expected query [B, H, 1, D] and key [B, Hkv, T, D] of one float type, found {query.dtype} "
+            f"{tuple(query.shape)} and {key.dtype} {tuple(key.shape)}"
+        )
     heads, kv_heads = query.shape[1], key.shape[1]
     if isinstance(heads, int) and isinstance(kv_heads, int) and (kv_heads == 0 or heads % kv_heads):
         raise ValueError(f"{heads} query heads cannot share {kv_heads} key heads")
-    if candidate.dtype != torch.bool or candidate.ndim != 2 or differ(candidate.shape[1], key.shape[2]) or (
-            differ(candidate.shape[0], 1) and differ(candidate.shape[0], key.shape[0])):
-        raise ValueError(f"candidate must be bool [{key.shape[0]} or 1, {key.shape[2]}], found {candidate.dtype} "
-                         f"{tuple(candidate.shape)}")
+    if (
+        candidate.dtype != torch.bool
+        or candidate.ndim != 2
+        or differ(candidate.shape[1], key.shape[2])
+        or (differ(candidate.shape[0], 1) and differ(candidate.shape[0], key.shape[0]))
+    ):
+        raise ValueError(
+            f"candidate must be bool [{key.shape[0]} or 1, {key.shape[2]}], found {candidate.dtype} "
+            f"{tuple(candidate.shape)}"
+        )
     if skip.dtype != torch.bool or skip.ndim != 1 or differ(skip.shape[0], key.shape[0]):
         raise ValueError(f"skip must be bool [{key.shape[0]}], found {skip.dtype} {tuple(skip.shape)}")
 

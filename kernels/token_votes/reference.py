@@ -27,7 +27,12 @@ def votes(query: Tensor, key: Tensor, candidate: Tensor, scale: float, softcap: 
 
 
 def token_votes_reference(
-    query: Tensor, key: Tensor, candidate: Tensor, skip: Tensor, scale: float, softcap: float = 0.0,
+    query: Tensor,
+    key: Tensor,
+    candidate: Tensor,
+    skip: Tensor,
+    scale: float,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Votes of the rows that are not skipped; keys of the others are not read.
 
@@ -47,6 +52,6 @@ def token_votes_reference(
         return votes(query, key, candidate, scale, softcap)
     result = torch.zeros(key.shape[0], key.shape[2], device=key.device)
     for row in rows.tolist():  # a copy of the keys of several rows would cost as much as the votes
-        seen = candidate if candidate.shape[0] == 1 else candidate[row: row + 1]
-        result[row: row + 1] = votes(query[row: row + 1], key[row: row + 1], seen, scale, softcap)
+        seen = candidate if candidate.shape[0] == 1 else candidate[row : row + 1]
+        result[row : row + 1] = votes(query[row : row + 1], key[row : row + 1], seen, scale, softcap)
     return result

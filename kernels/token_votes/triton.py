@@ -28,15 +28,30 @@ if AVAILABLE:
 
     @triton.jit  # type: ignore[untyped-decorator]
     def product_kernel(  # type: ignore[no-untyped-def]
-        query, key,  # [B, H, 1, D], [B, Hkv, T, D]; rows of adjacent numbers
+        query,
+        key,  # [B, H, 1, D], [B, Hkv, T, D]; rows of adjacent numbers
         candidate,  # bool [B or 1, T]
         skip,  # bool [B]
         product,  # float32 [B, H, T], to base 2
-        tops, totals,  # float32 [B, H, parts]
-        query_batch, query_head, key_batch, key_head, key_row, candidate_batch,  # strides
-        kv_heads, group, length, parts,
-        inner, outer,  # see `logits`
-        WIDTH: tl.constexpr, CAPPED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
+        tops,
+        totals,  # float32 [B, H, parts]
+        query_batch,
+        query_head,
+        key_batch,
+        key_head,
+        key_row,
+        candidate_batch,  # strides
+        kv_heads,
+        group,
+        length,
+        parts,
+        inner,
+        outer,  # see `logits`
+        WIDTH: tl.constexpr,
+        CAPPED: tl.constexpr,
+        ROWS: tl.constexpr,
+        KEYS: tl.constexpr,
+        D: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
         number = tl.program_id(0).to(tl.int64)
@@ -45,8 +60,11 @@ if AVAILABLE:
         row, column = tl.arange(0, ROWS), tl.arange(0, D)
         head = shared * group + row
         there = row < group
-        tile = tl.load(query + batch * query_batch + head[:, None] * query_head + column[None, :],
-                       mask=there[:, None] & (column < WIDTH)[None, :], other=0.0)
+        tile = tl.load(
+            query + batch * query_batch + head[:, None] * query_head + column[None, :],
+            mask=there[:, None] & (column < WIDTH)[None, :],
+            other=0.0,
+        )
         share = tl.cdiv(tl.cdiv(length, KEYS), parts) * KEYS
         first = part * share
         end = tl.minimum(first + share, length)
@@ -58,8 +76,11 @@ if AVAILABLE:
         for start in range(first, end, KEYS):
             token = start + tl.arange(0, KEYS)
             inside = token < end
-            key_tile = tl.load(keys + token[None, :].to(tl.int64) * key_row + column[:, None],
-                               mask=inside[None, :] & (column < WIDTH)[:, None], other=0.0)
+            key_tile = tl.load(
+                keys + token[None, :].to(tl.int64) * key_row + column[:, None],
+                mask=inside[None, :] & (column < WIDTH)[:, None],
+                other=0.0,
+            )
             seen = tl.load(candidate + batch * candidate_batch + token, mask=inside, other=0) != 0
             score = logits(tile, key_tile, inner, outer, CAPPED, PRECISION)
             score = tl.where(seen[None, :], score, float("-inf"))
@@ -74,11 +95,16 @@ if AVAILABLE:
 
     @triton.jit  # type: ignore[untyped-decorator]
     def vote_kernel(  # type: ignore[no-untyped-def]
-        product, tops, totals,  # see `product_kernel`
+        product,
+        tops,
+        totals,  # see `product_kernel`
         skip,  # bool [B]
         result,  # float32 [B, T]
-        heads, length, parts,
-        PARTS: tl.constexpr, KEYS: tl.constexpr,
+        heads,
+        length,
+        parts,
+        PARTS: tl.constexpr,
+        KEYS: tl.constexpr,
     ):
         batch = tl.program_id(0).to(tl.int64)
         token = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
@@ -90,15 +116,21 @@ if AVAILABLE:
             every = tl.load(tops + place * parts + part, mask=part < parts, other=float("-inf"))
             top = tl.max(every, 0)
             shift = tl.where(top == float("-inf"), 0.0, top)
-            total = tl.sum(tl.exp2(every - shift) * tl.load(totals + place * parts + part, mask=part < parts,
-                                                            other=0.0), 0)
+            total = tl.sum(
+                tl.exp2(every - shift) * tl.load(totals + place * parts + part, mask=part < parts, other=0.0), 0
+            )
             score = tl.load(product + place * length + token, mask=token < length, other=float("-inf"))
             vote += tl.exp2(score - shift) / tl.where(total == 0.0, 1.0, total)
         tl.store(result + batch * length + token, vote, mask=token < length)
 
 
 def launches(
-    query: Tensor, key: Tensor, candidate: Tensor, skip: Tensor, scale: float, softcap: float = 0.0,
+    query: Tensor,
+    key: Tensor,
+    candidate: Tensor,
+    skip: Tensor,
+    scale: float,
+    softcap: float = 0.0,
     parts: int | None = None,
 ) -> tuple[list[Launch], Tensor]:
     """The launches for these arguments, and the tensor of votes that they fill.
@@ -118,26 +150,62 @@ def launches(
     totals, result = torch.empty_like(tops), query.new_empty(batch, length, dtype=torch.float32)
     group = heads // max(1, kv_heads)
     one = Launch(
-        product_kernel, (batch * kv_heads, parts),
-        {"query": query, "key": key, "candidate": candidate, "skip": skip.contiguous(), "product": product,
-         "tops": tops, "totals": totals, "query_batch": query.stride(0), "query_head": query.stride(1),
-         "key_batch": key.stride(0), "key_head": key.stride(1), "key_row": key.stride(2),
-         "candidate_batch": candidate.stride(0) if candidate.shape[0] > 1 else 0, "kv_heads": kv_heads,
-         "group": group, "length": length, "parts": parts, **factors(scale, softcap)},
-        {"WIDTH": width, "CAPPED": softcap > 0, "ROWS": power_of_two(group), "KEYS": keys, "D": d,
-         "PRECISION": precision(query.dtype)},
+        product_kernel,
+        (batch * kv_heads, parts),
+        {
+            "query": query,
+            "key": key,
+            "candidate": candidate,
+            "skip": skip.contiguous(),
+            "product": product,
+            "tops": tops,
+            "totals": totals,
+            "query_batch": query.stride(0),
+            "query_head": query.stride(1),
+            "key_batch": key.stride(0),
+            "key_head": key.stride(1),
+            "key_row": key.stride(2),
+            "candidate_batch": candidate.stride(0) if candidate.shape[0] > 1 else 0,
+            "kv_heads": kv_heads,
+            "group": group,
+            "length": length,
+            "parts": parts,
+            **factors(scale, softcap),
+        },
+        {
+            "WIDTH": width,
+            "CAPPED": softcap > 0,
+            "ROWS": power_of_two(group),
+            "KEYS": keys,
+            "D": d,
+            "PRECISION": precision(query.dtype),
+        },
     )
     two = Launch(
-        vote_kernel, (batch, -(-length // BLOCK)),
-        {"product": product, "tops": tops, "totals": totals, "skip": skip.contiguous(), "result": result,
-         "heads": heads, "length": length, "parts": parts},
+        vote_kernel,
+        (batch, -(-length // BLOCK)),
+        {
+            "product": product,
+            "tops": tops,
+            "totals": totals,
+            "skip": skip.contiguous(),
+            "result": result,
+            "heads": heads,
+            "length": length,
+            "parts": parts,
+        },
         {"PARTS": power_of_two(parts), "KEYS": BLOCK},
     )
     return [one, two], result
 
 
 def token_votes_triton(
-    query: Tensor, key: Tensor, candidate: Tensor, skip: Tensor, scale: float, softcap: float = 0.0,
+    query: Tensor,
+    key: Tensor,
+    candidate: Tensor,
+    skip: Tensor,
+    scale: float,
+    softcap: float = 0.0,
     parts: int | None = None,
 ) -> Tensor:
     """As ``reference.token_votes_reference``."""

@@ -55,37 +55,68 @@ class MoeFromDense(Pass):
     calibration = "required"
 
     class Params(PassParams):
-        experts: int = Field(8, ge=2, description="Experts that a layer is split into, shared ones included.",
-                             json_schema_extra=about(source="CMoE: 8 at 25 % sparsity, 16 at 75 %"))
-        shared: int = Field(3, ge=0, description="Experts that every token uses (they become one).",
-                            json_schema_extra=about(source="CMoE, S3A3E8"))
-        active: int = Field(3, ge=1, description="Routed experts that a token uses (with router relu: on average).",
-                            json_schema_extra=about(source="CMoE, S3A3E8"))
-        router: Literal["top_k", "relu"] = Field("top_k", description="A fixed number of experts for each token, or "
-                                                                      "those above a threshold.")
+        experts: int = Field(
+            8,
+            ge=2,
+            description="Experts that a layer is split into, shared ones included.",
+            json_schema_extra=about(source="CMoE: 8 at 25 % sparsity, 16 at 75 %"),
+        )
+        shared: int = Field(
+            3,
+            ge=0,
+            description="Experts that every token uses (they become one).",
+            json_schema_extra=about(source="CMoE, S3A3E8"),
+        )
+        active: int = Field(
+            3,
+            ge=1,
+            description="Routed experts that a token uses (with router relu: on average).",
+            json_schema_extra=about(source="CMoE, S3A3E8"),
+        )
+        router: Literal["top_k", "relu"] = Field(
+            "top_k", description="A fixed number of experts for each token, or those above a threshold."
+        )
         split: Literal["energy", "activity", "random"] = Field(
-            "energy", description="Which neurons form an expert: by what they add to the output, or (CMoE) by how "
-                                  "often they are among the most active; random is the control.",
-            json_schema_extra=about(source="own; activity: CMoE"))
+            "energy",
+            description="Which neurons form an expert: by what they add to the output, or (CMoE) by how "
+            "often they are among the most active; random is the control.",
+            json_schema_extra=about(source="own; activity: CMoE"),
+        )
         choice: Literal["fitted", "analytic", "random"] = Field(
-            "fitted", description="What the router is made of: a regression of the energy of the experts, or (CMoE) "
-                                  "the weights of a typical neuron; random weights are the control.",
-            json_schema_extra=about(source="own; analytic: CMoE"))
+            "fitted",
+            description="What the router is made of: a regression of the energy of the experts, or (CMoE) "
+            "the weights of a typical neuron; random weights are the control.",
+            json_schema_extra=about(source="own; analytic: CMoE"),
+        )
         convert: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=1)] = Field(
-            1.0, description="Layers that are converted, of those that target.layers names: those whose output the "
-                             "conversion changes least on calibration data.",
-            json_schema_extra=about(unit="share, or number of layers"))
-        top: int = Field(10, ge=1, description="Neurons that count as active, for each token (split: activity).",
-                         json_schema_extra=about(unit="neurons", source="CMoE"))
+            1.0,
+            description="Layers that are converted, of those that target.layers names: those whose output the "
+            "conversion changes least on calibration data.",
+            json_schema_extra=about(unit="share, or number of layers"),
+        )
+        top: int = Field(
+            10,
+            ge=1,
+            description="Neurons that count as active, for each token (split: activity).",
+            json_schema_extra=about(unit="neurons", source="CMoE"),
+        )
         rounds: int = Field(8, ge=1, description="Rounds of clustering, at most; CMoE's code has 1.")
-        tokens: int = Field(16384, ge=1, description="Tokens, spread over the calibration data, whose active neurons "
-                                                     "are kept (split: activity).",
-                            json_schema_extra=about(unit="tokens", source="CMoE"))
-        samples: int = Field(4096, ge=1, description="Tokens whose input is kept, to fit split and router, to set "
-                                                     "thresholds and to measure the error of each layer.",
-                             json_schema_extra=about(unit="tokens"))
+        tokens: int = Field(
+            16384,
+            ge=1,
+            description="Tokens, spread over the calibration data, whose active neurons are kept (split: activity).",
+            json_schema_extra=about(unit="tokens", source="CMoE"),
+        )
+        samples: int = Field(
+            4096,
+            ge=1,
+            description="Tokens whose input is kept, to fit split and router, to set "
+            "thresholds and to measure the error of each layer.",
+            json_schema_extra=about(unit="tokens"),
+        )
         gate: Literal["auto", "off"] = Field(
-            "auto", description="auto: leave a layer dense where the experts cost more than they save on this device.")
+            "auto", description="auto: leave a layer dense where the experts cost more than they save on this device."
+        )
         seed: int = Field(0, ge=0, description="Of the controls.")
 
         @model_validator(mode="after")
@@ -107,8 +138,11 @@ class MoeFromDense(Pass):
             experts.sample(seen.sums, "x", x.cpu(), self.params.samples)
             if self.params.split != "activity":
                 return
-            inner = experts.hidden(ups.narrow(-1, up.start, up.size), None if gate is None else gates.narrow(
-                -1, gate.start, gate.size), formula.activation)
+            inner = experts.hidden(
+                ups.narrow(-1, up.start, up.size),
+                None if gate is None else gates.narrow(-1, gate.start, gate.size),
+                formula.activation,
+            )
             top = inner.abs().topk(min(self.params.top, formula.width), dim=-1).indices.to(torch.int32)
             experts.sample(seen.sums, "top", top.cpu(), self.params.tokens)
 
@@ -151,11 +185,15 @@ class MoeFromDense(Pass):
         exact = experts.dense(x, weights, activation).float()
         error = float((experts.run(x, t, *how) - exact).square().sum() / exact.square().sum().clamp(min=1e-30))
         used = float((experts.route(x, t, *how)[0] >= 0).sum(-1).float().mean())
-        facts = {"split": f"S{params.shared}A{params.active}E{params.experts}", "error": round(error, 6),
-                 "neurons_active": round((len(found.shared) + used * found.experts.shape[1]) / width, 4)}
+        facts = {
+            "split": f"S{params.shared}A{params.active}E{params.experts}",
+            "error": round(error, 6),
+            "neurons_active": round((len(found.shared) + used * found.experts.shape[1]) / width, 4),
+        }
         if params.gate == "auto":
-            facts["speedup"] = {str(n): round(experts.speedup(x[:n], t, weights, *how), 2)
-                                for n in {1, min(len(x), _TIMED)}}
+            facts["speedup"] = {
+                str(n): round(experts.speedup(x[:n], t, weights, *how), 2) for n in {1, min(len(x), _TIMED)}
+            }
         return {name: nn.Parameter(value) for name, value in t.items()}, facts
 
     def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
@@ -163,27 +201,40 @@ class MoeFromDense(Pass):
         state, facts = ctx.state(self.name, region)
         where = {"node": formula.up.node.name, "path": region.path, "source": region.source}
         if not facts["converted"]:
-            raise UnprofitableError(f"not among the {facts['of']} layers that the conversion changes least (this one "
-                                    f"by {facts['error']:.3g} of its output's square)", **where)
+            raise UnprofitableError(
+                f"not among the {facts['of']} layers that the conversion changes least (this one "
+                f"by {facts['error']:.3g} of its output's square)",
+                **where,
+            )
         measured = facts.get("speedup", {})
         if measured and max(measured.values()) <= 1:
             times = ", ".join(f"{value} times as fast with {n} tokens" for n, value in measured.items())
-            raise UnprofitableError(f"the dense layer runs: experts were measured {times}; params.gate: off converts "
-                                    "the layer all the same", **where)
+            raise UnprofitableError(
+                f"the dense layer runs: experts were measured {times}; params.gate: off converts "
+                "the layer all the same",
+                **where,
+            )
         down, x = formula.down, formula.up.input
         rank = down.node.meta["val"].dim()
-        size = state["gate_up"].meta["val"].shape[2], state["down"].meta["val"].shape[0] * state[
-            "down"].meta["val"].shape[2] + (state["shared_out"].meta["val"].shape[1] if "shared_out" in state else 0)
+        size = (
+            state["gate_up"].meta["val"].shape[2],
+            state["down"].meta["val"].shape[0] * state["down"].meta["val"].shape[2]
+            + (state["shared_out"].meta["val"].shape[1] if "shared_out" in state else 0),
+        )
         if size != (x.meta["val"].shape[-1], formula.width):
-            raise ctx.refuse(formula.up.node, f"the experts were made for width {size[0]} and {size[1]} neurons, this "
-                                              f"layer has {x.meta['val'].shape[-1]} and {formula.width}; calibrate "
-                                              "again")
+            raise ctx.refuse(
+                formula.up.node,
+                f"the experts were made for width {size[0]} and {size[1]} neurons, this "
+                f"layer has {x.meta['val'].shape[-1]} and {formula.width}; calibrate "
+                "again",
+            )
         names, given = list(state), [x, *([] if down.bias is None else [down.bias])]
 
         def block(x: Tensor, *values: Tensor) -> Tensor:
-            bias, tensors = values[: len(given) - 1], dict(zip(names, values[len(given) - 1:], strict=True))
-            value = experts.run(x.reshape(-1, x.shape[-1]), tensors, formula.activation, self.params.router,
-                                self.params.active)
+            bias, tensors = values[: len(given) - 1], dict(zip(names, values[len(given) - 1 :], strict=True))
+            value = experts.run(
+                x.reshape(-1, x.shape[-1]), tensors, formula.activation, self.params.router, self.params.active
+            )
             value = value + bias[0] if bias else value
             return value if rank == 2 else value.reshape(*x.shape[:-1], value.shape[-1])
 
@@ -198,8 +249,11 @@ class MoeFromDense(Pass):
         if params.experts > formula.width:
             raise ctx.refuse(node, f"{params.experts} experts do not divide {formula.width} neurons; choose fewer")
         if not params.shared and formula.width % params.experts:
-            raise ctx.refuse(node, f"{params.experts} experts do not divide {formula.width} neurons, and no shared "
-                                   "expert takes the remainder; set shared, or experts to a divisor of the width")
+            raise ctx.refuse(
+                node,
+                f"{params.experts} experts do not divide {formula.width} neurons, and no shared "
+                "expert takes the remainder; set shared, or experts to a divisor of the width",
+            )
         if formula.up.input.meta["val"].dim() < formula.down.node.meta["val"].dim():
             raise ctx.refuse(node, "the layer gives its result another shape than its input has")
         assert 0 < params.active <= routed

@@ -45,8 +45,12 @@ class MoeRouterSmoothing(Pass):
     class Params(PassParams):
         by: Literal["similarity", "attention"] = Field("similarity", description="What couples the tokens.")
         strength: float = Field(0.5, ge=0, le=1, description="Share of the smoothed routing; 0: the model as it is.")
-        temperature: float = Field(0.1, gt=0, description="Of the cosines (similarity only).",
-                                   json_schema_extra=about(unit="cosine", source="this project's choice"))
+        temperature: float = Field(
+            0.1,
+            gt=0,
+            description="Of the cosines (similarity only).",
+            json_schema_extra=about(unit="cosine", source="this project's choice"),
+        )
 
     def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
         top = region.roles["top_k"]
@@ -84,8 +88,11 @@ class MoeRouterSmoothing(Pass):
             if flow.op[node] in SOFTMAX:  # type: ignore[index]
                 return True
             if flow.op[node] not in TRIVIAL | LAYOUT or len(flow.inputs[node]) != 1:  # type: ignore[index]
-                raise ctx.refuse(node, "expected a choice among logits of the router or their softmax, found "  # type: ignore[arg-type]
-                                       f"{flow.op[node]} in between (sigmoid scores, a bias, groups)")  # type: ignore[index]
+                raise ctx.refuse(
+                    node,
+                    "expected a choice among logits of the router or their softmax, found "  # type: ignore[arg-type]
+                    f"{flow.op[node]} in between (sigmoid scores, a bias, groups)",
+                )  # type: ignore[index]
             node = flow.inputs[node][0]  # type: ignore[index]
         return False
 
@@ -94,15 +101,18 @@ class MoeRouterSmoothing(Pass):
             for layer in stack.layers:
                 if layer.feed_forward is region and layer.attention is not None:
                     return layer.attention
-        raise ctx.refuse(region.roles["router"], "no attention is known in the layer of this mixture of experts; it "
-                                                 "says which tokens belong together")
+        raise ctx.refuse(
+            region.roles["router"],
+            "no attention is known in the layer of this mixture of experts; it says which tokens belong together",
+        )
 
     def _check(self, ctx: Context, form: AttentionForm, region: Region) -> None:
         x, node = region.roles["input"], region.roles["router"]
         batch, length = form.query.meta["val"].shape[0], form.query.meta["val"].shape[2]
         if _exprs(form.key.meta["val"].shape[2]) != _exprs(length):
-            raise ctx.refuse(node, "the attention reads keys of a cache, whose routing is not kept; this call routes "
-                                   "as before")
+            raise ctx.refuse(
+                node, "the attention reads keys of a cache, whose routing is not kept; this call routes as before"
+            )
         if x.meta["val"].dim() != 3 or _exprs(*x.meta["val"].shape[:2]) != _exprs(batch, length):
             raise ctx.refuse(node, f"expected tokens [B, S, D] as in the attention, found {tuple(x.meta['val'].shape)}")
         if form.sink is not None:
@@ -113,8 +123,9 @@ class MoeRouterSmoothing(Pass):
                 raise ctx.refuse(node, "the mask differs from head to head; use by: attention")
 
 
-def coupled(query: Tensor, key: Tensor, own: Tensor, mask: Tensor | None, causal: bool, scale: float,
-            softcap: float) -> Tensor:
+def coupled(
+    query: Tensor, key: Tensor, own: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float
+) -> Tensor:
     """S r, mean over heads: [B, S, E]; what attends to nothing keeps its own.
 
     Args:

@@ -43,8 +43,9 @@ class ClassAttention(PatchSelection):
             raise ctx.refuse(context, "attention with batch and heads flattened together cannot be scored")
         return [context, attention_rows(ctx, layer, 1 if prefix else None)]
 
-    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int,
-              *inputs: Tensor) -> Tensor:
+    def score(
+        self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int, *inputs: Tensor
+    ) -> Tensor:
         context, rows = inputs
         weights = rows.mean(2)[:, :, prefix:]  # [B, H, patches]
         if prefix:

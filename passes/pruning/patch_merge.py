@@ -41,11 +41,17 @@ class PatchMerge(PatchSelection):
 
     class Params(PatchParams):
         size_bias: bool = Field(True, description="Attend to a merged token as to the number of patches in it.")
-        restore: bool = Field(True, description="Give each patch the token it is in where tokens leave the layers; "
-                                                "else fewer tokens leave.")
-        reach: int | None = Field(None, ge=1, description="Merge with patches at most so many places away, along the "
-                                                          "axis as it is at that stage; left out, with any.",
-                                  json_schema_extra=about(unit="places", source="1 in arXiv 2306.16009, for speech"))
+        restore: bool = Field(
+            True,
+            description="Give each patch the token it is in where tokens leave the layers; else fewer tokens leave.",
+        )
+        reach: int | None = Field(
+            None,
+            ge=1,
+            description="Merge with patches at most so many places away, along the "
+            "axis as it is at that stage; left out, with any.",
+            json_schema_extra=about(unit="places", source="1 in arXiv 2306.16009, for speech"),
+        )
 
         @model_validator(mode="after")
         def _half(self) -> PatchMerge.Params:
@@ -63,8 +69,11 @@ class PatchMerge(PatchSelection):
     def _form(self, ctx: Context, attention: Region) -> AttentionForm:
         form = read_attention(ctx, attention)
         if form.softcap or form.sink is not None or form.causal:
-            raise ctx.refuse(form.output, "attention with a soft cap, sinks or a causal order cannot be told how many "
-                                          "patches a token stands for; set size_bias: false")
+            raise ctx.refuse(
+                form.output,
+                "attention with a soft cap, sinks or a causal order cannot be told how many "
+                "patches a token stands for; set size_bias: false",
+            )
         return form
 
     def check_layer(self, ctx: Context, layer: Layer) -> None:
@@ -78,8 +87,9 @@ class PatchMerge(PatchSelection):
             raise ctx.refuse(key, "attention with batch and heads flattened together gives no keys to compare")
         return [key, *ctx.shared.get((self, layer.output), ())]
 
-    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int,
-              *inputs: Tensor) -> tuple[Tensor, ...]:
+    def score(
+        self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
         key, *sizes = inputs
         return merged(tokens, key.to(torch.float32).mean(1), segment, budget, *sizes, reach=self.params.reach)
 
@@ -99,14 +109,22 @@ def _bias(ctx: Context, form: AttentionForm, sizes: fx.Node) -> None:
         if mask is not None:
             bias = bias.masked_fill(torch.logical_not(mask), float("-inf")) if mask.dtype == torch.bool else bias + mask
         return torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, bias, scale=form.scale, enable_gqa=query.shape[1] != key.shape[1])
+            query, key, value, bias, scale=form.scale, enable_gqa=query.shape[1] != key.shape[1]
+        )
 
     mask = () if form.mask is None else (form.mask,)
     form.replace(ctx, attend, form.query, form.key, form.value, sizes, *mask)
 
 
-def merged(tokens: Tensor, like: Tensor, segment: Tensor, budget: Tensor,
-           sizes: Tensor | None = None, *, reach: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def merged(
+    tokens: Tensor,
+    like: Tensor,
+    segment: Tensor,
+    budget: Tensor,
+    sizes: Tensor | None = None,
+    *,
+    reach: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Average what is to go into what stays.
 
     Args:
@@ -134,8 +152,7 @@ def merged(tokens: Tensor, like: Tensor, segment: Tensor, budget: Tensor,
     given = torch.where(goes, sizes, 0.0)
     target = torch.where(goes, partner, index)
     weighed = tokens.to(torch.float32) * sizes[..., None]
-    total = weighed.scatter_add(
-        1, target[..., None].expand_as(tokens), tokens.to(torch.float32) * given[..., None])
+    total = weighed.scatter_add(1, target[..., None].expand_as(tokens), tokens.to(torch.float32) * given[..., None])
     members = sizes.scatter_add(1, target, given)
     new = torch.where((members > sizes)[..., None], (total / members[..., None]).to(tokens.dtype), tokens)
     return new, scores, target, members

@@ -26,6 +26,7 @@ class PatchPool(PatchSelection):
     class Params(PatchParams):
         restore: bool = Field(False, description="Give each patch the token it is in where tokens leave the layers.")
 
-    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int,
-              *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def score(
+        self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int, *inputs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return pooled(tokens, segment, budget)

@@ -1,7 +1,7 @@
 """Drop image patches at random inside a vision encoder: the control of every method that chooses them.
 
-    before   [class | patches] -> layer 0 .. L-1
-    after    [class | patches] -> layers -> hash of (seed, stage, place) -> keep -> layers on fewer tokens -> ...
+before   [class | patches] -> layer 0 .. L-1
+after    [class | patches] -> layers -> hash of (seed, stage, place) -> keep -> layers on fewer tokens -> ...
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class PatchRandom(PatchSelection):
     class Params(PatchParams):
         seed: int = Field(0, ge=0, lt=2**31, description="Seed of the draw.")
 
-    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int,
-              *inputs: Tensor) -> Tensor:
+    def score(
+        self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int, *inputs: Tensor
+    ) -> Tensor:
         return random_scores(segment, self.params.seed * 1000 + stage)  # another draw at each stage

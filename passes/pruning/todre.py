@@ -37,15 +37,21 @@ class ToDRE(VisualSelection):
     name = "todre"
 
     class Params(VisualParams):
-        keep: Budget = Field(description="Visual tokens kept of each image: a ratio in (0, 1], or a count.",
-                             json_schema_extra=about(source="the paper uses 0.25 and 0.10"))
+        keep: Budget = Field(
+            description="Visual tokens kept of each image: a ratio in (0, 1], or a count.",
+            json_schema_extra=about(source="the paper uses 0.25 and 0.10"),
+        )
         criterion: Literal["max_sum", "k_center", "herding"] = Field(
-            "max_sum", description="Least sum of similarities to the chosen tokens, least largest one, or the "
-                                   "mean nearest to the mean of all.",
-            json_schema_extra=about(source="max_sum: version 2 of the paper; herding: not in the paper"))
+            "max_sum",
+            description="Least sum of similarities to the chosen tokens, least largest one, or the "
+            "mean nearest to the mean of all.",
+            json_schema_extra=about(source="max_sum: version 2 of the paper; herding: not in the paper"),
+        )
         drop_layer: Annotated[float, Field(ge=0, le=1)] | Annotated[int, Field(ge=0)] | None = Field(
-            0.875, description="Layer after which no visual token is left; null keeps them to the end.",
-            json_schema_extra=about(unit="fraction of the depth, or layer number from 0", source="paper: 7/8"))
+            0.875,
+            description="Layer after which no visual token is left; null keeps them to the end.",
+            json_schema_extra=about(unit="fraction of the depth, or layer number from 0", source="paper: 7/8"),
+        )
 
     def score(self, tokens: Tensor, segment: Tensor, budget: Tensor) -> Tensor:
         order = torch.ops.tokcompile.greedy_select(tokens, segment, budget, self.params.criterion)
@@ -58,8 +64,11 @@ class ToDRE(VisualSelection):
         if at is not None and stack is not None:
             layer = int(at * len(stack.layers)) if isinstance(at, float) else at
             if isinstance(at, int) and layer >= len(stack.layers) - 1:
-                raise ctx.refuse(merged, f"drop_layer {layer}: the decoder has {len(stack.layers)} layers, so at most "
-                                         f"{len(stack.layers) - 2} leaves a layer after the drop; or give a fraction")
+                raise ctx.refuse(
+                    merged,
+                    f"drop_layer {layer}: the decoder has {len(stack.layers)} layers, so at most "
+                    f"{len(stack.layers) - 2} leaves a layer after the drop; or give a fraction",
+                )
             if layer < len(stack.layers) - 1:
                 ctx.check(stack.layers[layer].output, suffix=1)  # both stages, or none
         details = super().apply(ctx, region)

@@ -36,18 +36,27 @@ class VtcCls(VisualSelection):
     scores_features = True
 
     class Params(VisualParams):
-        keep: Budget = Field(description="Visual tokens kept of each image: a ratio in (0, 1], or a count.",
-                             json_schema_extra=about(source="the paper uses 256, 128 and 64 of 576"))
-        first_layer: float = Field(0.6667, ge=0, lt=1, description="First encoder layer of the sum.",
-                                   json_schema_extra=about(unit="fraction of the depth",
-                                                           source="the paper's code: layer 16 of 24"))
+        keep: Budget = Field(
+            description="Visual tokens kept of each image: a ratio in (0, 1], or a count.",
+            json_schema_extra=about(source="the paper uses 256, 128 and 64 of 576"),
+        )
+        first_layer: float = Field(
+            0.6667,
+            ge=0,
+            lt=1,
+            description="First encoder layer of the sum.",
+            json_schema_extra=about(unit="fraction of the depth", source="the paper's code: layer 16 of 24"),
+        )
 
     def score_features(self, ctx: Context, features: fx.Node) -> fx.Node:
         encoder = self._encoder(ctx, features)
         prefix = int(encoder.shapes.get("prefix", 0))
         if prefix == 0:
-            raise ctx.refuse(encoder.roles["tokens"], "the vision encoder has no class token to score patches with; "
-                                                      "use todre, or another selection without one")
+            raise ctx.refuse(
+                encoder.roles["tokens"],
+                "the vision encoder has no class token to score patches with; "
+                "use todre, or another selection without one",
+            )
         ctx.check_rows(encoder, features)
         above = ancestors([features])
         layers = [layer for layer in encoder.layers if layer.output in above]
@@ -73,12 +82,18 @@ class VtcCls(VisualSelection):
         elif ctx.regions.of("vision_encoder"):
             rows = self.score_features(ctx, region.roles["features"])
         else:
-            raise ctx.refuse(region.roles["output"], "the image encoder gave no scores: it was not captured, has no "
-                                                     "class token, or its features are not one for each patch")
+            raise ctx.refuse(
+                region.roles["output"],
+                "the image encoder gave no scores: it was not captured, has no "
+                "class token, or its features are not one for each patch",
+            )
         mask = ctx.feature_mask(region)
         scores = ctx.emit(
-            lambda m, s: torch.zeros(m.shape, dtype=s.dtype, device=s.device).masked_scatter(m, s), mask, rows,
-            before=ctx.after(mask, rows))
+            lambda m, s: torch.zeros(m.shape, dtype=s.dtype, device=s.device).masked_scatter(m, s),
+            mask,
+            rows,
+            before=ctx.after(mask, rows),
+        )
         return self.select(ctx, region, scores)
 
     def score(self, tokens: Tensor, segment: Tensor, budget: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]

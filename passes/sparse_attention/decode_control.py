@@ -31,8 +31,9 @@ class DecodeControl(SparseDecode):
         choose: Literal["random", "window"] = Field(description="How the rest of the budget is spent.")
         seed: int = Field(0, ge=0, description="Seed of the random choice.")
 
-    def score(self, query: Tensor, key: Tensor, candidate: Tensor, scale: float, softcap: float, layer: int,
-              *more: Tensor) -> Tensor:
+    def score(
+        self, query: Tensor, key: Tensor, candidate: Tensor, scale: float, softcap: float, layer: int, *more: Tensor
+    ) -> Tensor:
         length = key.shape[2]
         position = torch.arange(length, device=key.device)
         if self.params.choose == "window":

@@ -42,10 +42,18 @@ class Fasa(SparseDecode):
     calibration = "required"
 
     class Params(SparseDecodeParams):
-        planes: int = Field(16, ge=1, description="Dominant planes of a key head, two components each.",
-                            json_schema_extra=about(unit="planes", source="arXiv 2602.03152: 16 of 64"))
-        queries: int = Field(8, ge=1, description="Tokens of each calibration sequence whose attention is compared; in "
-                                                  "generated text every new token is.")
+        planes: int = Field(
+            16,
+            ge=1,
+            description="Dominant planes of a key head, two components each.",
+            json_schema_extra=about(unit="planes", source="arXiv 2602.03152: 16 of 64"),
+        )
+        queries: int = Field(
+            8,
+            ge=1,
+            description="Tokens of each calibration sequence whose attention is compared; in "
+            "generated text every new token is.",
+        )
 
     def observe(self, ctx: Context, region: Region, seen: Seen) -> None:
         if region.variant["cross"] == "cross":
@@ -68,8 +76,9 @@ class Fasa(SparseDecode):
             rows = torch.linspace(new // 2, new - 1, min(self.params.queries, new)).round().long().unique()
             for row in rows.tolist():
                 for batch in range(query.shape[0]):
-                    self._compare(query[batch, :, row], key[batch][:, visible[batch, 0, row]], member.to(key.device),
-                                  seen)
+                    self._compare(
+                        query[batch, :, row], key[batch][:, visible[batch, 0, row]], member.to(key.device), seen
+                    )
 
         ctx.observe(add, form.query, form.key, *([] if form.mask is None else [form.mask]))
 
@@ -92,20 +101,27 @@ class Fasa(SparseDecode):
         result: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
         for key, layer in seen.items():
             if not layer.sums.get("tokens"):
-                raise CalibrationError(f"fasa: {key}: no sequence of the calibration data has 4 tokens or more; give "
-                                       "longer ones, a few times the budget or more")
+                raise CalibrationError(
+                    f"fasa: {key}: no sequence of the calibration data has 4 tokens or more; give "
+                    "longer ones, a few times the budget or more"
+                )
             chunks, heads = layer.facts["chunks"], layer.facts["kv_heads"]
             if self.params.planes > len(chunks):
-                raise CalibrationError(f"fasa: {key}: planes is {self.params.planes}, and a head of "
-                                       f"{layer.facts['width']} components has {len(chunks)}")
+                raise CalibrationError(
+                    f"fasa: {key}: planes is {self.params.planes}, and a head of "
+                    f"{layer.facts['width']} components has {len(chunks)}"
+                )
             agreement = (layer.sums["agreement"] / layer.sums["tokens"]).unflatten(0, (heads, -1)).mean(1)
             best = agreement.topk(self.params.planes).indices
             mask = torch.zeros(heads, layer.facts["width"])
             for head, numbers in enumerate(best.tolist()):
                 mask[head, [c for n in numbers for c in chunks[n]]] = 1
-            facts = {"pairing": layer.facts["pairing"], "tokens": layer.sums["tokens"],
-                     "agreement": round(float(agreement.gather(1, best).mean()), 4),
-                     "agreement_of_all": round(float(agreement.mean()), 4)}
+            facts = {
+                "pairing": layer.facts["pairing"],
+                "tokens": layer.sums["tokens"],
+                "agreement": round(float(agreement.gather(1, best).mean()), 4),
+                "agreement_of_all": round(float(agreement.mean()), 4),
+            }
             result[key] = {"components": mask}, facts
         return result
 
@@ -114,13 +130,17 @@ class Fasa(SparseDecode):
         state, facts = ctx.state(self.name, region)
         heads, width = state["components"].meta["val"].shape
         if (heads, width) != (form.heads[1], int(form.key.meta["val"].shape[3])):
-            raise ctx.refuse(form.output, f"the calibration was made for {heads} key heads of {width} components, this "
-                                          f"attention has {form.heads[1]} of {form.key.meta['val'].shape[3]}; "
-                                          "calibrate again with this model")
+            raise ctx.refuse(
+                form.output,
+                f"the calibration was made for {heads} key heads of {width} components, this "
+                f"attention has {form.heads[1]} of {form.key.meta['val'].shape[3]}; "
+                "calibrate again with this model",
+            )
         return [state["components"]], {"planes": self.params.planes, **facts, "pairing": rope.pairing}
 
-    def score(self, query: Tensor, key: Tensor, candidate: Tensor, scale: float, softcap: float, layer: int,
-              *more: Tensor) -> Tensor:
+    def score(
+        self, query: Tensor, key: Tensor, candidate: Tensor, scale: float, softcap: float, layer: int, *more: Tensor
+    ) -> Tensor:
         groups = query.unflatten(1, (key.shape[1], -1)).sum(2)  # scores add up over the heads that share a key head
         masked = groups * more[0].to(query.dtype).unsqueeze(1)
         return torch.matmul(masked, key.transpose(-1, -2)).squeeze(2).float()

@@ -65,27 +65,54 @@ class TokenSparse(Pass):
 
     class Params(PassParams):
         coverage: float = Field(
-            0.005, ge=0, lt=1, description="Share of the last queries' attention that the dropped tokens may hold.",
-            json_schema_extra=about(unit="share of the attention", source="0.005 for Llama 3.1 8B; 0.010 aggressive"))
+            0.005,
+            ge=0,
+            lt=1,
+            description="Share of the last queries' attention that the dropped tokens may hold.",
+            json_schema_extra=about(unit="share of the attention", source="0.005 for Llama 3.1 8B; 0.010 aggressive"),
+        )
         keep: float | None = Field(
-            None, gt=0, le=1, description="Share of the tokens that each head keeps, instead of coverage.",
-            json_schema_extra=about(unit="share of the tokens"))
-        window: int = Field(128, ge=1, description="Last tokens: they choose, and are kept.",
-                            json_schema_extra=about(unit="tokens", source="the paper's code"))
-        least: int = Field(1024, ge=0, description="Fewest tokens that a head keeps besides the window.",
-                           json_schema_extra=about(unit="tokens", source="the paper's code"))
+            None,
+            gt=0,
+            le=1,
+            description="Share of the tokens that each head keeps, instead of coverage.",
+            json_schema_extra=about(unit="share of the tokens"),
+        )
+        window: int = Field(
+            128,
+            ge=1,
+            description="Last tokens: they choose, and are kept.",
+            json_schema_extra=about(unit="tokens", source="the paper's code"),
+        )
+        least: int = Field(
+            1024,
+            ge=0,
+            description="Fewest tokens that a head keeps besides the window.",
+            json_schema_extra=about(unit="tokens", source="the paper's code"),
+        )
         pool: int = Field(
-            7, ge=1, description="Width of the average over neighbouring scores; odd.",
-            json_schema_extra={**about(unit="tokens", source="the paper's code"), "not": {"multipleOf": 2}})
+            7,
+            ge=1,
+            description="Width of the average over neighbouring scores; odd.",
+            json_schema_extra={**about(unit="tokens", source="the paper's code"), "not": {"multipleOf": 2}},
+        )
         calm: float = Field(
-            0.5, gt=0, le=1, description="Share of the layers that become sparse: those that change the residual "
-                                         "stream least; without calibration the upper ones.",
-            json_schema_extra=about(unit="share of the layers", source="the paper's quantile of 0.5"))
+            0.5,
+            gt=0,
+            le=1,
+            description="Share of the layers that become sparse: those that change the residual "
+            "stream least; without calibration the upper ones.",
+            json_schema_extra=about(unit="share of the layers", source="the paper's quantile of 0.5"),
+        )
         select: Literal["attention", "random"] = Field(
-            "attention", description="What chooses the tokens: the attention of the window, or chance (a baseline).")
+            "attention", description="What chooses the tokens: the attention of the window, or chance (a baseline)."
+        )
         min_length: int | None = Field(
-            None, ge=0, description="Shortest input that runs sparse; left out: from which it costs less than dense.",
-            json_schema_extra=about(unit="tokens"))
+            None,
+            ge=0,
+            description="Shortest input that runs sparse; left out: from which it costs less than dense.",
+            json_schema_extra=about(unit="tokens"),
+        )
 
         @field_validator("pool")
         @classmethod
@@ -97,8 +124,9 @@ class TokenSparse(Pass):
     def observe(self, ctx: Context, region: Region, seen: Seen) -> None:
         layer = _layer(ctx, region)
         if layer is None:
-            raise ctx.refuse(region.roles["output"], "the attention is in no stack of layers, so its layer "
-                                                     "cannot be measured")
+            raise ctx.refuse(
+                region.roles["output"], "the attention is in no stack of layers, so its layer cannot be measured"
+            )
         if not _is_prefill(ctx, region):
             raise ctx.refuse(region.roles["output"], "a step with a cache is no prefill; calibrate with whole inputs")
 
@@ -120,14 +148,18 @@ class TokenSparse(Pass):
     def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
         output = region.roles["output"]
         if region.variant["cross"] == "cross" or not _is_prefill(ctx, region):
-            raise ctx.refuse(output, "expected an attention within one sequence, all of it in this call; with keys of "
-                                     "a cache, or of another sequence, it stays dense")
+            raise ctx.refuse(
+                output,
+                "expected an attention within one sequence, all of it in this call; with keys of "
+                "a cache, or of another sequence, it stays dense",
+            )
         drift = self._choose(ctx, region)
         form = read_attention(ctx, region)
         shape = read_mask(ctx, form)
         if not shape.causal and shape.rest is None:
-            raise ctx.refuse(output, "a bidirectional attention: what the last queries look at says nothing about the "
-                                     "others")
+            raise ctx.refuse(
+                output, "a bidirectional attention: what the last queries look at says nothing about the others"
+            )
         if not shape.causal and not _under_pruning(ctx, region):
             raise ctx.refuse(output, "the mask does not show that later tokens are hidden")
         if form.sink is not None:
@@ -140,17 +172,31 @@ class TokenSparse(Pass):
         if bool(length < least):  # a symbolic length: the graph is compiled anew on the other side
             raise UnprofitableError(
                 f"inputs shorter than {least} tokens run dense: choosing would cost more than it saves (min_length "
-                "overrides)", node=output.name, path=region.path, source=region.source)
-        settings = (form.scale, form.softcap, shape.window or 0, p.coverage, p.keep or 0.0, p.least, p.window, p.pool,
-                    (ctx.layer(region) or (0, 0))[0] if p.select == "random" else -1,
-                    shape.causal)
+                "overrides)",
+                node=output.name,
+                path=region.path,
+                source=region.source,
+            )
+        settings = (
+            form.scale,
+            form.softcap,
+            shape.window or 0,
+            p.coverage,
+            p.keep or 0.0,
+            p.least,
+            p.window,
+            p.pool,
+            (ctx.layer(region) or (0, 0))[0] if p.select == "random" else -1,
+            shape.causal,
+        )
         names = [n for n, node in (("keys", shape.keys), ("mask", shape.rest)) if node is not None]
         extra = [node for node in (shape.keys, shape.rest) if node is not None]
 
         def sparse(query: Tensor, key: Tensor, value: Tensor, *masks: Tensor) -> Tensor:
             given = dict(zip(names, masks, strict=True))
             return torch.ops.tokcompile.token_sparse_attention(  # type: ignore[no-any-return]
-                query, key, value, given.get("keys"), given.get("mask"), *settings)
+                query, key, value, given.get("keys"), given.get("mask"), *settings
+            )
 
         form.replace(ctx, sparse, form.query, form.key, form.value, *extra)
         return {"min_length": least, "select": p.select, **({} if drift is None else {"drift": drift})}
@@ -161,21 +207,29 @@ class TokenSparse(Pass):
         if ctx.prepared is not None and ctx.prepared.has(self.name, where):
             facts = ctx.prepared.facts[self.name, where]
             if facts["drift"] > facts["limit"]:
-                raise UnprofitableError(f"its layer changes the residual stream by {facts['drift']:.3g} of its norm, "
-                                        f"more than the {facts['limit']:.3g} of the calm ones; it stays dense",
-                                        path=region.path, source=region.source)
+                raise UnprofitableError(
+                    f"its layer changes the residual stream by {facts['drift']:.3g} of its norm, "
+                    f"more than the {facts['limit']:.3g} of the calm ones; it stays dense",
+                    path=region.path,
+                    source=region.source,
+                )
             return float(facts["drift"])
         place = ctx.layer(region)
         if place is not None and place[0] < place[1] - max(1, math.floor(self.params.calm * place[1] + 0.5)):
-            raise UnprofitableError(f"layer {place[0]} of {place[1]} is not among the upper {self.params.calm:g}, "
-                                    "which become sparse without calibration; it stays dense", path=region.path,
-                                    source=region.source)
+            raise UnprofitableError(
+                f"layer {place[0]} of {place[1]} is not among the upper {self.params.calm:g}, "
+                "which become sparse without calibration; it stays dense",
+                path=region.path,
+                source=region.source,
+            )
         return None
 
 
 def _layer(ctx: Context, region: Region) -> Layer | None:
-    return next((layer for stack in ctx.regions.of("decoder_stack") for layer in stack.layers
-                 if layer.attention is region), None)
+    return next(
+        (layer for stack in ctx.regions.of("decoder_stack") for layer in stack.layers if layer.attention is region),
+        None,
+    )
 
 
 def _is_prefill(ctx: Context, region: Region) -> bool:

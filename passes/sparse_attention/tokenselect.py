@@ -50,25 +50,34 @@ class TokenSelect(SparseDecode):
 
     class Params(SparseDecodeParams):
         votes: Literal["attention", "raw"] = Field(
-            "attention", description="Probabilities of the attention itself, or of the bare products.",
-            json_schema_extra=about(source="arXiv 2411.02886 votes with bare products"))
+            "attention",
+            description="Probabilities of the attention itself, or of the bare products.",
+            json_schema_extra=about(source="arXiv 2411.02886 votes with bare products"),
+        )
         reuse: float | None = Field(
-            None, ge=-1, description="Least cosine of a query and the one that the last list was chosen for at which "
-                                     "that list is taken again; null: every step chooses. Raise recent with it.",
-            json_schema_extra=about(source="arXiv 2411.02886: 0.9"))
+            None,
+            ge=-1,
+            description="Least cosine of a query and the one that the last list was chosen for at which "
+            "that list is taken again; null: every step chooses. Raise recent with it.",
+            json_schema_extra=about(source="arXiv 2411.02886: 0.9"),
+        )
 
         def model_post_init(self, context: Any) -> None:
             super().model_post_init(context)
             if self.reuse is not None and not self.budget.is_count:
-                raise ValueError(f"reuse keeps lists of one length, budget {self.budget} grows with the cache; give "
-                                 "budget as a number of keys")
+                raise ValueError(
+                    f"reuse keeps lists of one length, budget {self.budget} grows with the cache; give "
+                    "budget as a number of keys"
+                )
 
-    def score(self, query: Tensor, key: Tensor, candidate: Tensor, scale: float, softcap: float, layer: int,
-              *more: Tensor) -> Tensor:
+    def score(
+        self, query: Tensor, key: Tensor, candidate: Tensor, scale: float, softcap: float, layer: int, *more: Tensor
+    ) -> Tensor:
         return votes(query, key, candidate, *self._factors(scale, softcap)).unsqueeze(1)
 
-    def choose(self, ctx: Context, region: Region, form: AttentionForm, ends: tuple[fx.Node, ...],
-               more: Sequence[fx.Node]) -> tuple[fx.Node, dict[str, Any]]:
+    def choose(
+        self, ctx: Context, region: Region, form: AttentionForm, ends: tuple[fx.Node, ...], more: Sequence[fx.Node]
+    ) -> tuple[fx.Node, dict[str, Any]]:
         if self.params.reuse is None:
             return super().choose(ctx, region, form, ends, more)
         followed = followed_keys(ctx, form) if ctx.memories is not None else None
@@ -81,21 +90,26 @@ class TokenSelect(SparseDecode):
 
         def fresh(past: Tensor) -> list[Tensor]:
             size = int(rows) if axis is None else past.shape[axis]
-            return [torch.full((size, width), torch.nan, dtype=query.dtype, device=past.device),
-                    torch.full((size, count), -1, device=past.device)]
+            return [
+                torch.full((size, width), torch.nan, dtype=query.dtype, device=past.device),
+                torch.full((size, count), -1, device=past.device),
+            ]
 
-        memory = ctx.remember(region, followed.past, followed.grown, fresh, ((rows, width), query.dtype),
-                              ((rows, count), torch.int64))
+        memory = ctx.remember(
+            region, followed.past, followed.grown, fresh, ((rows, width), query.dtype), ((rows, count), torch.int64)
+        )
 
         def select(query: Tensor, key: Tensor, candidate: Tensor, before: Tensor, kept: Tensor) -> tuple[Tensor, ...]:
             return self.select(query, key, candidate, form.scale, form.softcap, before, kept)
 
         best, *memory.outputs, memory.reused = ctx.emit(
-            select, form.query, form.key, ends[0], *memory.inputs, before=form.output)
+            select, form.query, form.key, ends[0], *memory.inputs, before=form.output
+        )
         return best, {"reuse": self.params.reuse}
 
-    def select(self, query: Tensor, key: Tensor, candidate: Tensor, scale: float, softcap: float, before: Tensor,
-               kept: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def select(
+        self, query: Tensor, key: Tensor, candidate: Tensor, scale: float, softcap: float, before: Tensor, kept: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The list of a step, by a vote where the kept one does not fit. Traceable; nothing is copied to the host.
 
         Args:

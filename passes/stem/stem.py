@@ -56,26 +56,41 @@ class Stem(Pass):
 
     class Params(PassParams):
         convert: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=1)] = Field(
-            1.0, description="Layers that are converted, of those that target.layers names: those whose table explains "
-                             "most of the up-projection.",
-            json_schema_extra=about(unit="share, or number of layers", source="the paper trains 1/3, 1/2 and all"))
+            1.0,
+            description="Layers that are converted, of those that target.layers names: those whose table explains "
+            "most of the up-projection.",
+            json_schema_extra=about(unit="share, or number of layers", source="the paper trains 1/3, 1/2 and all"),
+        )
         shrinkage: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
-            "auto", description="Weight of the prior of a row; auto chooses it on held-out sequences.",
-            json_schema_extra=about(unit="tokens"))
+            "auto",
+            description="Weight of the prior of a row; auto chooses it on held-out sequences.",
+            json_schema_extra=about(unit="tokens"),
+        )
         held_out: int = Field(8, ge=0, description="Every n-th calibration sequence scores the tables; 0: none does.")
-        min_count: int = Field(1, ge=1, description="Ids that came less often in calibration get no row.",
-                               json_schema_extra=about(unit="tokens"))
+        min_count: int = Field(
+            1,
+            ge=1,
+            description="Ids that came less often in calibration get no row.",
+            json_schema_extra=about(unit="tokens"),
+        )
         vocabulary: Literal["seen", "all"] = Field(
-            "seen", description="Rows for the ids that calibration met, or predicted rows for all others too.")
+            "seen", description="Rows for the ids that calibration met, or predicted rows for all others too."
+        )
         max_rows: int = Field(65536, ge=1, description="Most ids that calibration keeps sums for, by first occurrence.")
         fallback: Literal["dense", "mean"] = Field(
-            "dense", description="What a token without a row gets: its dense up-projection, or the mean row.")
+            "dense", description="What a token without a row gets: its dense up-projection, or the mean row."
+        )
         dense_first: int = Field(
-            1, ge=0, description="First visible tokens of a row, which keep their dense up-projection.",
-            json_schema_extra=about(unit="tokens"))
+            1,
+            ge=0,
+            description="First visible tokens of a row, which keep their dense up-projection.",
+            json_schema_extra=about(unit="tokens"),
+        )
         table: Literal["model", "host"] = Field(
-            "model", description="Where the tables are: with the model, or in host memory, from where the rows of a "
-                                 "call are copied while other layers compute; such tables cannot be trained.")
+            "model",
+            description="Where the tables are: with the model, or in host memory, from where the rows of a "
+            "call are copied while other layers compute; such tables cannot be trained.",
+        )
 
     def observe(self, ctx: Context, region: Region, seen: Seen) -> None:
         formula = self._formula(ctx, region)
@@ -95,8 +110,15 @@ class Stem(Pass):
             held = number % every == every - 1 if every else number < 0
             held = held.repeat_interleave(ids.numel() // sequences)
             flat = [v.reshape(-1, v.shape[-1]).narrow(-1, p.start, p.size) for v, p in ((gates, gate), (ups, up))]
-            token_table.accumulate(seen.sums, ids.reshape(-1), activate(flat[0], formula.activation), flat[1], held,
-                                   vocabulary, self.params.max_rows)
+            token_table.accumulate(
+                seen.sums,
+                ids.reshape(-1),
+                activate(flat[0], formula.activation),
+                flat[1],
+                held,
+                vocabulary,
+                self.params.max_rows,
+            )
 
         ctx.observe(add, ids, gate.node, up.node)
 
@@ -105,9 +127,13 @@ class Stem(Pass):
         for key, layer in seen.items():
             try:
                 fitted[key] = token_table.fit(
-                    layer.sums, layer.weights["embedding"], layer.weights["down"], least=self.params.min_count,
+                    layer.sums,
+                    layer.weights["embedding"],
+                    layer.weights["down"],
+                    least=self.params.min_count,
                     shrinkage=None if self.params.shrinkage == "auto" else self.params.shrinkage,
-                    every_id=self.params.vocabulary == "all")
+                    every_id=self.params.vocabulary == "all",
+                )
             except ValueError as error:
                 raise CalibrationError(f"stem: {key}: {error}; calibrate with text that runs through it") from error
         ranked = sorted(fitted, key=lambda key: (-_score(fitted[key]), seen[key].layer or 0))
@@ -116,13 +142,21 @@ class Stem(Pass):
         for key, table in fitted.items():
             like = seen[key].weights["up"]
             facts: dict[str, Any] = {
-                "explained": None if math.isnan(table.score) else round(table.score, 4), "prior": table.prior,
-                "shrinkage": table.shrinkage, "tokens": table.tokens, "rows": len(table.rows),
-                "converted": key in chosen, "of": len(chosen)}
+                "explained": None if math.isnan(table.score) else round(table.score, 4),
+                "prior": table.prior,
+                "shrinkage": table.shrinkage,
+                "tokens": table.tokens,
+                "rows": len(table.rows),
+                "converted": key in chosen,
+                "of": len(chosen),
+            }
             tensors: dict[str, Tensor] = {}
             if key in chosen:
-                tensors = {"table": nn.Parameter(table.rows.to(like)), "remap": table.remap.to(like.device),
-                           "mean": nn.Parameter(table.mean.to(like))}
+                tensors = {
+                    "table": nn.Parameter(table.rows.to(like)),
+                    "remap": table.remap.to(like.device),
+                    "mean": nn.Parameter(table.mean.to(like)),
+                }
                 if self.params.table == "host":
                     tensors |= {"table": table.rows.to("cpu", like.dtype), "remap": table.remap.cpu()}
                     facts["host"] = ["table", "remap"]
@@ -136,26 +170,39 @@ class Stem(Pass):
         if not facts["converted"]:
             raise UnprofitableError(
                 f"not among the {facts['of']} layers whose tables explain most of the up-projection (this one explains "
-                f"{facts['explained']})", node=formula.up.node.name, path=region.path, source=region.source)
+                f"{facts['explained']})",
+                node=formula.up.node.name,
+                path=region.path,
+                source=region.source,
+            )
         width, vocabulary = state["table"].meta["val"].shape[1], state["remap"].meta["val"].shape[0]
         if vocabulary != embedding.meta["val"].shape[0] or width != formula.width:
-            raise ctx.refuse(formula.up.node, f"vocabulary mismatch: the table was made for {vocabulary} ids and "
-                                              f"{width} neurons, this model has {embedding.meta['val'].shape[0]} and "
-                                              f"{formula.width}; calibrate again with this model")
+            raise ctx.refuse(
+                formula.up.node,
+                f"vocabulary mismatch: the table was made for {vocabulary} ids and "
+                f"{width} neurons, this model has {embedding.meta['val'].shape[0]} and "
+                f"{formula.width}; calibrate again with this model",
+            )
         if "host" in facts:
             state |= self._fetched(ctx, state, ids)
         inner = self._emit(ctx, formula, state, ids, visual is not None or self.params.dense_first > 0)
         formula.down.node.replace_input_with(formula.inner, inner)
         erase(formula.inner)
-        return {"fallback": self.params.fallback, "dense_first": self.params.dense_first,
-                "table": "host" if "host" in facts else "model", **{name: facts[name] for name in (
-            "explained", "rows", "tokens", "shrinkage", "prior")}}
+        return {
+            "fallback": self.params.fallback,
+            "dense_first": self.params.dense_first,
+            "table": "host" if "host" in facts else "model",
+            **{name: facts[name] for name in ("explained", "rows", "tokens", "shrinkage", "prior")},
+        }
 
     def _formula(self, ctx: Context, region: Region) -> ffn.Formula:
         formula = ffn.read_formula(ctx, region)
         if formula.gate is None:
-            raise ctx.refuse(formula.up.node, "a plain feed-forward layer has no up-projection beside an activated "
-                                              "gate; STEM needs a gated one (moe_from_dense takes both)")
+            raise ctx.refuse(
+                formula.up.node,
+                "a plain feed-forward layer has no up-projection beside an activated "
+                "gate; STEM needs a gated one (moe_from_dense takes both)",
+            )
         return formula
 
     def _ids(self, ctx: Context, region: Region, formula: ffn.Formula) -> tuple[fx.Node, fx.Node, fx.Node | None]:
@@ -172,8 +219,9 @@ class Stem(Pass):
         table, index = ctx.emit(fetch_rows, *nodes, before=ctx.after(*nodes))
         return {"table": table, "index": index}
 
-    def _emit(self, ctx: Context, formula: ffn.Formula, state: dict[str, fx.Node], ids: fx.Node,
-              dense: bool) -> fx.Node:
+    def _emit(
+        self, ctx: Context, formula: ffn.Formula, state: dict[str, fx.Node], ids: fx.Node, dense: bool
+    ) -> fx.Node:
         """The product of the activated gate and the rows, in front of the down-projection.
 
         ``dense``: some tokens take the dense up-projection whatever the fallback is.
@@ -181,8 +229,15 @@ class Stem(Pass):
         gate, up, fallback = formula.gate, formula.up, self.params.fallback
         assert gate is not None
         fused, shape = gate.node is up.node, formula.inner.meta["val"].dim()
-        nodes = {"x": up.input, "gate": gate.weight if fused else gate.node, "gate_bias": gate.bias if fused else None,
-                 "up": up.weight, "up_bias": up.bias, "ids": ids, **state}
+        nodes = {
+            "x": up.input,
+            "gate": gate.weight if fused else gate.node,
+            "gate_bias": gate.bias if fused else None,
+            "up": up.weight,
+            "up_bias": up.bias,
+            "ids": ids,
+            **state,
+        }
         if fallback == "mean" and not dense:
             del nodes["up"], nodes["up_bias"]
         given = {name: node for name, node in nodes.items() if node is not None}
@@ -192,7 +247,8 @@ class Stem(Pass):
             value = v["gate"]
             if fused:
                 value = nn.functional.linear(
-                    v["x"], gate.matrix(value), gate.offset(v["gate_bias"]) if "gate_bias" in v else None)
+                    v["x"], gate.matrix(value), gate.offset(v["gate_bias"]) if "gate_bias" in v else None
+                )
             other: Tensor = v["mean"]
             index, remap = v["ids"], None if "index" in v else v["remap"]
             if "index" in v:
@@ -200,8 +256,9 @@ class Stem(Pass):
             if "up" in v:
                 place = rows(index, v["table"].shape[0], remap)
                 mask = place < 0 if fallback == "dense" else v["ids"] < 0
-                other = linear_where(v["x"], up.matrix(v["up"]), up.offset(v["up_bias"]) if "up_bias" in v else None,
-                                     mask)
+                other = linear_where(
+                    v["x"], up.matrix(v["up"]), up.offset(v["up_bias"]) if "up_bias" in v else None, mask
+                )
                 if fallback == "mean":
                     other = torch.where(mask.unsqueeze(-1), other, v["mean"])
             found = embedding_gate(value, v["table"], index, formula.activation, remap, other)

@@ -11,9 +11,18 @@ from torch import nn
 from . import Case
 
 SMALL = {
-    "vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
-    "conv_dim": (16, 16, 16), "conv_stride": (5, 2, 2), "conv_kernel": (10, 3, 3), "num_feat_extract_layers": 3,
-    "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "conv_dim": (16, 16, 16),
+    "conv_stride": (5, 2, 2),
+    "conv_kernel": (10, 3, 3),
+    "num_feat_extract_layers": 3,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+}
 
 
 def _samples(family: str, **settings: Any) -> Case:
@@ -36,14 +45,28 @@ def speech_to_text() -> Case:
     """Convolutions with gated linear units, and a mask over frames."""
     torch.manual_seed(0)
     config = tr.Speech2TextConfig(
-        vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, input_feat_per_channel=20,
-        max_source_positions=100, max_target_positions=32, conv_channels=32, num_conv_layers=2,
-        decoder_start_token_id=1)
+        vocab_size=64,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        input_feat_per_channel=20,
+        max_source_positions=100,
+        max_target_positions=32,
+        conv_channels=32,
+        num_conv_layers=2,
+        decoder_start_token_id=1,
+    )
     ids, frames = torch.ones(2, 4, dtype=torch.int64), torch.linspace(-1, 1, 2560).reshape(2, 64, 20)
     return tr.Speech2TextForConditionalGeneration(config).eval(), {
-        "input_features": frames, "attention_mask": torch.ones(2, 64, dtype=torch.int64), "decoder_input_ids": ids,
-        "use_cache": False}
+        "input_features": frames,
+        "attention_mask": torch.ones(2, 64, dtype=torch.int64),
+        "decoder_input_ids": ids,
+        "use_cache": False,
+    }
 
 
 class HandWritten(nn.Module):

@@ -57,8 +57,16 @@ MOST_VARIANTS = 8
 #: Values of more elements than this are not followed.
 MOST_FOLLOWED = 2**26
 
-_READS = {torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__int__,
-          torch.Tensor.__bool__, torch.Tensor.__index__, torch.Tensor.__float__}
+_READS = {
+    torch.Tensor.item,
+    torch.Tensor.tolist,
+    torch.Tensor.numpy,
+    torch.Tensor.__array__,
+    torch.Tensor.__int__,
+    torch.Tensor.__bool__,
+    torch.Tensor.__index__,
+    torch.Tensor.__float__,
+}
 _SIMPLE = (bool, int, float, str, type(None))
 _TORCH = str(Path(torch.__file__).parent)
 
@@ -119,8 +127,11 @@ def _makes(func: Any) -> bool:
     name = func._schema.name.removeprefix("aten::")
     if name.startswith("new_") or (name.endswith("_like") and not name.startswith("rand")):
         return True
-    return func.namespace == "aten" and not any("Tensor" in str(a.type) for a in func._schema.arguments) and not (
-        func._schema.is_mutable)
+    return (
+        func.namespace == "aten"
+        and not any("Tensor" in str(a.type) for a in func._schema.arguments)
+        and not (func._schema.is_mutable)
+    )
 
 
 def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
@@ -195,7 +206,8 @@ class Specialised:
     def is_current(self) -> bool:
         """Whether the modules are still as they were when the function was traced."""
         return self.settings == _settings(self.modules) and self.forms == [
-            _form(holder.get(name)) for holder, name in self.state]
+            _form(holder.get(name)) for holder, name in self.state
+        ]
 
     def arguments(self, leaves: Sequence[Any]) -> list[torch.Tensor]:
         return [*(holder[name] for holder, name in self.state), *(leaves[i] for i in self.inputs)]
@@ -261,7 +273,7 @@ def specialise(function: Callable[..., Any], args: Sequence[Any]) -> Specialised
 
     def call(*tensors: torch.Tensor) -> list[torch.Tensor]:
         rest = list(leaves)
-        for i, tensor in zip([*inputs, *values], tensors[len(places):], strict=True):
+        for i, tensor in zip([*inputs, *values], tensors[len(places) :], strict=True):
             rest[i] = tensor
         with _following(modules, ran), _Reads():
             results, found["spec"] = pytree.tree_flatten(function(*pytree.tree_unflatten(rest, spec)))
@@ -270,12 +282,17 @@ def specialise(function: Callable[..., Any], args: Sequence[Any]) -> Specialised
 
     with _holding(modules, places, stand_ins):
         traced = _trace(call, [*given, *constants], labels, mode)
-    real = dict(zip(traced.graph.find_nodes(op="placeholder")[len(given):], (leaves[i] for i in values), strict=True))
+    real = dict(zip(traced.graph.find_nodes(op="placeholder")[len(given) :], (leaves[i] for i in values), strict=True))
     fold(traced, real)
     used = _drop_unused(traced, labels, given)
-    return Specialised(traced, [places[i][0] for i in used if i < len(places)],
-                       [inputs[i - len(places)] for i in used if i >= len(places)],
-                       found["results"], found["spec"], list(ran))
+    return Specialised(
+        traced,
+        [places[i][0] for i in used if i < len(places)],
+        [inputs[i - len(places)] for i in used if i >= len(places)],
+        found["results"],
+        found["spec"],
+        list(ran),
+    )
 
 
 def _label(path: str) -> str:
@@ -286,7 +303,11 @@ def _state(modules: dict[nn.Module, str], mode: _ValueMode) -> tuple[list[Any], 
     """Every tensor that modules hold as parameter, buffer or plain attribute: where all, a stand-in, a name."""
     found: dict[int, tuple[list[Any], torch.Tensor, str]] = {}
     for module, path in modules.items():
-        for kind, holder in (("parameters", module._parameters), ("buffers", module._buffers), ("values", vars(module))):
+        for kind, holder in (
+            ("parameters", module._parameters),
+            ("buffers", module._buffers),
+            ("values", vars(module)),
+        ):
             for name, tensor in holder.items():
                 if not isinstance(tensor, torch.Tensor):
                     continue
@@ -312,9 +333,16 @@ def _holding(modules: dict[nn.Module, str], places: Sequence[Any], tensors: Sequ
     kept = ""
     try:
         yield
-        kept = next((f"{modules[m]}.{name}" for m in modules for name, value in vars(m).items()
-                     if value is not held[m].get(name) and any(
-                         isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(value))), "")
+        kept = next(
+            (
+                f"{modules[m]}.{name}"
+                for m in modules
+                for name, value in vars(m).items()
+                if value is not held[m].get(name)
+                and any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(value))
+            ),
+            "",
+        )
     finally:
         for module, holders in before.items():
             for holder, content in zip((vars(module), module._parameters, module._buffers), holders, strict=True):
@@ -343,14 +371,17 @@ def _following(modules: dict[nn.Module, str], ran: dict[nn.Module, None]) -> Ite
 
     with contextlib.ExitStack() as handles:
         for module in modules:
-            for handle in (module.register_forward_pre_hook(enter, prepend=True),
-                           module.register_forward_hook(leave, always_call=True)):
+            for handle in (
+                module.register_forward_pre_hook(enter, prepend=True),
+                module.register_forward_hook(leave, always_call=True),
+            ):
                 handles.callback(handle.remove)
         yield
 
 
-def _trace(call: Callable[..., Any], tensors: Sequence[torch.Tensor], labels: Sequence[str],
-           mode: _ValueMode) -> fx.GraphModule:
+def _trace(
+    call: Callable[..., Any], tensors: Sequence[torch.Tensor], labels: Sequence[str], mode: _ValueMode
+) -> fx.GraphModule:
     """``call(*tensors)`` as pre-dispatch ATen. Everything that goes wrong on the way is a :class:`UntraceableError`."""
     randomness = random.getstate()
     with mode, fx_traceback.preserve_node_meta():
@@ -406,8 +437,13 @@ class ByValues:
         first: why the function could not be captured for all values.
     """
 
-    def __init__(self, function: Callable[..., Any], backend: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]],
-                 forget: Callable[[Any], None] = lambda compiled: None, first: Exception | None = None) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        backend: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]],
+        forget: Callable[[Any], None] = lambda compiled: None,
+        first: Exception | None = None,
+    ) -> None:
         self.function, self.backend, self.forget, self.first = function, backend, forget, first
         self.variants: OrderedDict[Any, tuple[Specialised, Callable[..., Any]]] = OrderedDict()
         #: how many variants were made so far
@@ -449,11 +485,17 @@ def _key(leaf: Any) -> Any:
 
 def _mode() -> Any:
     kinds = [k for k in ("cpu", "cuda") if torch.is_autocast_enabled(k)]
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *((k, torch.get_autocast_dtype(k)) for k in kinds)
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *((k, torch.get_autocast_dtype(k)) for k in kinds),
+    )
 
 
 def _say(args: Sequence[Any]) -> str:
     """The values among ``args``, by name."""
-    found = [(pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(list(args))[0] if is_value(leaf)]
+    found = [
+        (pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(list(args))[0] if is_value(leaf)
+    ]
     texts = [f"{_label(path.rsplit('[', 1)[-1])} {leaf.tolist()}" for path, leaf in found]
     return ", ".join(t if len(t) <= 80 else t[:77] + "..." for t in texts) or "sizes"

@@ -17,8 +17,16 @@ _ADD = {aten.add.Tensor, aten.add_.Tensor}
 
 
 #: Ops that only look at their operand in another way; equal ones are interchangeable, whatever is written in between.
-_VIEWS = {aten.unsqueeze.default, aten.squeeze.dim, aten.transpose.int, aten.permute.default, aten.slice.Tensor,
-          aten.select.int, aten.expand.default, aten.view.default}
+_VIEWS = {
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.expand.default,
+    aten.view.default,
+}
 
 
 def canonicalise(captured: Captured) -> int:

@@ -36,8 +36,9 @@ DYNAMO_CONFIG: dict[str, Any] = {"capture_scalar_outputs": True, "specialize_flo
 class _Inputs:
     """Rebuild captured example values under another fake mode, keeping the relations between their sizes."""
 
-    def __init__(self, mode: FakeTensorMode, hints: dict[Any, int] | None = None,
-                 same: Mapping[Any, Any] | None = None) -> None:
+    def __init__(
+        self, mode: FakeTensorMode, hints: dict[Any, int] | None = None, same: Mapping[Any, Any] | None = None
+    ) -> None:
         self.mode, self.symbols = mode, {}  # type: ignore[var-annotated]
         self.hints, self.same = hints or {}, dict(same or {})
 
@@ -100,9 +101,11 @@ def from_dynamo(graph_module: fx.GraphModule, args: Sequence[Any] = ()) -> Captu
         CaptureError: the graph cannot be rewritten (it checkpoints activations).
     """
     if graph_module.graph.find_nodes(op="call_function", target=torch.ops.higher_order.tag_activation_checkpoint):
-        raise CaptureError("gradient checkpointing is on, and what a checkpoint recomputes cannot be rewritten: call "
-                           "model.gradient_checkpointing_disable() before training an optimized model (Inductor "
-                           "recomputes cheap activations anyway), or train with shorter sequences")
+        raise CaptureError(
+            "gradient checkpointing is on, and what a checkpoint recomputes cannot be rewritten: call "
+            "model.gradient_checkpointing_disable() before training an optimized model (Inductor "
+            "recomputes cheap activations anyway), or train with shorter sequences"
+        )
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     examples = [_example(node) for node in graph_module.graph.nodes if node.op == "placeholder"]
     inputs = _Inputs(mode, _sizes(examples, args))
@@ -184,8 +187,14 @@ def _flatten_vmap(graph_module: fx.GraphModule, fakes: Sequence[Any], mode: Fake
     return fx.GraphModule(graph_module, graph)
 
 
-def _inline_span(graph_module: fx.GraphModule, graph: fx.Graph, span: list[fx.Node], copied: dict[fx.Node, fx.Node],
-                 values: dict[fx.Node, Any], mode: FakeTensorMode) -> None:
+def _inline_span(
+    graph_module: fx.GraphModule,
+    graph: fx.Graph,
+    span: list[fx.Node],
+    copied: dict[fx.Node, fx.Node],
+    values: dict[fx.Node, Any],
+    mode: FakeTensorMode,
+) -> None:
     members = set(span)
     inputs = list(dict.fromkeys(n for node in span for n in node.all_input_nodes if n not in members))
     results = [node for node in span if any(user not in members for user in node.users)]
@@ -198,11 +207,14 @@ def _inline_span(graph_module: fx.GraphModule, graph: fx.Graph, span: list[fx.No
     module = fx.GraphModule(graph_module, part)
     with mode:
         traced = make_fx(lambda *a: fx.Interpreter(module).run(*a), tracing_mode="real")(*(values[n] for n in inputs))
-    place = {key: next((n.meta[key] for n in [*span, *inputs] if n.meta.get(key)), None)
-             for key in ("nn_module_stack", "stack_trace")}
+    place = {
+        key: next((n.meta[key] for n in [*span, *inputs] if n.meta.get(key)), None)
+        for key in ("nn_module_stack", "stack_trace")
+    }
     place = {key: value for key, value in place.items() if value is not None}
     below: dict[fx.Node, fx.Node] = dict(
-        zip(traced.graph.find_nodes(op="placeholder"), (copied[n] for n in inputs), strict=True))
+        zip(traced.graph.find_nodes(op="placeholder"), (copied[n] for n in inputs), strict=True)
+    )
     for node in traced.graph.nodes:
         if node.op == "output":
             for result, value in zip(results, node.args[0], strict=True):

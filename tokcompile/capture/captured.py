@@ -43,7 +43,6 @@ class Captured:
         symbol = env.create_symbol(hint, ConstantSource(name), dynamic_dim=DimDynamic.DYNAMIC)
         return env.create_symintnode(symbol, hint=hint)  # type: ignore[return-value]
 
-
     def fake(self, tensor: torch.Tensor) -> torch.Tensor:
         """A stand-in for one more real tensor (a parameter), with static sizes."""
         with self.fake_mode:

@@ -26,8 +26,9 @@ def explain_failure(error: BaseException) -> str:
     if place:
         parts[0] += f" [{place}]"
     for label in ("Explanation", "Hint"):
-        found = re.search(rf"^ *{label}: *(.+(?:\n(?! *(?:Explanation|Hint|Developer debug context):| *$).+)*)", text,
-                          re.MULTILINE)
+        found = re.search(
+            rf"^ *{label}: *(.+(?:\n(?! *(?:Explanation|Hint|Developer debug context):| *$).+)*)", text, re.MULTILINE
+        )
         if found:
             parts.append(f"{label.lower()}: {_short(' '.join(found.group(1).split()))}")
     return "; ".join(parts)

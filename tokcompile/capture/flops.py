@@ -12,8 +12,14 @@ aten = torch.ops.aten
 
 
 def _hints(value: Any) -> list[int]:
-    return [int(s.node.hint) if isinstance(s, torch.SymInt) and s.node.hint is not None else int(s)
-            if isinstance(s, int) else 0 for s in value.shape]
+    return [
+        int(s.node.hint)
+        if isinstance(s, torch.SymInt) and s.node.hint is not None
+        else int(s)
+        if isinstance(s, int)
+        else 0
+        for s in value.shape
+    ]
 
 
 def _numel(sizes: list[int]) -> int:

@@ -29,7 +29,12 @@ def fold(traced: fx.GraphModule, given: dict[fx.Node, torch.Tensor]) -> None:
     known, written = _known(graph, set(given), shared)
     emitted: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        large = node in known and node.op == "call_function" and shared.root(node) not in written and _size(node) > MOST_CONSTANT
+        large = (
+            node in known
+            and node.op == "call_function"
+            and shared.root(node) not in written
+            and _size(node) > MOST_CONSTANT
+        )
         if node not in known or (large and any(user in emitted for user in node.users)):
             emitted.add(node)
     values: dict[fx.Node, Any] = {node: tensor.detach().clone() for node, tensor in given.items()}
@@ -85,10 +90,17 @@ def _sources(node: fx.Node) -> list[fx.Node]:
         return []
     if node.target._schema.name.removeprefix("aten::") in _SHARING:
         return node.all_input_nodes
-    shared = {name for result in node.target._schema.returns if result.alias_info is not None
-              for name in result.alias_info.before_set}
-    return [n for argument, n in _by_argument(node) if argument.alias_info is not None
-            and argument.alias_info.before_set & shared]
+    shared = {
+        name
+        for result in node.target._schema.returns
+        if result.alias_info is not None
+        for name in result.alias_info.before_set
+    }
+    return [
+        n
+        for argument, n in _by_argument(node)
+        if argument.alias_info is not None and argument.alias_info.before_set & shared
+    ]
 
 
 def _by_argument(node: fx.Node) -> Iterator[tuple[Any, fx.Node]]:
@@ -101,8 +113,13 @@ def _by_argument(node: fx.Node) -> Iterator[tuple[Any, fx.Node]]:
 
 def _known(graph: fx.Graph, given: set[fx.Node], shared: _Shared) -> tuple[set[fx.Node], set[fx.Node]]:
     """What follows from ``given`` and literals alone; and the roots of what is written to."""
-    writes = [(node, n) for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)
-              for argument, n in _by_argument(node) if argument.alias_info is not None and argument.alias_info.is_write]
+    writes = [
+        (node, n)
+        for node in graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+        for argument, n in _by_argument(node)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
     spoilt: set[fx.Node] = set()
     while True:
         known = set(given)
@@ -120,8 +137,11 @@ def _can_be_known(node: fx.Node, known: set[fx.Node]) -> bool:
         return False
     if node.target is operator.getitem:
         return True
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten" and (
-        torch.Tag.nondeterministic_seeded not in node.target.tags)
+    return (
+        isinstance(node.target, torch._ops.OpOverload)
+        and node.target.namespace == "aten"
+        and (torch.Tag.nondeterministic_seeded not in node.target.tags)
+    )
 
 
 class _Constants:

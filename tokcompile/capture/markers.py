@@ -31,8 +31,10 @@ def _(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 @torch.library.custom_op("tokcompile::logical", mutates_args=())
 def logical(states: torch.Tensor, held: torch.Tensor, length: int, ragged: bool) -> torch.Tensor:
     """``states [B, H, K, Dh]`` at their unpruned length: ``[B, H, length, Dh]``."""
-    raise CacheError("a cache with pruned tokens was read by a stage that tokcompile could not compile; see "
-                     "tokcompile.report(model) for the reason, and start from a fresh cache")
+    raise CacheError(
+        "a cache with pruned tokens was read by a stage that tokcompile could not compile; see "
+        "tokcompile.report(model) for the reason, and start from a fresh cache"
+    )
 
 
 @logical.register_fake

@@ -27,15 +27,24 @@ from tokcompile.capture.trace import inline
 aten = torch.ops.aten
 
 _library = torch.library.Library("tokcompile", "FRAGMENT")
-_library.define("packed_attention(Tensor query, Tensor key, Tensor value, int[] lengths, float? scale=None, "
-                "bool enable_gqa=False) -> Tensor")
+_library.define(
+    "packed_attention(Tensor query, Tensor key, Tensor value, int[] lengths, float? scale=None, "
+    "bool enable_gqa=False) -> Tensor"
+)
 
 
-def _packed_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float | None = None,
-                      enable_gqa: bool = False) -> Tensor:
+def _packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     pieces = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    return torch.cat([F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=enable_gqa)
-                      for q, k, v in pieces], 2)
+    return torch.cat(
+        [F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=enable_gqa) for q, k, v in pieces], 2
+    )
 
 
 _library.impl("packed_attention", _packed_attention, "CompositeImplicitAutograd")
@@ -147,7 +156,9 @@ def _whole(pieces: Sequence[Any]) -> fx.Node | None:
     if len(splits) != 1 or [piece.args[1:] for piece in pieces] != [(i,) for i in range(len(pieces))]:
         return None
     split: Any = splits.pop()
-    if op_name(split) not in ("split", "split_with_sizes", "chunk", "tensor_split") or len(split.meta["val"]) != len(pieces):
+    if op_name(split) not in ("split", "split_with_sizes", "chunk", "tensor_split") or len(split.meta["val"]) != len(
+        pieces
+    ):
         return None
     dim = split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)
     source: fx.Node = split.args[0]
@@ -180,7 +191,7 @@ def _steps(branches: Sequence[_Branch], lengths: Sequence[int], dim: int) -> lis
             if _shape(step) == _shape(step.args[0]):
                 continue
             place, shape = shapes[0]
-            result.append((step.target, (shape[:place] + [sum(lengths)] + shape[place + 1:],)))
+            result.append((step.target, (shape[:place] + [sum(lengths)] + shape[place + 1 :],)))
             continue
         if any(node.args[1:] != step.args[1:] or node.kwargs for node in same):
             return None
@@ -206,6 +217,6 @@ def _by_length(node: fx.Node, place: int, length: int) -> tuple[int, list[Any]] 
     left = 1
     for i, size in enumerate(after):
         if left == front and size == length:
-            return i, [*after[:i], 0, *after[i + 1:]]
+            return i, [*after[:i], 0, *after[i + 1 :]]
         left *= size
     return None

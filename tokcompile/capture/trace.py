@@ -76,8 +76,7 @@ def inline(captured: Captured, function: Callable[..., Any], args: Sequence[Any]
         return function(*(next(it) if isinstance(a, fx.Node) else a for a in args))
 
     sub = trace(call, values, captured.fake_mode)
-    mapped: dict[fx.Node, Any] = dict(
-        zip((n for n in sub.graph.nodes if n.op == "placeholder"), nodes, strict=True))
+    mapped: dict[fx.Node, Any] = dict(zip((n for n in sub.graph.nodes if n.op == "placeholder"), nodes, strict=True))
     result: Any = None
     with captured.graph.inserting_before(before):
         for node in sub.graph.nodes:

@@ -124,8 +124,18 @@ class _Reader:
         mask = self._emit(lambda q: block_mask(lengths, q.device), query)  # type: ignore[arg-type]
         key, value = self._single(key, value)
         width = query.meta["val"].shape[-1]  # type: ignore[union-attr]
-        return AttentionForm(query, key, value, 1 / math.sqrt(width) if scale is None else float(scale),  # type: ignore
-                             0.0, False, mask, None, node, lambda t: t)
+        return AttentionForm(
+            query,
+            key,
+            value,
+            1 / math.sqrt(width) if scale is None else float(scale),  # type: ignore
+            0.0,
+            False,
+            mask,
+            None,
+            node,
+            lambda t: t,
+        )
 
     # .. scaled_dot_product_attention
 
@@ -141,8 +151,11 @@ class _Reader:
             raise self._refuse(node, f"expected operands [B, H, S, D], found {rank} axes")
         causal = bool(given.get("is_causal", False))
         if causal and not self._same(query.meta["val"].shape[-2], key.meta["val"].shape[-2]):
-            raise self._refuse(node, "is_causal with more keys than queries aligns both at their start; no pass can "
-                                     "tell which keys are later")
+            raise self._refuse(
+                node,
+                "is_causal with more keys than queries aligns both at their start; no pass can "
+                "tell which keys are later",
+            )
         scale = given.get("scale")
         mask = given.get("attn_mask")
         if rank == 3:  # one head
@@ -151,8 +164,17 @@ class _Reader:
                 mask = self._emit(lambda t: t.unsqueeze(1), mask)
         key, value = self._single(key, value)
         return AttentionForm(
-            query, key, value, 1 / math.sqrt(int(width)) if scale is None else float(scale), 0.0, causal, mask, None,
-            node, (lambda t: t.squeeze(1)) if rank == 3 else (lambda t: t))
+            query,
+            key,
+            value,
+            1 / math.sqrt(int(width)) if scale is None else float(scale),
+            0.0,
+            causal,
+            mask,
+            None,
+            node,
+            (lambda t: t.squeeze(1)) if rank == 3 else (lambda t: t),
+        )
 
     # .. two contractions
 
@@ -167,8 +189,18 @@ class _Reader:
         masks = [(self._by_head(node, rows, heads), kind) for node, kind in chain.masks]
         key, value = self._single(key, value)
         sink = None if chain.sink is None else self._by_head(chain.sink, rows, heads)
-        return AttentionForm(query, key, value, chain.inner * chain.outer, chain.outer if chain.bent else 0.0, False,
-                             self._joined(masks), sink, self.output, layout)
+        return AttentionForm(
+            query,
+            key,
+            value,
+            chain.inner * chain.outer,
+            chain.outer if chain.bent else 0.0,
+            False,
+            self._joined(masks),
+            sink,
+            self.output,
+            layout,
+        )
 
     def _chain(self, scores: fx.Node, softmax: fx.Node) -> _Chain:
         """The operations from the scores to the softmax, in order."""
@@ -197,8 +229,12 @@ class _Reader:
         others = [u for u in following if u is not peak]
         last = peak.args[1] if len(peak.args) > 1 else None
         axes = last if isinstance(last, (list, tuple)) else [last]
-        if len(others) == 1 and self.flow.op[others[0]] == "sub" and list(axes) in ([-1], [3]) and (
-                self.flow.reaches(peak, others[0].args[1])):  # type: ignore[arg-type]
+        if (
+            len(others) == 1
+            and self.flow.op[others[0]] == "sub"
+            and list(axes) in ([-1], [3])
+            and (self.flow.reaches(peak, others[0].args[1]))
+        ):  # type: ignore[arg-type]
             return others[0]
         raise self._refuse(peak, "expected the maximum over the keys to be subtracted from the scores")
 
@@ -227,8 +263,14 @@ class _Reader:
             chain.masks.append((args[1], "hidden"))  # type: ignore[arg-type]
         elif op == "where" and node in args[1:3] and self._hides(args[2] if args[1] is node else args[1]):
             chain.masks.append((args[0], "visible" if args[1] is node else "hidden"))  # type: ignore[arg-type]
-        elif op == "cat" and len(args[0]) == 2 and args[0][0] is node and (  # type: ignore
-                args[1] in (-1, 3) and self._same(args[0][1].meta["val"].shape[-1], 1)):  # type: ignore
+        elif (
+            op == "cat"
+            and len(args[0]) == 2
+            and args[0][0] is node
+            and (  # type: ignore
+                args[1] in (-1, 3) and self._same(args[0][1].meta["val"].shape[-1], 1)
+            )
+        ):  # type: ignore
             chain.sink = args[0][1]  # type: ignore
         else:
             raise self._refuse(step, f"expected scale, soft cap, mask or sinks between scores and softmax, found {op}")
@@ -276,8 +318,9 @@ class _Reader:
             raise self._refuse(scores, "queries and keys are folded into their leading axis in different ways")
         return (*(self._emit(unfold, n) for n in (query, key, value)), lambda t: t.flatten(0, 1))  # type: ignore
 
-    def _einsum(self, query: fx.Node, key: fx.Node,
-                value: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, Callable[[Tensor], Tensor]]:
+    def _einsum(
+        self, query: fx.Node, key: fx.Node, value: fx.Node
+    ) -> tuple[fx.Node, fx.Node, fx.Node, Callable[[Tensor], Tensor]]:
         scores, output = self.roles["scores"], self.output
         first, second = (self._equation(n) for n in (scores, output))
         names = {"query": first[0], "key": first[1], "scores": first[2]}
@@ -286,7 +329,8 @@ class _Reader:
         column = [c for c in names["key"] if c not in names["query"]]
         inner = [c for c in names["query"] if c in names["key"] and c not in names["scores"]]
         if (len(shared), len(row), len(column), len(inner)) != (2, 1, 1, 1) or (
-                names["scores"] != "".join((*shared, *row, *column))):
+            names["scores"] != "".join((*shared, *row, *column))
+        ):
             raise self._refuse(scores, "expected scores [B, H, S, T] of queries and keys with batch and head axes")
         # the second equation has letters of its own: the weights are [B, H, S, T] in both
         letters = dict(zip(second[0], names["scores"], strict=True))
@@ -300,9 +344,12 @@ class _Reader:
             return node if order == sorted(order) else self._emit(lambda t: t.permute(order), node)
 
         back = [[*shared, *row, "@"].index(c) for c in out]
-        return (arranged(query, names["query"], [*shared, *row, *inner]),
-                arranged(key, names["key"], [*shared, *column, *inner]),
-                arranged(value, values, order), lambda t: t.permute(back))
+        return (
+            arranged(query, names["query"], [*shared, *row, *inner]),
+            arranged(key, names["key"], [*shared, *column, *inner]),
+            arranged(value, values, order),
+            lambda t: t.permute(back),
+        )
 
     def _equation(self, node: fx.Node) -> tuple[str, str, str]:
         """Letters of both operands and of the result; a matmul as the equation that it is."""
@@ -324,8 +371,7 @@ class _Reader:
     def _single(self, key: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node]:
         """Keys and values before each head was copied for the query heads that share it."""
         one, other = self._source(key), self._source(value)
-        if one is not None and other is not None and self._same(
-                one.meta["val"].shape[1], other.meta["val"].shape[1]):
+        if one is not None and other is not None and self._same(one.meta["val"].shape[1], other.meta["val"].shape[1]):
             return one, other
         return key, value
 
@@ -337,8 +383,12 @@ class _Reader:
             return None  # a view that this reader made
         while flow.op[current] in ("contiguous", "clone", "alias") and flow.inputs[current]:
             current = flow.inputs[current][0]
-        if flow.op[current] == "repeat_interleave" and len(current.args) > 2 and current.args[2] == 1 and (
-                isinstance(current.args[1], int)):
+        if (
+            flow.op[current] == "repeat_interleave"
+            and len(current.args) > 2
+            and current.args[2] == 1
+            and (isinstance(current.args[1], int))
+        ):
             return flow.inputs[current][0]
         if flow.op[current] not in ("reshape", "view", "_unsafe_view", "flatten"):
             return None

@@ -31,8 +31,11 @@ def attention_rows(ctx: Context, layer: Layer, rows: int | None) -> fx.Node:
         raise ctx.refuse(layer.output, f"layer {layer.index} has no attention to score with")
     roles = attention.roles
     if attention.variant.get("form") == "packed":
-        raise ctx.refuse(roles["output"], "several images or windows lie in one row of tokens and attend only within "
-                                          "themselves: attention scores of one are not comparable with those of another")
+        raise ctx.refuse(
+            roles["output"],
+            "several images or windows lie in one row of tokens and attend only within "
+            "themselves: attention scores of one are not comparable with those of another",
+        )
     fused = attention.variant.get("form") == "sdpa"
     inputs = [roles["query"], roles["key"]] if fused else [roles["softmax"]]
     if any(n.meta["val"].dim() != 4 for n in inputs):

@@ -113,10 +113,13 @@ def read_formula(ctx: Context, region: Region) -> Formula:
                 fits.append((float((value - found).abs().max()), name, one, other))
     best = min(fits, key=lambda fit: fit[0], default=None)
     if best is None or not best[0] < (_ROUNDED if rounded else _TOLERANCE):
-        raise ctx.refuse(roles["activation"], "the computation between the projections is not an activation "
-                                              f"({', '.join(ACTIVATIONS)}), gated or plain: it differs by "
-                                              f"{'nothing that fits' if best is None else f'{best[0]:.2g}'}; a dropout "
-                                              "here needs model.eval()")
+        raise ctx.refuse(
+            roles["activation"],
+            "the computation between the projections is not an activation "
+            f"({', '.join(ACTIVATIONS)}), gated or plain: it differs by "
+            f"{'nothing that fits' if best is None else f'{best[0]:.2g}'}; a dropout "
+            "here needs model.eval()",
+        )
     return Formula(best[2], best[3], down, inner, best[1])
 
 
@@ -146,16 +149,21 @@ def _projection(ctx: Context, flow: Flow, node: fx.Node) -> Projection:
         weight, transposed = weight.args[0], not transposed  # type: ignore[assignment]
     for value in (weight, bias):
         if value is not None and value not in ctx.captured.placeholders:
-            raise ctx.refuse(node, f"expected a weight that is a parameter, found {value}, computed in the graph "
-                                   "(quantised, or shared weights that are put together at run time)")
+            raise ctx.refuse(
+                node,
+                f"expected a weight that is a parameter, found {value}, computed in the graph "
+                "(quantised, or shared weights that are put together at run time)",
+            )
     return Projection(node, linear.input, weight, bias, transposed, 0, int(linear.features))
 
 
-def _evaluate(ctx: Context, flow: Flow, region: Region, given: Mapping[fx.Node, Tensor],
-              target: fx.Node) -> tuple[Tensor, bool]:
+def _evaluate(
+    ctx: Context, flow: Flow, region: Region, given: Mapping[fx.Node, Tensor], target: fx.Node
+) -> tuple[Tensor, bool]:
     """``target`` for one token, with the values ``given`` [1, f] for some nodes: -> [1, f], rounded to 16 bits?"""
-    between = [n for n in flow.nodes if any(flow.reaches(s, n) for s in given) and flow.reaches(n, target)
-               and n not in given]
+    between = [
+        n for n in flow.nodes if any(flow.reaches(s, n) for s in given) and flow.reaches(n, target) and n not in given
+    ]
     rounded = any(a in _SIXTEEN for n in between for a in (*n.args, *n.kwargs.values()))
     error: Exception | None = None
     for ones in (True, False):  # sizes of one token, or of the call where they are numbers in the graph
@@ -170,8 +178,9 @@ def _evaluate(ctx: Context, flow: Flow, region: Region, given: Mapping[fx.Node, 
             return values[target].reshape(-1, values[target].shape[-1])[:1].float(), rounded
         except Exception as caught:  # any operation of the model's own
             error = caught
-    raise ctx.refuse(region.roles["activation"], "the computation between the projections cannot be run on its own: "
-                                                 f"{error}")
+    raise ctx.refuse(
+        region.roles["activation"], f"the computation between the projections cannot be run on its own: {error}"
+    )
 
 
 def _value(node: fx.Node, values: Mapping[fx.Node, Any], ones: bool) -> Any:

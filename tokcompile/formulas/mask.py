@@ -38,7 +38,6 @@ class MaskForm:
     rest: fx.Node | None = None
 
 
-
 def read_mask(ctx: Context, form: AttentionForm) -> MaskForm:
     """Take the mask of an attention apart. Puts views and conjunctions of parts into the graph, dead until used."""
     found = MaskForm(causal=form.causal)
@@ -49,8 +48,12 @@ def read_mask(ctx: Context, form: AttentionForm) -> MaskForm:
     keys = [p.keys for p in parts if p.keys is not None]
     rest = [p.rest for p in parts if p.rest is not None]
     windows = [p.window for p in parts if p.window is not None]
-    return MaskForm(found.causal or any(p.causal for p in parts), min(windows, default=None), reader.all_of(keys),
-                    reader.all_of(rest))
+    return MaskForm(
+        found.causal or any(p.causal for p in parts),
+        min(windows, default=None),
+        reader.all_of(keys),
+        reader.all_of(rest),
+    )
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ class _Masks:
     def _emit(self, function: Callable[..., Tensor], *nodes: fx.Node) -> fx.Node:
         written = any(n in self.flow.position and self.flow.written(n) for n in nodes)
         return self.ctx.emit(  # type: ignore[no-any-return]
-            function, *nodes, before=self.output if written else self.ctx.after(*nodes))
+            function, *nodes, before=self.output if written else self.ctx.after(*nodes)
+        )
 
     def _added(self, whole: fx.Node) -> list[MaskForm]:
         """The parts of a float mask: zeros and numbers that hide, or anything else as it is."""
@@ -143,8 +147,11 @@ class _Masks:
             return self._conjuncts(node.args[0])  # type: ignore[arg-type]
         if op in ("__or__", "bitwise_or", "logical_or"):
             return [*self._hidden(node.args[0]), *self._hidden(node.args[1])]  # type: ignore[arg-type]
-        if op in ("to", "expand", "view", "unsqueeze", "slice") and self._keeps(node) and (
-                self._input(node).meta["val"].dtype == torch.bool):
+        if (
+            op in ("to", "expand", "view", "unsqueeze", "slice")
+            and self._keeps(node)
+            and (self._input(node).meta["val"].dtype == torch.bool)
+        ):
             return self._hidden(self._input(node))
         if op in _LESS:
             sign, strict = _LESS[op]
@@ -168,7 +175,8 @@ class _Masks:
         if op in ("logical_not", "bitwise_not"):
             return self._hidden(node.args[0])  # type: ignore[arg-type]
         if op in ("to", "expand", "view", "unsqueeze", "slice", "contiguous", "clone", "alias") and (
-                self._keeps(node) and self._input(node).meta["val"].dtype == torch.bool):
+            self._keeps(node) and self._input(node).meta["val"].dtype == torch.bool
+        ):
             return self._conjuncts(self._input(node))
         if op == "to":
             inner = self._truth(self._input(node))
@@ -192,8 +200,12 @@ class _Masks:
         """The parts of numbers that are 0 or not: a lower triangle of ones."""
         while self._op(node) in TRIVIAL | {"expand", "view", "unsqueeze", "slice"} and self._keeps(node):
             node = self._input(node)
-        if self._op(node) == "tril" and self._ones(node.args[0]) and self._square(node) and (
-                tuple(node.args[1:]) in ((), (0,))):
+        if (
+            self._op(node) == "tril"
+            and self._ones(node.args[0])
+            and self._square(node)
+            and (tuple(node.args[1:]) in ((), (0,)))
+        ):
             return [MaskForm(causal=True)]
         return None
 
@@ -266,7 +278,7 @@ class _Masks:
         if self._op(value) == "unsqueeze":
             place = int(value.args[1]) % len(new)  # type: ignore[arg-type]
         else:
-            places = [i for i, one in enumerate(ones) if one and _exprs(new[:i] + new[i + 1:]) == _exprs(old)]
+            places = [i for i, one in enumerate(ones) if one and _exprs(new[:i] + new[i + 1 :]) == _exprs(old)]
             if len(places) != 1:
                 return None
             place = places[0]
@@ -280,11 +292,15 @@ class _Masks:
         op, source = self._op(node), self._input(node)
         if op == "slice":
             return (node.args[2] if len(node.args) > 2 else None) in (0, None) and (
-                _exprs(node.meta["val"].shape) == _exprs(source.meta["val"].shape))
+                _exprs(node.meta["val"].shape) == _exprs(source.meta["val"].shape)
+            )
         if op in ("unsqueeze", "view"):
             new, old = _exprs(node.meta["val"].shape), _exprs(source.meta["val"].shape)
-            return len(new) >= len(old) and new[len(new) - len(old):] == old and all(
-                s == 1 for s in new[:len(new) - len(old)])
+            return (
+                len(new) >= len(old)
+                and new[len(new) - len(old) :] == old
+                and all(s == 1 for s in new[: len(new) - len(old)])
+            )
         return True
 
     def _square(self, node: fx.Node) -> bool:

@@ -19,9 +19,31 @@ from tokcompile.regions.model import Region
 from tokcompile.rewrite.context import Context
 
 #: What a rotation is made of, and what may stand between it and the projection.
-_OPS = (TRIVIAL | LAYOUT | SELECT | JOIN | POINTWISE | NORM | REDUCE
-        | {"view_as_complex", "view_as_real", "view_as", "new_empty", "empty", "zeros", "new_zeros", "empty_like",
-           "zeros_like", "_conj", "index", "index_select", "matmul", "bmm"})
+_OPS = (
+    TRIVIAL
+    | LAYOUT
+    | SELECT
+    | JOIN
+    | POINTWISE
+    | NORM
+    | REDUCE
+    | {
+        "view_as_complex",
+        "view_as_real",
+        "view_as",
+        "new_empty",
+        "empty",
+        "zeros",
+        "new_zeros",
+        "empty_like",
+        "zeros_like",
+        "_conj",
+        "index",
+        "index_select",
+        "matmul",
+        "bmm",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +62,7 @@ class Rope:
 
     def chunks(self) -> list[tuple[int, ...]]:
         """Planes, and after them the components that are not rotated, two by two."""
-        return [*self.planes, *(self.still[i:i + 2] for i in range(0, len(self.still), 2))]
+        return [*self.planes, *(self.still[i : i + 2] for i in range(0, len(self.still), 2))]
 
 
 def read_rope(ctx: Context, region: Region, query: fx.Node) -> Rope:
@@ -61,8 +83,11 @@ def read_rope(ctx: Context, region: Region, query: fx.Node) -> Rope:
     width = int(query.meta["val"].shape[-1])
     error = ""
     for start in [*walk.passed, projection]:
-        if start is source or not isinstance(start.meta["val"], Tensor) or not (
-                flow.reaches(projection, start) and _all_through(flow, projection, start, source)):
+        if (
+            start is source
+            or not isinstance(start.meta["val"], Tensor)
+            or not (flow.reaches(projection, start) and _all_through(flow, projection, start, source))
+        ):
             continue
         try:
             matrix = _matrix(flow, start, source, width)
@@ -74,21 +99,32 @@ def read_rope(ctx: Context, region: Region, query: fx.Node) -> Rope:
         rope = _planes(matrix)
         if rope is not None:
             return rope
-    raise ctx.refuse(source, "no rotary position embedding is recognised between the projection and this query"
-                             f"{error}; a model without RoPE can take tokenselect")
+    raise ctx.refuse(
+        source,
+        "no rotary position embedding is recognised between the projection and this query"
+        f"{error}; a model without RoPE can take tokenselect",
+    )
 
 
 def _between(flow: Flow, start: fx.Node, end: fx.Node) -> list[fx.Node]:
     """The nodes on the way from ``start`` to ``end``, without ``start``, in order."""
-    return [n for n in flow.nodes[flow.position[start] + 1: flow.position[end] + 1]
-            if flow.reaches(start, n) and flow.reaches(n, end)]
+    return [
+        n
+        for n in flow.nodes[flow.position[start] + 1 : flow.position[end] + 1]
+        if flow.reaches(start, n) and flow.reaches(n, end)
+    ]
 
 
 def _all_through(flow: Flow, projection: fx.Node, node: fx.Node, end: fx.Node) -> bool:
     """Whether all that ``projection`` gives to ``end`` goes through ``node``."""
     inside = {node, *_between(flow, node, end)}
-    return all(source in inside or not flow.reaches(projection, source)
-               for n in inside if n is not node for source in n.all_input_nodes if source in flow.position)
+    return all(
+        source in inside or not flow.reaches(projection, source)
+        for n in inside
+        if n is not node
+        for source in n.all_input_nodes
+        if source in flow.position
+    )
 
 
 def _matrix(flow: Flow, start: fx.Node, end: fx.Node, width: int) -> Tensor | None:

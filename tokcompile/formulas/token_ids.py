@@ -44,12 +44,19 @@ def embedding_of(ctx: Context, region: Region) -> tuple[fx.Node, fx.Node]:
         ids: Any = node.args[1]
         while flow.op[ids] in TRIVIAL | LAYOUT and ids.meta["val"].dim() <= 2 and flow.inputs[ids]:
             ids = flow.inputs[ids][0]
-        if flow.reaches(node, start) and ids in placeholders and table in placeholders and (
-                ids.meta["val"].dim() == 2 and not ids.meta["val"].is_floating_point()):
+        if (
+            flow.reaches(node, start)
+            and ids in placeholders
+            and table in placeholders
+            and (ids.meta["val"].dim() == 2 and not ids.meta["val"].is_floating_point())
+        ):
             lookups.append((ids, table))
     if not lookups:
-        raise ctx.refuse(where, "no input_ids in the graph: the tokens of this layer do not come from a lookup of ids "
-                                "[B, S]; call the model with input_ids, not with inputs_embeds or pixel values")
+        raise ctx.refuse(
+            where,
+            "no input_ids in the graph: the tokens of this layer do not come from a lookup of ids "
+            "[B, S]; call the model with input_ids, not with inputs_embeds or pixel values",
+        )
 
     # token types and learned positions are looked up too, in smaller tables
     return max(lookups, key=lambda lookup: lookup[1].meta["val"].shape[0])
@@ -69,23 +76,30 @@ def ids_for(ctx: Context, region: Region, like: fx.Node) -> tuple[fx.Node, fx.No
     ids, table = embedding_of(ctx, region)
     stack, layer = layer_with(ctx, region)  # type: ignore[misc]
     flow = Flow(ctx.captured.graph)
-    visual = [ctx.feature_mask(m) for m in ctx.regions.of("merge_point")
-              if flow.reaches(m.roles["output"], stack.layers[0].input)]
+    visual = [
+        ctx.feature_mask(m)
+        for m in ctx.regions.of("merge_point")
+        if flow.reaches(m.roles["output"], stack.layers[0].input)
+    ]
     parts = [ids, *visual]
     masked = ctx.emit(_masked, *parts, before=ctx.after(*parts)) if visual else ids
     sizes = flow.dims(layer.input)
     kept = [None, *(k.node for k in ctx.kept)]
     fitting = [k for k in kept if _dims(k or masked) == (None if sizes is None else sizes[:2])]
     if not fitting:
-        raise ctx.refuse(like, f"the ids are {tuple(ids.meta['val'].shape)}, the tokens of this layer "
-                               f"{tuple(layer.input.meta['val'].shape[:2])}")
+        raise ctx.refuse(
+            like,
+            f"the ids are {tuple(ids.meta['val'].shape)}, the tokens of this layer "
+            f"{tuple(layer.input.meta['val'].shape[:2])}",
+        )
     if fitting[0] is not None:
         masked = ctx.emit(_left, masked, fitting[0], before=ctx.after(masked, fitting[0]))
     if like.meta["val"].dim() == 2:
         masked = ctx.emit(lambda i: i.reshape(-1), masked, before=ctx.after(masked))
     if _dims(masked) != _dims(like)[:-1]:
-        raise ctx.refuse(like, f"the ids are {tuple(masked.meta['val'].shape)}, the tokens here "
-                               f"{tuple(like.meta['val'].shape[:-1])}")
+        raise ctx.refuse(
+            like, f"the ids are {tuple(masked.meta['val'].shape)}, the tokens here {tuple(like.meta['val'].shape[:-1])}"
+        )
     return masked, table, visual[0] if visual else None
 
 
@@ -114,9 +128,12 @@ def first_for(ctx: Context, region: Region, count: int) -> fx.Node:
                 return _first(ctx, flow, other, other.attention, count)
         except NarrowError as error:
             reasons.append(error.reason)
-    raise ctx.refuse(where, "no attention over these tokens shows which of them comes first: "
-                            f"{reasons[0] if reasons else 'none is left in the graph'}; set dense_first: 0, or put "
-                            "this step in front of those that rewrite attention")
+    raise ctx.refuse(
+        where,
+        "no attention over these tokens shows which of them comes first: "
+        f"{reasons[0] if reasons else 'none is left in the graph'}; set dense_first: 0, or put "
+        "this step in front of those that rewrite attention",
+    )
 
 
 def _first(ctx: Context, flow: Flow, layer: Layer, attention: Region, count: int) -> fx.Node:
@@ -143,8 +160,13 @@ def _seen(ctx: Context, form: AttentionForm, mask: MaskForm, tokens: fx.Node, co
     def first(*values: torch.Tensor) -> torch.Tensor:
         v = dict(zip(nodes, values, strict=True))
         queries, device = v["tokens"].shape[1], v["tokens"].device
-        length = v["keys"].shape[1] if "keys" in v else v["rest"].shape[-1] if "rest" in v else (
-            v["key"].shape[2] if "key" in v else queries)
+        length = (
+            v["keys"].shape[1]
+            if "keys" in v
+            else v["rest"].shape[-1]
+            if "rest" in v
+            else (v["key"].shape[2] if "key" in v else queries)
+        )
         position = torch.arange(length - queries, length, device=device)
         if "rest" in v:
             rest = v["rest"] if v["rest"].dtype == torch.bool else v["rest"] > HIDDEN
@@ -153,7 +175,7 @@ def _seen(ctx: Context, form: AttentionForm, mask: MaskForm, tokens: fx.Node, co
                 visible = visible & (torch.arange(length, device=device) <= position.unsqueeze(1))
             number = (visible & v["keys"].unsqueeze(1) if "keys" in v else visible).sum(-1)
         elif "keys" in v:
-            number = v["keys"].cumsum(1)[:, length - queries:]
+            number = v["keys"].cumsum(1)[:, length - queries :]
         else:
             number = (position + 1).unsqueeze(0)
         return (number > 0) & (number <= count)

@@ -30,8 +30,12 @@ def fold_constants(captured: Captured) -> int:
                 values[node] = node.target(*args, **kwargs)
     for node in values:
         # what a single operation makes, say a range, costs nothing where it is used
-        if node.op != "get_attr" and node.all_input_nodes and isinstance(values[node], torch.Tensor) and any(
-                user not in values for user in node.users):
+        if (
+            node.op != "get_attr"
+            and node.all_input_nodes
+            and isinstance(values[node], torch.Tensor)
+            and any(user not in values for user in node.users)
+        ):
             roots.append(node)
     for number, node in enumerate(roots):
         name = f"_tokcompile_constant_{number}"
@@ -51,7 +55,13 @@ def _is_foldable(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
         return False
     value = node.meta.get("val")
-    sizes = [t.numel() for t in value] if isinstance(value, (tuple, list)) else (
-        [value.numel()] if isinstance(value, torch.Tensor) else [])
-    return bool(sizes) and all(isinstance(n, int) and n <= MOST_CONSTANT for n in sizes) and not (
-        torch.Tag.nondeterministic_seeded in node.target.tags or node.target.namespace == "tokcompile")
+    sizes = (
+        [t.numel() for t in value]
+        if isinstance(value, (tuple, list))
+        else ([value.numel()] if isinstance(value, torch.Tensor) else [])
+    )
+    return (
+        bool(sizes)
+        and all(isinstance(n, int) and n <= MOST_CONSTANT for n in sizes)
+        and not (torch.Tag.nondeterministic_seeded in node.target.tags or node.target.namespace == "tokcompile")
+    )

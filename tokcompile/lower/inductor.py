@@ -17,8 +17,9 @@ from tokcompile.lower.repeated_parts import WholeError
 LOWERINGS = ("inductor", "eager")
 
 
-def lower(captured: Captured, lowering: str,
-          streams: Sequence[Sequence[fx.Node]] = ()) -> tuple[Callable[..., Any], str]:
+def lower(
+    captured: Captured, lowering: str, streams: Sequence[Sequence[fx.Node]] = ()
+) -> tuple[Callable[..., Any], str]:
     """Compile ``captured``: -> what takes the values of its placeholders and returns a flat sequence, and how it was
     compiled, in words.
 

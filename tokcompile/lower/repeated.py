@@ -30,8 +30,9 @@ from tokcompile.lower.repeated_parts import Compiled, Compiler, Form, Place, Who
 aten = torch.ops.aten
 
 
-def compile_repeated(captured: Captured, streams: Sequence[Sequence[fx.Node]],
-                     compiler: Compiler) -> tuple[Callable[..., Any], str]:
+def compile_repeated(
+    captured: Captured, streams: Sequence[Sequence[fx.Node]], compiler: Compiler
+) -> tuple[Callable[..., Any], str]:
     """Compile ``captured`` part by part, parts of one form together.
 
     Args:
@@ -77,8 +78,11 @@ def _check_simple(captured: Captured) -> None:
                 raise WholeError("its sizes are symbols")
             if value.requires_grad and torch.is_grad_enabled():
                 raise WholeError("gradients are asked for")
-        elif node.op not in ("get_attr", "output") and node.target is not operator.getitem and not (
-                isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable):
+        elif (
+            node.op not in ("get_attr", "output")
+            and node.target is not operator.getitem
+            and not (isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable)
+        ):
             raise WholeError(f"{node.name} may change a value in place")
 
 
@@ -142,8 +146,7 @@ def _schedule(graph: fx.Graph, forms: Sequence[Form]) -> list[Place | list[fx.No
     done = {n for n in graph.nodes if n.op in ("placeholder", "get_attr")}
     order: list[Place | list[fx.Node]] = []
     for place in (*places, None):
-        wanted = graph.output_node().all_input_nodes if place is None else [
-            place.nodes[i] for i in place.form.inputs]
+        wanted = graph.output_node().all_input_nodes if place is None else [place.nodes[i] for i in place.form.inputs]
         before = sorted((ancestors(wanted) | set(wanted)) - done, key=position.__getitem__)
         if inside.intersection(before):
             raise WholeError("layers read values of each other")

@@ -89,8 +89,12 @@ class Form:
         return [n for m in self.members for n in _leaves(place.nodes[m])[0] if type(n) is int]
 
     def settle_outputs(self) -> None:
-        read = {m for place in self.places for m in self.members
-                if any(user not in place.members for user in place.nodes[m].users)}
+        read = {
+            m
+            for place in self.places
+            for m in self.members
+            if any(user not in place.members for user in place.nodes[m].users)
+        }
         self.outputs = [m for m in self.members if m in read]
 
 
@@ -159,7 +163,8 @@ class _Sizes:
         if min(values) < 2:
             raise WholeError("a stage has less than two tokens")  # Inductor treats 0 and 1 apart
         self.symbols[values] = self.env.create_symbol(
-            values[self.example], ConstantSource(f"size_{len(self.symbols)}"), dynamic_dim=DimDynamic.DYNAMIC)
+            values[self.example], ConstantSource(f"size_{len(self.symbols)}"), dynamic_dim=DimDynamic.DYNAMIC
+        )
         return self.symbols[values]
 
     def value(self, size: Any) -> Any:
@@ -173,8 +178,11 @@ class _Sizes:
         """Whether everything that compilation assumed of the symbols is true in every place."""
         guards = [g.expr for g in self.env.guards]
         count = len(next(iter(self.symbols), ()))
-        return all(bool(g.xreplace({s: sympy.Integer(v[i]) for v, s in self.symbols.items()}))
-                   for i in range(count) for g in guards)
+        return all(
+            bool(g.xreplace({s: sympy.Integer(v[i]) for v, s in self.symbols.items()}))
+            for i in range(count)
+            for g in guards
+        )
 
 
 class Compiled(nn.Module):
@@ -219,8 +227,14 @@ class Compiled(nn.Module):
         if not sizes.hold():
             raise WholeError("compiling a part for all its sizes put conditions on them")
 
-    def _write(self, graph: fx.Graph, local: dict[fx.Node, fx.Node], sizes: _Sizes,
-               sources: dict[sympy.Symbol, tuple[fx.Node, int]], values: list[Any]) -> None:
+    def _write(
+        self,
+        graph: fx.Graph,
+        local: dict[fx.Node, fx.Node],
+        sizes: _Sizes,
+        sources: dict[sympy.Symbol, tuple[fx.Node, int]],
+        values: list[Any],
+    ) -> None:
         """Put the members into ``graph``; numbers that differ between places come from sizes, or as more inputs."""
         form = self.form
         columns = list(zip(*(form.numbers(place) for place in form.places), strict=True))
@@ -251,8 +265,12 @@ class Compiled(nn.Module):
         for member in form.members:
             leaves, spec = _leaves(member)
             args, kwargs = pytree.tree_unflatten(
-                [local[n] if isinstance(n, fx.Node) else number(next(remaining)) if type(n) is int else n
-                 for n in leaves], spec)
+                [
+                    local[n] if isinstance(n, fx.Node) else number(next(remaining)) if type(n) is int else n
+                    for n in leaves
+                ],
+                spec,
+            )
             local[member] = graph.create_node(member.op, member.target, args, kwargs, name=member.name)
             local[member].meta = dict(member.meta)
         graph.output([local[n] for n in form.outputs])
@@ -295,8 +313,10 @@ def assemble(captured: Captured, calls: Sequence[tuple[Compiled, Place]]) -> fx.
             names[compiled] = f"form_{len(names)}"
             root.add_module(names[compiled], compiled)
         inputs = [local[place.nodes[i]] for i in form.inputs]
-        inputs = [graph.call_function(aten.contiguous.default, (value,)) if dense else value
-                  for value, dense in zip(inputs, compiled.dense, strict=True)]
+        inputs = [
+            graph.call_function(aten.contiguous.default, (value,)) if dense else value
+            for value, dense in zip(inputs, compiled.dense, strict=True)
+        ]
         result = graph.call_module(names[compiled], (*inputs, *compiled.given[form.places.index(place)]))
         for i, output in enumerate(form.outputs):
             local[place.nodes[output]] = graph.call_function(operator.getitem, (result, i))

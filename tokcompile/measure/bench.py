@@ -32,9 +32,20 @@ from tokcompile.reporting.bench_result import (
 # ----------------------------------------------------------------------------------------------------------- bench
 
 
-def bench(model: nn.Module, inputs: Mapping[str, Any], recipes: Sequence[Any] = (), *, new_tokens: int = 16,
-          rounds: int = 10, warmup: int = 2, lowering: str = "inductor", compiled_baseline: bool = True,
-          memory: bool = True, calibration: Any = None, progress: Progress | None = None) -> BenchResult:
+def bench(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    recipes: Sequence[Any] = (),
+    *,
+    new_tokens: int = 16,
+    rounds: int = 10,
+    warmup: int = 2,
+    lowering: str = "inductor",
+    compiled_baseline: bool = True,
+    memory: bool = True,
+    calibration: Any = None,
+    progress: Progress | None = None,
+) -> BenchResult:
     """Measure ``model`` dense (eager, and under ``torch.compile``) and with each recipe, in turns.
 
     Args:
@@ -63,9 +74,15 @@ def bench(model: nn.Module, inputs: Mapping[str, Any], recipes: Sequence[Any] = 
     generates = callable(getattr(model, "generate", None)) and getattr(model, "can_generate", lambda: True)()
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     first = next((value for value in inputs.values() if isinstance(value, torch.Tensor)), None)
-    result = BenchResult(type(model).__name__, _device_name(device), len(first) if first is not None else 1,
-                         new_tokens if generates else 0, COMPILED if compiled_baseline else EAGER,
-                         versions=versions(), load=load())
+    result = BenchResult(
+        type(model).__name__,
+        _device_name(device),
+        len(first) if first is not None else 1,
+        new_tokens if generates else 0,
+        COMPILED if compiled_baseline else EAGER,
+        versions=versions(),
+        load=load(),
+    )
 
     models: dict[str, nn.Module] = {EAGER: share(model)}
     if compiled_baseline:
@@ -150,9 +167,15 @@ class _Call:
         tokens = _Arrivals()
         started = self._now()
         with _quiet():
-            self.model.generate(**{  # type: ignore[operator]
-                "do_sample": False, **self.inputs, "max_new_tokens": self.new_tokens,
-                "min_new_tokens": self.new_tokens, "streamer": tokens})
+            self.model.generate(
+                **{  # type: ignore[operator]
+                    "do_sample": False,
+                    **self.inputs,
+                    "max_new_tokens": self.new_tokens,
+                    "min_new_tokens": self.new_tokens,
+                    "streamer": tokens,
+                }
+            )
         parts = {"ttft": (tokens.times[0] - started) * 1e3, "prefill": self.prefill[0]}
         if len(tokens.times) > 1:
             parts["decode"] = (tokens.times[-1] - tokens.times[0]) * 1e3 / (len(tokens.times) - 1)

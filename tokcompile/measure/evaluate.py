@@ -54,9 +54,27 @@ from tokcompile.recipes import Recipe
 from tokcompile.registry import get_pass
 from tokcompile.reporting.quantile import quantile
 
-__all__ = ["Array", "Candidate", "Difference", "EvalRow", "Evaluation", "Measure", "Score", "Task", "bootstrap",
-           "compare", "controls", "evaluate", "interval", "journal_path", "mean_percent", "perplexity",
-           "ratio_percent", "read_rows", "write_rows"]
+__all__ = [
+    "Array",
+    "Candidate",
+    "Difference",
+    "EvalRow",
+    "Evaluation",
+    "Measure",
+    "Score",
+    "Task",
+    "bootstrap",
+    "compare",
+    "controls",
+    "evaluate",
+    "interval",
+    "journal_path",
+    "mean_percent",
+    "perplexity",
+    "ratio_percent",
+    "read_rows",
+    "write_rows",
+]
 
 #: Called with what is being measured, items done, and items in all.
 Progress = Callable[[str, int, int], None]
@@ -64,8 +82,10 @@ Role = Literal["dense", "method", "random", "pool"]
 
 DENSE = "dense"
 #: Region kind that a step targets -> the passes that are its controls.
-CONTROLS = {"merge_point": {"random": "random", "pool": "pool"},
-            **{kind: {"random": "patch_random", "pool": "patch_pool"} for kind in ("vision_encoder", "audio_encoder")}}
+CONTROLS = {
+    "merge_point": {"random": "random", "pool": "pool"},
+    **{kind: {"random": "patch_random", "pool": "patch_pool"} for kind in ("vision_encoder", "audio_encoder")},
+}
 
 
 # ------------------------------------------------------------------------------------------------------------ tasks
@@ -151,8 +171,11 @@ def controls(recipe: Recipe, seeds: Sequence[int] = (0, 1, 2)) -> list[Candidate
     A control takes the parameters that it shares with the method (``keep``, ``at``). None for a recipe with no such
     step, with several, or that is a control itself.
     """
-    steps = [(i, s) for i, s in enumerate(recipe.steps) if CONTROLS.get(s.region)
-             and "keep" in get_pass(s.pass_).Params.model_fields]
+    steps = [
+        (i, s)
+        for i, s in enumerate(recipe.steps)
+        if CONTROLS.get(s.region) and "keep" in get_pass(s.pass_).Params.model_fields
+    ]
     if len(steps) != 1:
         return []
     index, step = steps[0]
@@ -168,7 +191,7 @@ def controls(recipe: Recipe, seeds: Sequence[int] = (0, 1, 2)) -> list[Candidate
         for seed in seeds if role == "random" else (None,):
             params = shared if seed is None else {**shared, "seed": seed}
             changed = {**document["steps"][index], "pass": name, "params": params}
-            steps_ = [*document["steps"][:index], changed, *document["steps"][index + 1:]]
+            steps_ = [*document["steps"][:index], changed, *document["steps"][index + 1 :]]
             control = Recipe.load({**document, "description": f"{role} control", "steps": steps_})
             label = f"{name} " + " ".join(f"{key}={_short(value)}" for key, value in params.items())
             found.append(Candidate(label, control, "random" if role == "random" else "pool", seed=seed))
@@ -188,11 +211,21 @@ def _short(value: Any) -> str:
 # --------------------------------------------------------------------------------------------------------- evaluate
 
 
-def evaluate(model: nn.Module, tasks: Sequence[Task],
-             candidates: Sequence[Any] | Mapping[str, Any], *,
-             label: str | None = None, with_controls: bool = True, seeds: Sequence[int] = (0, 1, 2),
-             results: str | os.PathLike[str] | None = None, lowering: str = "eager", resamples: int = 2000,
-             level: float = 0.95, fresh: bool = False, progress: Progress | None = None) -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    tasks: Sequence[Task],
+    candidates: Sequence[Any] | Mapping[str, Any],
+    *,
+    label: str | None = None,
+    with_controls: bool = True,
+    seeds: Sequence[int] = (0, 1, 2),
+    results: str | os.PathLike[str] | None = None,
+    lowering: str = "eager",
+    resamples: int = 2000,
+    level: float = 0.95,
+    fresh: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
     """Measure candidates on tasks, item by item against the dense model and against controls at the same budget.
 
     Args:
@@ -226,8 +259,10 @@ def evaluate(model: nn.Module, tasks: Sequence[Task],
         if not task.items or not task.measures:
             raise TokcompileError(f"task {task.name!r} has no items or no measures")
     journal = Journal(None if results is None else journal_path(results))
-    beside = {c.name: [*c.controls, *(controls(c.recipe, seeds) if c.recipe is not None else ())]
-              if with_controls else [] for c in named}
+    beside = {
+        c.name: [*c.controls, *(controls(c.recipe, seeds) if c.recipe is not None else ())] if with_controls else []
+        for c in named
+    }
     all_: dict[str, Candidate] = {}  # controls that methods share are measured once
     for one in [Candidate(DENSE, role="dense"), *named, *(c for group in beside.values() for c in group)]:
         all_.setdefault(one.key, one)
@@ -296,8 +331,16 @@ def _observe(model: Any, task: Task, title: str, progress: Progress | None) -> t
     return observed, seconds
 
 
-def _measure(model: nn.Module, one: Candidate, key: str, task: Task, dense: Sequence[Any], lowering: str,
-             progress: Progress | None, ready: dict[str, nn.Module]) -> Measured:
+def _measure(
+    model: nn.Module,
+    one: Candidate,
+    key: str,
+    task: Task,
+    dense: Sequence[Any],
+    lowering: str,
+    progress: Progress | None,
+    ready: dict[str, nn.Module],
+) -> Measured:
     """``ready`` holds models that recipes made: one that needs no calibration is compiled once for all tasks."""
     from tokcompile.api import optimize, report
 
@@ -316,8 +359,9 @@ def _measure(model: nn.Module, one: Candidate, key: str, task: Task, dense: Sequ
             steps = report(changed).steps
             facts["flop_ratio"] = max((s.flop_ratio for s in steps if s.flop_ratio), default=None)
             for name in ("tokens_before", "tokens_after"):
-                facts[name] = next((float(s.details[name]) for s in steps
-                                    if isinstance(s.details.get(name), int | float)), None)
+                facts[name] = next(
+                    (float(s.details[name]) for s in steps if isinstance(s.details.get(name), int | float)), None
+                )
         return Measured(stats, quantile(seconds, 0.5) * 1e3, facts, load=load())
     except TokcompileError as error:
         return Measured(status="refused", reason=" ".join(str(error).split()), load=load())
@@ -325,14 +369,22 @@ def _measure(model: nn.Module, one: Candidate, key: str, task: Task, dense: Sequ
         return Measured(status="failed", reason=" ".join(f"{type(error).__name__}: {error}".split())[:500], load=load())
 
 
-def _rows(label: str, task: Task, all_: Mapping[str, Candidate], measured: Mapping[str, Measured],
-          named: Sequence[Candidate], beside: Mapping[str, Sequence[Candidate]], resamples: int,
-          level: float) -> list[EvalRow]:
+def _rows(
+    label: str,
+    task: Task,
+    all_: Mapping[str, Candidate],
+    measured: Mapping[str, Measured],
+    named: Sequence[Candidate],
+    beside: Mapping[str, Sequence[Candidate]],
+    resamples: int,
+    level: float,
+) -> list[EvalRow]:
     """Rows of what has been measured so far."""
     origin = {k: v for k, v in versions().items() if k in COLUMNS}
     names = {one.key: beside.get(one.name, ()) for one in named}
     rows = []
     for metric in task.measures:
+
         def stats(key: str, metric: Measure = metric) -> Array | None:
             found = measured.get(key)
             return None if found is None or found.status != "measured" else found.stats[metric.name]
@@ -343,9 +395,23 @@ def _rows(label: str, task: Task, all_: Mapping[str, Candidate], measured: Mappi
         base = stats(DENSE)
         for key, found in measured.items():
             one = all_[key]
-            row = EvalRow(label, task.name, metric.name, one.name, one.role, one.seed, metric.unit,
-                          metric.higher_is_better, len(task.items), status=found.status, reason=found.reason,
-                          ms=found.ms, load=found.load, **found.facts, **origin)  # type: ignore[arg-type]
+            row = EvalRow(
+                label,
+                task.name,
+                metric.name,
+                one.name,
+                one.role,
+                one.seed,
+                metric.unit,
+                metric.higher_is_better,
+                len(task.items),
+                status=found.status,
+                reason=found.reason,
+                ms=found.ms,
+                load=found.load,
+                **found.facts,
+                **origin,
+            )  # type: ignore[arg-type]
             rows.append(row)
             mine = stats(key)
             if mine is None:

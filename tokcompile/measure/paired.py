@@ -32,8 +32,14 @@ def perplexity(stats: Array) -> float:
     return math.exp(float(stats[:, 0].sum() / stats[:, 1].sum()))
 
 
-def bootstrap(difference: Callable[[npt.NDArray[np.int64]], float], items: int, *, resamples: int = 2000,
-              level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+def bootstrap(
+    difference: Callable[[npt.NDArray[np.int64]], float],
+    items: int,
+    *,
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
     """Percentile interval of ``difference(rows)`` over samples of ``items`` rows drawn with replacement.
 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13.
@@ -46,8 +52,9 @@ def bootstrap(difference: Callable[[npt.NDArray[np.int64]], float], items: int, 
     return quantile(finite, (1 - level) / 2), quantile(finite, (1 + level) / 2)
 
 
-def interval(score: Score, stats: Array, *, resamples: int = 2000, level: float = 0.95,
-             seed: int = 0) -> tuple[float, float]:
+def interval(
+    score: Score, stats: Array, *, resamples: int = 2000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
     """Bootstrap interval of one figure over its items."""
     return bootstrap(lambda rows: score(stats[rows]), len(stats), resamples=resamples, level=level, seed=seed)
 
@@ -61,14 +68,15 @@ class Difference:
     high: float
 
     def verdict(self, higher_is_better: bool = True) -> str:
-        """"better" or "worse" where the interval leaves out 0, else "same"."""
+        """ "better" or "worse" where the interval leaves out 0, else "same"."""
         if not (math.isfinite(self.low) and math.isfinite(self.high)) or self.low <= 0 <= self.high:
             return "same"
         return "better" if (self.low > 0) == higher_is_better else "worse"
 
 
-def compare(score: Score, first: Array, others: Sequence[Array], *, resamples: int = 2000, level: float = 0.95,
-            seed: int = 0) -> Difference:
+def compare(
+    score: Score, first: Array, others: Sequence[Array], *, resamples: int = 2000, level: float = 0.95, seed: int = 0
+) -> Difference:
     """``score(first)`` minus the mean of ``score`` over ``others`` (the seeds of a control) on the same items.
 
     Args:
@@ -79,8 +87,9 @@ def compare(score: Score, first: Array, others: Sequence[Array], *, resamples: i
         TokcompileError: not the same number of items.
     """
     if not others or any(len(other) != len(first) for other in others):
-        raise TokcompileError(f"a paired comparison needs the same items: {len(first)} and "
-                              f"{[len(other) for other in others]}")
+        raise TokcompileError(
+            f"a paired comparison needs the same items: {len(first)} and {[len(other) for other in others]}"
+        )
 
     def difference(rows: npt.NDArray[np.int64]) -> float:
         return score(first[rows]) - sum(score(other[rows]) for other in others) / len(others)

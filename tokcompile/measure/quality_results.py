@@ -111,11 +111,22 @@ class Evaluation:
             if r.status != "measured":
                 table.add_row(r.task, r.metric, r.candidate, "", r.status, r.reason)
                 continue
-            tokens = "" if r.tokens_before is None or r.tokens_after is None else \
-                f"{r.tokens_before:.0f} -> {r.tokens_after:.0f}"
-            table.add_row(r.task, r.metric, r.candidate, tokens, _digits(r.value),
-                          *(difference_text(getattr(r, n), getattr(r, f"{n}_low"), getattr(r, f"{n}_high"))
-                            for n in ("minus_dense", "minus_random", "minus_pool")))
+            tokens = (
+                ""
+                if r.tokens_before is None or r.tokens_after is None
+                else f"{r.tokens_before:.0f} -> {r.tokens_after:.0f}"
+            )
+            table.add_row(
+                r.task,
+                r.metric,
+                r.candidate,
+                tokens,
+                _digits(r.value),
+                *(
+                    difference_text(getattr(r, n), getattr(r, f"{n}_low"), getattr(r, f"{n}_high"))
+                    for n in ("minus_dense", "minus_random", "minus_pool")
+                ),
+            )
         console = Console(file=io.StringIO(), width=160, color_system=None, markup=False, highlight=False)
         console.print(table)
         return "\n".join(line.rstrip() for line in console.file.getvalue().split("\n"))  # type: ignore[attr-defined]
@@ -128,8 +139,9 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[EvalRow]) -> None:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            writer.writerow({k: _digits(v) if isinstance(v, float) else "" if v is None else v
-                             for k, v in asdict(row).items()})
+            writer.writerow(
+                {k: _digits(v) if isinstance(v, float) else "" if v is None else v for k, v in asdict(row).items()}
+            )
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[EvalRow]:
@@ -210,8 +222,12 @@ class Journal:
         if self.path is None or measured.status == "failed":
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = {"key": key, "name": name, **{k: v for k, v in vars(measured).items() if k != "stats"},
-                "stats": {k: v.tolist() for k, v in measured.stats.items()}}
+        line = {
+            "key": key,
+            "name": name,
+            **{k: v for k, v in vars(measured).items() if k != "stats"},
+            "stats": {k: v.tolist() for k, v in measured.stats.items()},
+        }
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 

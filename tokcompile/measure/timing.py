@@ -20,8 +20,12 @@ import torch
 Progress = Callable[[str, int, int], None]
 
 
-def in_turn(calls: Mapping[str, Callable[[], Mapping[str, float]]], repeats: int, warmup: int = 3,
-            progress: Progress | None = None) -> dict[str, list[Mapping[str, float]]]:
+def in_turn(
+    calls: Mapping[str, Callable[[], Mapping[str, float]]],
+    repeats: int,
+    warmup: int = 3,
+    progress: Progress | None = None,
+) -> dict[str, list[Mapping[str, float]]]:
     """What each call returned in each round. Every round runs each call once, so that load from outside hits all alike.
 
     Args:
@@ -73,8 +77,13 @@ def versions() -> dict[str, Any]:
     """What the figures hang on."""
     import tokcompile
 
-    return {"torch": torch.__version__, "transformers": importlib.metadata.version("transformers"),
-            "tokcompile": tokcompile.__version__, "cpu": cpu_name(), "threads": torch.get_num_threads()}
+    return {
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+        "tokcompile": tokcompile.__version__,
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def cpu_name() -> str:

@@ -68,8 +68,13 @@ class ExportReport:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"directory": str(self.directory), "manifest": self.manifest, "tolerance": self.tolerance,
-                "parity": [row.to_dict() for row in self.parity], "seconds": self.seconds}
+        return {
+            "directory": str(self.directory),
+            "manifest": self.manifest,
+            "tolerance": self.tolerance,
+            "parity": [row.to_dict() for row in self.parity],
+            "seconds": self.seconds,
+        }
 
     def __str__(self) -> str:
         m = self.manifest
@@ -77,8 +82,10 @@ class ExportReport:
         lines = [f"{m['model']} ({m['kind']}, {recipe}), opset {m['opset']}, target {m['target']} -> {self.directory}"]
         for role, entry in m["files"].items():
             size = entry["weights_bytes"] / 1e6
-            lines.append(f"  {role}: {entry['file']}, {entry['nodes']} nodes, {size:.1f} MB"
-                         + (f" in {entry['external_data']}" if entry["external_data"] else ""))
+            lines.append(
+                f"  {role}: {entry['file']}, {entry['nodes']} nodes, {size:.1f} MB"
+                + (f" in {entry['external_data']}" if entry["external_data"] else "")
+            )
         for item in m["kept"]:
             layers = f"layers {item['layers'][0]}-{item['layers'][-1]}" if item["layers"] else "no layer"
             lines.append(f"  {item['stack']}: {layers} keep {item['tokens']} of {item['of']} tokens (given inputs)")
@@ -86,11 +93,22 @@ class ExportReport:
         return "\n".join(lines)
 
 
-def export_onnx(model: nn.Module, inputs: Mapping[str, Any], out_dir: str | PathLike[str], *,
-                recipe: RecipeLike | None = None, calibration: Any = None, check: bool = True, opset: int = OPSET,
-                target: str = "standard", logits: str = "last",
-                axes: Mapping[str, Mapping[int, str]] | None = None, tolerance: float = parity.TOLERANCE,
-                inline_bytes: int = INLINE_BYTES, overwrite: bool = False) -> ExportReport:
+def export_onnx(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    out_dir: str | PathLike[str],
+    *,
+    recipe: RecipeLike | None = None,
+    calibration: Any = None,
+    check: bool = True,
+    opset: int = OPSET,
+    target: str = "standard",
+    logits: str = "last",
+    axes: Mapping[str, Mapping[int, str]] | None = None,
+    tolerance: float = parity.TOLERANCE,
+    inline_bytes: int = INLINE_BYTES,
+    overwrite: bool = False,
+) -> ExportReport:
     """Write ``model`` as ONNX files, with the steps of ``recipe`` applied to the exported graphs.
 
     A model of one graph becomes ``model.onnx``; a decoder ``model.onnx`` with explicit keys and values; a
@@ -152,9 +170,17 @@ def export_onnx(model: nn.Module, inputs: Mapping[str, Any], out_dir: str | Path
 class _Job:
     """One export."""
 
-    def __init__(self, model: nn.Module, inputs: dict[str, Any], recipe: Recipe | None,
-                 calibration: PreparedState | None, opset: int, target: str, last: bool,
-                 axes: Mapping[str, Mapping[int, str]] | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        recipe: Recipe | None,
+        calibration: PreparedState | None,
+        opset: int,
+        target: str,
+        last: bool,
+        axes: Mapping[str, Mapping[int, str]] | None,
+    ) -> None:
         self.model, self.inputs, self.recipe, self.calibration = model, inputs, recipe, calibration
         self.opset, self.target, self.last, self.axes = opset, target, last, axes
         self.session = Session(recipe, lowering="eager", model=type(model).__name__, state=calibration)
@@ -164,11 +190,14 @@ class _Job:
         self.kept: list[dict[str, Any]] = []
         self.per_image = 0
         images = [n for n, v in inputs.items() if isinstance(v, Tensor) and n.startswith("pixel_values")]
-        self.kind = "single" if axes is not None or not generates(model) else (
-            "vision_language" if images else "decoder")
+        self.kind = (
+            "single" if axes is not None or not generates(model) else ("vision_language" if images else "decoder")
+        )
         if self.kind == "decoder" and hasattr(model.base_model, "get_image_features"):
-            raise ExportError(f"{type(model).__name__} takes images; give inputs with an image (pixel_values and the "
-                              "placeholder tokens for it)")
+            raise ExportError(
+                f"{type(model).__name__} takes images; give inputs with an image (pixel_values and the "
+                "placeholder tokens for it)"
+            )
 
     # .. graphs
 
@@ -190,9 +219,11 @@ class _Job:
         problems = []
         for number, (step, method) in enumerate(self.session.passes):
             if getattr(step.params, "positions", "keep") != "keep":
-                problems.append(f"steps[{number}] ({step.pass_}): positions: {step.params.positions} is right in front "
-                                "of an empty past alone, and one exported graph serves a past of any length; use "
-                                "positions: keep, or tokcompile.optimize")
+                problems.append(
+                    f"steps[{number}] ({step.pass_}): positions: {step.params.positions} is right in front "
+                    "of an empty past alone, and one exported graph serves a past of any length; use "
+                    "positions: keep, or tokcompile.optimize"
+                )
             if method.stage == "any" or (method.stage == "prefill" and self.kind == "single"):
                 continue
             other = "decode steps" if method.stage == "prefill" else "the prefill"
@@ -200,7 +231,8 @@ class _Job:
                 f"steps[{number}] ({step.pass_}): changes the attention of "
                 f"{'the prefill' if method.stage == 'prefill' else 'decode steps'} alone, and one exported graph "
                 f"serves {other} too, with keys of a past of any length; leave the step out of the recipe, or use "
-                "tokcompile.optimize")
+                "tokcompile.optimize"
+            )
         if problems:
             raise ExportError("\n".join(problems))
 
@@ -245,11 +277,20 @@ class _Job:
         elif rest:
             raise ExportError(f"inputs {', '.join(rest)}: a decoder takes input_ids and attention_mask")
         merges = images and any(m.regions in ("merge_point", "decoder_stack") for _, m in session.passes)
-        common: dict[str, Any] = {"last": self.last, "features": features, "scores": scores, "merges": merges,
-                                  "images": images, "token": token}
+        common: dict[str, Any] = {
+            "last": self.last,
+            "features": features,
+            "scores": scores,
+            "merges": merges,
+            "images": images,
+            "token": token,
+        }
         self._check_split(ids, mask, rest, features, token)
-        groups = self._groups(ids, mask, rest) if any(
-            m.regions in ("merge_point", "decoder_stack") for _, m in session.passes) else []
+        groups = (
+            self._groups(ids, mask, rest)
+            if any(m.regions in ("merge_point", "decoder_stack") for _, m in session.passes)
+            else []
+        )
         stage = decoder_stage(model, ids, mask, groups=groups, **common)
         path = "onnx/decoder_model_merged.onnx" if images else "model.onnx"
         self._stage("decoder", path, stage, "prefill")
@@ -266,26 +307,52 @@ class _Job:
         """Which layers are cut alike: seen on a prefill of the optimized model, which the check compiles anyway."""
         with torch.no_grad(), _fixed_sizes():
             self.reference.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=mask, **rest, max_new_tokens=1, do_sample=False, num_beams=1)
-        starts = sorted({kept.layer for graph in session_of(self.reference).graphs if graph.stage == "prefill"
-                         for variant in graph.variants for kept in variant.kept})
+                input_ids=ids, attention_mask=mask, **rest, max_new_tokens=1, do_sample=False, num_beams=1
+            )
+        starts = sorted(
+            {
+                kept.layer
+                for graph in session_of(self.reference).graphs
+                if graph.stage == "prefill"
+                for variant in graph.variants
+                for kept in variant.kept
+            }
+        )
         layers = len(kv_shapes(self.model))
         return [list(range(a, b)) for a, b in zip(starts, [*starts[1:], layers], strict=False) if b > a]
 
-    def _check_split(self, ids: Tensor, mask: Tensor, rest: dict[str, Tensor], features: Tensor | None,
-                     token: int | None) -> None:
+    def _check_split(
+        self, ids: Tensor, mask: Tensor, rest: dict[str, Tensor], features: Tensor | None, token: int | None
+    ) -> None:
         """The parts of the split, put together in torch, against the model itself.
 
         Raises:
             ExportError: the model does something between or around the parts that the split leaves out.
         """
-        stage = decoder_stage(self.model, ids, mask, groups=[], last=True, features=features, images=features is not
-                              None, merges=features is not None, cached=False, token=token)
+        stage = decoder_stage(
+            self.model,
+            ids,
+            mask,
+            groups=[],
+            last=True,
+            features=features,
+            images=features is not None,
+            merges=features is not None,
+            cached=False,
+            token=token,
+        )
         with torch.no_grad():
             found = stage.module(stage.inputs)["logits"][:, -1].float()
             out = self.model.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=mask, **rest, max_new_tokens=1, do_sample=False, num_beams=1,
-                return_dict_in_generate=True, output_logits=True)
+                input_ids=ids,
+                attention_mask=mask,
+                **rest,
+                max_new_tokens=1,
+                do_sample=False,
+                num_beams=1,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
         row = parity.compare("given", "logits", found.cpu(), out.logits[0].float().cpu())
         if not row.relative <= 1e-4:
             base: Any = self.model.base_model
@@ -294,23 +361,28 @@ class _Job:
                 f"logits of the model (relative error {row.relative:.1e} before any export): the model hands something "
                 "else from the prompt or the images to its decoder, which "
                 f"{type(self.model).__name__}.forward [{_source(base.forward)}] shows; no input "
-                "of an exported decoder carries it. Use tokcompile.optimize for this model")
+                "of an exported decoder carries it. Use tokcompile.optimize for this model"
+            )
 
     # .. what is said about it
 
     def _note_kept(self, name: str, ctx: Any) -> None:
         for region in ctx.regions.stacks:
             path = region.path or name
-            cuts = {k.layer: k for k in ctx.kept if not region.layers or any(
-                k.path == layer.path for layer in region.layers)}
+            cuts = {
+                k.layer: k
+                for k in ctx.kept
+                if not region.layers or any(k.path == layer.path for layer in region.layers)
+            }
             if not cuts:
                 continue
             tokens: Any = region.layers[0].input.meta["val"].shape[1]
             starts = sorted(cuts)
             for start, end in zip(starts, [*starts[1:], len(region.layers)], strict=True):
                 kept = cuts[start].node.meta["val"].shape[1]
-                self.kept.append({"stack": path, "layers": list(range(start, end)), "tokens": _number(kept),
-                                  "of": _number(tokens)})
+                self.kept.append(
+                    {"stack": path, "layers": list(range(start, end)), "tokens": _number(kept), "of": _number(tokens)}
+                )
 
     def _describe(self, groups: list[list[int]], token: int | None, length: int) -> None:
         config: Any = getattr(self.model, "generation_config", None)
@@ -324,26 +396,47 @@ class _Job:
             "eos_token_id": getattr(config, "eos_token_id", None),
             "pad_token_id": getattr(config, "pad_token_id", None),
             "suppress_tokens": getattr(config, "suppress_tokens", None),
-            "cache_groups": [{"layers": group, "positions": f"past_positions.{i}", "length": f"past_length_{i}"}
-                             for i, group in enumerate(groups)],
+            "cache_groups": [
+                {"layers": group, "positions": f"past_positions.{i}", "length": f"past_length_{i}"}
+                for i, group in enumerate(groups)
+            ],
             "sizes": {"in_graph": sorted(self.lowered["decoder"].sizes)},
         }
 
     def write(self, folder: Path, inline_bytes: int) -> dict[str, Any]:
-        files = {role: save_model(lowered, folder, self.paths[role], inline_bytes)
-                 for role, lowered in self.lowered.items()}
+        files = {
+            role: save_model(lowered, folder, self.paths[role], inline_bytes) for role, lowered in self.lowered.items()
+        }
         recipe = None
         if self.recipe is not None:
-            steps = [{"pass": e.pass_name, "matches": e.matches, "regions": e.regions, "details": e.details,
-                      "flop_ratio": e.flop_ratio}
-                     for e in self.session.report.steps]
-            recipe = {"name": Path(self.recipe.name).name, "steps": plain(steps),
-                      "source": self.recipe.model_dump(mode="json", by_alias=True, exclude_none=True)}
+            steps = [
+                {
+                    "pass": e.pass_name,
+                    "matches": e.matches,
+                    "regions": e.regions,
+                    "details": e.details,
+                    "flop_ratio": e.flop_ratio,
+                }
+                for e in self.session.report.steps
+            ]
+            recipe = {
+                "name": Path(self.recipe.name).name,
+                "steps": plain(steps),
+                "source": self.recipe.model_dump(mode="json", by_alias=True, exclude_none=True),
+            }
         manifest = {
-            "format": FORMAT, "format_version": FORMAT_VERSION, "kind": self.kind,
-            "model": type(self.model).__name__, "opset": self.opset, "target": self.target,
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "kind": self.kind,
+            "model": type(self.model).__name__,
+            "opset": self.opset,
+            "target": self.target,
             "dtype": str(next(iter(self.model.parameters()), torch.empty(0)).dtype).removeprefix("torch."),
-            "files": files, "generation": self.generation, "recipe": recipe, "kept": self.kept, "versions": versions(),
+            "files": files,
+            "generation": self.generation,
+            "recipe": recipe,
+            "kept": self.kept,
+            "versions": versions(),
         }
         save_configuration(self.model, folder)
         save_manifest(folder, manifest)
@@ -356,8 +449,9 @@ class _Job:
         if self.kind == "single":
             checks = parity.check_single(model, self.reference, self.inputs, self.lowered["model"].stage.axes)
         else:
-            checks = parity.check_generation(model, self.reference, self.inputs,
-                                             (self.generation or {})["image_token_id"], self.per_image)
+            checks = parity.check_generation(
+                model, self.reference, self.inputs, (self.generation or {})["image_token_id"], self.per_image
+            )
         rows: list[parity.Parity] = []
         with _fixed_sizes():
             for found, tensors in checks:
@@ -370,8 +464,11 @@ class _Job:
         """Look for the first wrong node, file by file, on the inputs that failed."""
         found = "none found"
         for role, lowered in self.lowered.items():
-            feed = {n: v.cpu().numpy() for n, v in tensors.items()} if role == "model" else {
-                n: v.detach().cpu().numpy() for n, v in lowered.stage.inputs.items()}
+            feed = (
+                {n: v.cpu().numpy() for n, v in tensors.items()}
+                if role == "model"
+                else {n: v.detach().cpu().numpy() for n, v in lowered.stage.inputs.items()}
+            )
             try:
                 found = f"{role}: " + parity.worst_node(lowered, folder / self.paths[role], feed, tolerance)
             except Exception as error:  # the search must not hide what was found before
@@ -408,10 +505,14 @@ def plain(value: Any) -> Any:
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else _number(value) if isinstance(
-        value, torch.SymInt) else str(value)
+    return (
+        value
+        if isinstance(value, (str, int, float, bool, type(None)))
+        else _number(value)
+        if isinstance(value, torch.SymInt)
+        else str(value)
+    )
 
 
 def _number(size: Any) -> int:
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
-

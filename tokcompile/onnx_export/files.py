@@ -34,8 +34,14 @@ def complete_folder(out_dir: str | os.PathLike[str], overwrite: bool) -> Iterato
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         ours = (target / MANIFEST).is_file()
         if not overwrite or not ours:
-            raise ExportError(f"{target} exists" + (" and holds other files; give another folder" if not ours else
-                                                    "; give another folder, or pass overwrite=True"))
+            raise ExportError(
+                f"{target} exists"
+                + (
+                    " and holds other files; give another folder"
+                    if not ours
+                    else "; give another folder, or pass overwrite=True"
+                )
+            )
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -63,8 +69,11 @@ def save_model(lowered: Lowered, folder: Path, relative: str, inline_bytes: int 
     """Write one model; its entry in the manifest."""
     path = folder / relative
     path.parent.mkdir(parents=True, exist_ok=True)
-    weights = {id(v.const_value): v.const_value.nbytes for v in lowered.model.graph.initializers.values()
-               if v.const_value is not None}
+    weights = {
+        id(v.const_value): v.const_value.nbytes
+        for v in lowered.model.graph.initializers.values()
+        if v.const_value is not None
+    }
     external = sum(weights.values()) > inline_bytes
     data = f"{path.name}_data" if external else None
     ir.save(lowered.model, path, external_data=data, size_threshold_bytes=1024)

@@ -61,8 +61,13 @@ class VisionEncoder(nn.Module):
         if not isinstance(features, Tensor):
             parts = list(features)
             alike = all(f.shape == parts[0].shape for f in parts)
-            features = parts[0] if len(parts) == 1 else torch.stack(parts) if alike else torch.cat(
-                [f.reshape(-1, f.shape[-1]) for f in parts])
+            features = (
+                parts[0]
+                if len(parts) == 1
+                else torch.stack(parts)
+                if alike
+                else torch.cat([f.reshape(-1, f.shape[-1]) for f in parts])
+            )
         outputs = {"image_features": features}
         if self.scores:
             rows = features.reshape(-1, features.shape[-1])
@@ -91,8 +96,9 @@ class Decoder(nn.Module):
         cached: with keys and values; without them this is a prefill alone, to see what a recipe does.
     """
 
-    def __init__(self, model: nn.Module, layers: int, groups: Sequence[Sequence[int]], *, last: bool,
-                 cached: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, layers: int, groups: Sequence[Sequence[int]], *, last: bool, cached: bool = True
+    ) -> None:
         super().__init__()
         self.model, self.layers, self.groups, self.last, self.cached = model, layers, groups, last, cached
         parameters = inspect.signature(type(model).forward).parameters
@@ -124,8 +130,9 @@ class Decoder(nn.Module):
             cache = DynamicCache()
             cache.layers = self._layers(inputs, inputs["attention_mask"].shape[1] - tokens.shape[1])
         arguments[self.cache_name] = cache
-        result = self.model(**arguments, attention_mask=inputs["attention_mask"], use_cache=self.cached,
-                            return_dict=True)
+        result = self.model(
+            **arguments, attention_mask=inputs["attention_mask"], use_cache=self.cached, return_dict=True
+        )
         outputs["logits"] = result.logits[:, -1:] if self.last else result.logits
         held: list[Any] = cache.layers if cache is not None else []
         for i, layer in enumerate(held):
@@ -163,8 +170,10 @@ def _sliding(model: nn.Module, layers: int) -> list[bool]:
 def generates(model: nn.Module) -> bool:
     """Whether ``model`` is a causal language model (with or without images) of transformers."""
     can = getattr(model, "can_generate", None)
-    return bool(can is not None and can()) and cache_argument(
-        inspect.signature(type(model).forward).parameters) is not None
+    return (
+        bool(can is not None and can())
+        and cache_argument(inspect.signature(type(model).forward).parameters) is not None
+    )
 
 
 def check_kind(model: nn.Module) -> None:
@@ -176,8 +185,10 @@ def check_kind(model: nn.Module) -> None:
     config: Any = model.config
     name = type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
-        raise ExportError(f"{name}: an encoder-decoder; only decoder-only models and vision-language models with one "
-                          "decoder are exported. Export its encoder alone: export_onnx(model.get_encoder(), ...)")
+        raise ExportError(
+            f"{name}: an encoder-decoder; only decoder-only models and vision-language models with one "
+            "decoder are exported. Export its encoder alone: export_onnx(model.get_encoder(), ...)"
+        )
     base: Any = model.base_model
     if hasattr(base, "get_rope_index"):
         line = inspect.getsourcelines(type(base).get_rope_index)
@@ -186,7 +197,8 @@ def check_kind(model: nn.Module) -> None:
             f"{name}: its rotary positions have three axes that {type(base).__name__}.get_rope_index "
             f"[{file}:{line[1]}] works out in Python from the values of image_grid_thw, for each image; no graph and "
             "no input of the exported decoder carries them. Export model.model.language_model with inputs_embeds and "
-            "position_ids as a model of one graph, or use tokcompile.optimize")
+            "position_ids as a model of one graph, or use tokcompile.optimize"
+        )
 
 
 def batch_inputs(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -208,8 +220,10 @@ def image_arguments(model: nn.Module, rest: Mapping[str, Tensor]) -> dict[str, T
     known = inspect.signature(type(model.base_model).get_image_features).parameters  # type: ignore[union-attr]
     unknown = sorted(set(rest) - set(known))
     if unknown:
-        raise ExportError(f"inputs {', '.join(unknown)}: neither the image encoder nor the decoder of an export takes "
-                          f"them (the encoder takes {', '.join(k for k in known if k not in ('self', 'kwargs'))})")
+        raise ExportError(
+            f"inputs {', '.join(unknown)}: neither the image encoder nor the decoder of an export takes "
+            f"them (the encoder takes {', '.join(k for k in known if k not in ('self', 'kwargs'))})"
+        )
     return dict(rest)
 
 
@@ -218,8 +232,11 @@ def vision_stage(model: nn.Module, images: dict[str, Tensor], scores: bool) -> S
     axes: dict[str, dict[int, str]] = {}
     for name, value in images.items():
         axes[name] = {0: "num_images" if value.dim() != 5 else BATCH}
-        if name.startswith("pixel_") and value.dim() == (5 if name == "pixel_values" else 4) and any(
-                v.dim() == 5 for v in images.values()):
+        if (
+            name.startswith("pixel_")
+            and value.dim() == (5 if name == "pixel_values" else 4)
+            and any(v.dim() == 5 for v in images.values())
+        ):
             axes[name] = {0: BATCH, 1: "num_images"}
     return Stage("vision_encoder", VisionEncoder(model, scores), images, axes)
 
@@ -233,9 +250,20 @@ def positions_of(mask: Tensor) -> Tensor:
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
-def decoder_stage(model: nn.Module, ids: Tensor, mask: Tensor, *, groups: Sequence[Sequence[int]], last: bool,
-                  features: Tensor | None = None, scores: Tensor | None = None, merges: bool = False,
-                  images: bool = False, cached: bool = True, token: int | None = None) -> Stage:
+def decoder_stage(
+    model: nn.Module,
+    ids: Tensor,
+    mask: Tensor,
+    *,
+    groups: Sequence[Sequence[int]],
+    last: bool,
+    features: Tensor | None = None,
+    scores: Tensor | None = None,
+    merges: bool = False,
+    images: bool = False,
+    cached: bool = True,
+    token: int | None = None,
+) -> Stage:
     """The decoder on example tokens, with an example past in front.
 
     Args:
@@ -274,8 +302,10 @@ def decoder_stage(model: nn.Module, ids: Tensor, mask: Tensor, *, groups: Sequen
         for part in ("key", "value"):
             inputs[f"past_key_values.{i}.{part}"] = torch.randn(batch, heads, length, width).to(dtype)
             axes[f"past_key_values.{i}.{part}"] = {0: BATCH, 2: name}
-            out[f"present.{i}.{part}"] = {0: BATCH, 2: "total_sequence_length" if number is None else
-                                          f"present_length_{number}"}
+            out[f"present.{i}.{part}"] = {
+                0: BATCH,
+                2: "total_sequence_length" if number is None else f"present_length_{number}",
+            }
     for number in range(len(groups)):
         length = past - 1 - number
         inputs[f"past_positions.{number}"] = torch.arange(length)[None].expand(batch, length).contiguous()
@@ -298,8 +328,10 @@ def kv_shapes(model: nn.Module) -> list[tuple[int, int]]:
     for i, layer in enumerate(found):
         keys = getattr(layer, "keys", None)
         if keys is None or keys.dim() != 4 or keys.shape != layer.values.shape:
-            raise ExportError(f"cache layer {i} is a {type(layer).__name__} that does not hold keys and values "
-                              "[B, H, S, Dh] of one shape; only attention with such a cache is exported")
+            raise ExportError(
+                f"cache layer {i} is a {type(layer).__name__} that does not hold keys and values "
+                "[B, H, S, Dh] of one shape; only attention with such a cache is exported"
+            )
         shapes.append((keys.shape[1], keys.shape[3]))
     return shapes
 

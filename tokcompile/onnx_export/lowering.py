@@ -1,10 +1,10 @@
 """A rewritten graph becomes an ONNX model.
 
-    Captured (pre-dispatch ATen, our passes applied)
-      repair        operations that ONNX has otherwise, or that the exporter would get wrong
-      decompose     operations of our kernels, by their own ``onnx.py``
-      convert       ``torch.onnx.export`` of the graph as an ExportedProgram
-      name          inputs, outputs, axes; sizes that depend on data are computed in the graph; source paths cleared
+Captured (pre-dispatch ATen, our passes applied)
+  repair        operations that ONNX has otherwise, or that the exporter would get wrong
+  decompose     operations of our kernels, by their own ``onnx.py``
+  convert       ``torch.onnx.export`` of the graph as an ExportedProgram
+  name          inputs, outputs, axes; sizes that depend on data are computed in the graph; source paths cleared
 """
 
 from __future__ import annotations
@@ -175,8 +175,13 @@ def capture(stage: Stage) -> CapturedStage:
     shapes = {name: dict.fromkeys(stage.axes.get(name, {}), Dim.DYNAMIC) for name in stage.inputs}
     try:
         with torch.no_grad(), _quiet():
-            program = torch.export.export(named, (dict(stage.inputs),), dynamic_shapes=(shapes,), strict=False,
-                                          prefer_deferred_runtime_asserts_over_guards=True)
+            program = torch.export.export(
+                named,
+                (dict(stage.inputs),),
+                dynamic_shapes=(shapes,),
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
     except Exception as error:
         raise _not_traceable(stage, error) from error
     signature = program.graph_signature
@@ -188,22 +193,36 @@ def capture(stage: Stage) -> CapturedStage:
     state = {**program.state_dict, **program.constants}
     missing = [s.target for s in signature.input_specs if s.kind != InputKind.USER_INPUT and s.target not in state]
     assert not missing, missing
-    found = CapturedStage(stage, captured, list(signature.input_specs), program.state_dict,
-                          {k: v for k, v in program.constants.items() if isinstance(v, Tensor)}, names)
+    found = CapturedStage(
+        stage,
+        captured,
+        list(signature.input_specs),
+        program.state_dict,
+        {k: v for k, v in program.constants.items() if isinstance(v, Tensor)},
+        names,
+    )
     _check_axes(found)
     return found
 
 
 def _same_sizes(stage: Stage, program: ExportedProgram) -> dict[Any, Any]:
     """Symbols that the axes of a stage make equal: -> the first with the same name, or the sum of others."""
-    users = [n for n, s in zip(program.graph.find_nodes(op="placeholder"), program.graph_signature.input_specs,
-                               strict=True) if s.kind == InputKind.USER_INPUT]
-    found = [(axis, node.meta["val"].shape[dim].node.expr) for node, name in zip(users, stage.inputs, strict=True)
-             for dim, axis in stage.axes.get(name, {}).items() if isinstance(node.meta["val"].shape[dim], torch.SymInt)]
+    users = [
+        n
+        for n, s in zip(program.graph.find_nodes(op="placeholder"), program.graph_signature.input_specs, strict=True)
+        if s.kind == InputKind.USER_INPUT
+    ]
+    found = [
+        (axis, node.meta["val"].shape[dim].node.expr)
+        for node, name in zip(users, stage.inputs, strict=True)
+        for dim, axis in stage.axes.get(name, {}).items()
+        if isinstance(node.meta["val"].shape[dim], torch.SymInt)
+    ]
     sizes = dict(reversed([(axis, size) for axis, size in found if size.is_Symbol]))
     sums = {axis: sum(sizes[part] for part in parts) for axis, parts in stage.sums.items() if set(parts) <= set(sizes)}
-    return {symbol: (sizes | sums)[axis] for axis, symbol in found
-            if symbol.is_Symbol and (sizes | sums)[axis] != symbol}
+    return {
+        symbol: (sizes | sums)[axis] for axis, symbol in found if symbol.is_Symbol and (sizes | sums)[axis] != symbol
+    }
 
 
 def _relative_paths(captured: Captured) -> None:
@@ -212,24 +231,27 @@ def _relative_paths(captured: Captured) -> None:
         stack = node.meta.get("nn_module_stack")
         if stack:
             node.meta["nn_module_stack"] = {
-                key: (re.sub(r"^module(\.model(\.|$)|$)", "", path), kind) for key, (path, kind) in stack.items()}
+                key: (re.sub(r"^module(\.model(\.|$)|$)", "", path), kind) for key, (path, kind) in stack.items()
+            }
 
 
 def _check_axes(found: CapturedStage) -> None:
-    users = [n for n, s in zip(found.captured.placeholders, found.specs, strict=True)
-             if s.kind == InputKind.USER_INPUT]
+    users = [n for n, s in zip(found.captured.placeholders, found.specs, strict=True) if s.kind == InputKind.USER_INPUT]
     for node, (name, axes) in zip(users, ((n, found.stage.axes.get(n, {})) for n in found.stage.inputs), strict=True):
         for dim, axis in axes.items():
             if isinstance(node.meta["val"].shape[dim], int):
-                raise ExportError(f"{found.stage.name}: axis '{axis}' (dimension {dim} of {name}) became fixed at "
-                                  f"{node.meta['val'].shape[dim]} while the model was traced; leave it out of the "
-                                  "dynamic axes, or remove what depends on its value from the model")
+                raise ExportError(
+                    f"{found.stage.name}: axis '{axis}' (dimension {dim} of {name}) became fixed at "
+                    f"{node.meta['val'].shape[dim]} while the model was traced; leave it out of the "
+                    "dynamic axes, or remove what depends on its value from the model"
+                )
 
 
 def _not_traceable(stage: Stage, error: Exception) -> ExportError:
     text = " ".join(str(error).split("\n\n")[0].split())
-    found = re.findall(r"#\s*(\S+\.py:\d+)", str(error)) + [f"{f}:{n}" for f, n in re.findall(
-        r'File "([^"]+)", line (\d+)', str(error))]
+    found = re.findall(r"#\s*(\S+\.py:\d+)", str(error)) + [
+        f"{f}:{n}" for f, n in re.findall(r'File "([^"]+)", line (\d+)', str(error))
+    ]
     if not found:
         trace, frames = error.__traceback__, []
         while trace is not None:
@@ -240,10 +262,14 @@ def _not_traceable(stage: Stage, error: Exception) -> ExportError:
     node = _read_value(error)
     parts = [*([f"node {node.name} ({node.target})"] if node is not None else []), *own[-1:]]
     place = f" [{', '.join(parts)}]" if parts else ""
-    way = "move what depends on values of tensors out of forward, or replace it by operations with shapes that follow "\
-          "from shapes (torch.where for a branch, a mask for a selection)"
-    return ExportError(f"{stage.name}: the model cannot be traced with dynamic shapes: {type(error).__name__}: "
-                       f"{text[:600]}{place}; {way}")
+    way = (
+        "move what depends on values of tensors out of forward, or replace it by operations with shapes that follow "
+        "from shapes (torch.where for a branch, a mask for a selection)"
+    )
+    return ExportError(
+        f"{stage.name}: the model cannot be traced with dynamic shapes: {type(error).__name__}: "
+        f"{text[:600]}{place}; {way}"
+    )
 
 
 def _read_value(error: BaseException) -> fx.Node | None:
@@ -271,8 +297,14 @@ def rewrite(found: CapturedStage, session: Session, name: str) -> Context:
     return ctx
 
 
-def lower(found: CapturedStage, ctx: Context | None = None, *, opset: int, target: str,
-          extra_outputs: Mapping[str, fx.Node] | None = None) -> Lowered:
+def lower(
+    found: CapturedStage,
+    ctx: Context | None = None,
+    *,
+    opset: int,
+    target: str,
+    extra_outputs: Mapping[str, fx.Node] | None = None,
+) -> Lowered:
     """Convert a captured (and rewritten) stage.
 
     Args:
@@ -288,8 +320,9 @@ def lower(found: CapturedStage, ctx: Context | None = None, *, opset: int, targe
         if isinstance(item, HostSize):  # the graph computes the number that the host reads off the mask elsewhere
             sizes[node.name] = f"{node.name}_value"
             names.append(sizes[node.name])
-            results.append(inline(captured, lambda mask, rows=item.function: rows(mask.to(torch.bool)).max(),
-                                  [item.mask], output))
+            results.append(
+                inline(captured, lambda mask, rows=item.function: rows(mask.to(torch.bool)).max(), [item.mask], output)
+            )
     output.args = (tuple(results),)
     _clean(captured)
     decompose(captured)
@@ -297,13 +330,19 @@ def lower(found: CapturedStage, ctx: Context | None = None, *, opset: int, targe
     _clean(captured)
     propagate(captured)
     lines = {n.name: source_line(n) for n in captured.graph.nodes}
-    placeholders = [n for n, s in zip(captured.placeholders, found.specs, strict=False)
-                    if s.kind == InputKind.USER_INPUT]
+    placeholders = [
+        n for n, s in zip(captured.placeholders, found.specs, strict=False) if s.kind == InputKind.USER_INPUT
+    ]
     placeholders += [n for n, item in added.items() if isinstance(item, HostSize)]
     program = _program(found, ctx)
     try:
-        with torch.no_grad(), _quiet(), fx_config.patch(  # type: ignore[attr-defined]
-                backed_size_oblivious=True):
+        with (
+            torch.no_grad(),
+            _quiet(),
+            fx_config.patch(  # type: ignore[attr-defined]
+                backed_size_oblivious=True
+            ),
+        ):
             converted = torch.onnx.export(program, opset_version=opset, verbose=False, optimize=False)
             assert converted is not None
             simplify(converted.model)
@@ -316,13 +355,22 @@ def lower(found: CapturedStage, ctx: Context | None = None, *, opset: int, targe
     for size, value in sizes.items():
         _splice(model, size, value)
     _strip(model)
-    return Lowered(found, model, converted.exported_program, list(stage.inputs),
-                   [n for n in names if n not in sizes.values()], sizes, ctx, lines)
+    return Lowered(
+        found,
+        model,
+        converted.exported_program,
+        list(stage.inputs),
+        [n for n in names if n not in sizes.values()],
+        sizes,
+        ctx,
+        lines,
+    )
 
 
 def _clean(captured: Captured) -> None:
     captured.graph.eliminate_dead_code(
-        is_impure_node=lambda n: n.is_impure() and n.target not in (aten.item.default, *ASSERTIONS))
+        is_impure_node=lambda n: n.is_impure() and n.target not in (aten.item.default, *ASSERTIONS)
+    )
     captured.graph_module.recompile()
 
 
@@ -431,9 +479,15 @@ def _program(found: CapturedStage, ctx: Context | None) -> ExportedProgram:
     call = ModuleCallEntry("", ModuleCallSignature(inputs=[], outputs=[], in_spec=in_spec, out_spec=out_spec))
     captured.graph_module.recompile()
     return ExportedProgram(
-        root=captured.graph_module, graph=graph, graph_signature=ExportGraphSignature(specs, outputs),
-        state_dict=found.state_dict, range_constraints={}, module_call_graph=[call], constants=constants,
-        verifiers=[TrainingIRVerifier])  # in-place operations are left to the exporter
+        root=captured.graph_module,
+        graph=graph,
+        graph_signature=ExportGraphSignature(specs, outputs),
+        state_dict=found.state_dict,
+        range_constraints={},
+        module_call_graph=[call],
+        constants=constants,
+        verifiers=[TrainingIRVerifier],
+    )  # in-place operations are left to the exporter
 
 
 def _not_convertible(captured: Captured, stage: Stage, error: Exception) -> ExportError:
@@ -444,13 +498,17 @@ def _not_convertible(captured: Captured, stage: Stage, error: Exception) -> Expo
         cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
     text = "\n".join(texts)
     ops = re.findall(r"OpOverload\(op='(\w+)\.(\w+)'(?:, overload='(\w+)')?\)", text) or [
-        (a, b, c) for a, b, c in re.findall(r"(\w+)[.:]+(\w+)\.(\w+)", text) if a in ("aten", "tokcompile", "prims")]
+        (a, b, c) for a, b, c in re.findall(r"(\w+)[.:]+(\w+)\.(\w+)", text) if a in ("aten", "tokcompile", "prims")
+    ]
     for namespace, name, _ in ops:
         for node in captured.graph.nodes:
             if str(node.target).startswith(f"{namespace}.{name}."):
                 place = ", ".join(p for p in (f"node {node.name}", module_path(node), source_line(node)) if p)
-                way = WAYS_OUT.get(name, "rewrite it with operations that ONNX has, or give its kernel a "
-                                         "decomposition in kernels/<name>/onnx.py")
+                way = WAYS_OUT.get(
+                    name,
+                    "rewrite it with operations that ONNX has, or give its kernel a "
+                    "decomposition in kernels/<name>/onnx.py",
+                )
                 return ExportError(f"{stage.name}: {node.target} has no ONNX form [{place}]; {way}")
     what = next((t for t in reversed(texts) if t), type(error).__name__)
     named = re.search(r"[Nn]ode '?%?(\w+)'?", text)
@@ -459,8 +517,9 @@ def _not_convertible(captured: Captured, stage: Stage, error: Exception) -> Expo
     return ExportError(f"{stage.name}: cannot be converted to ONNX: {' '.join(what.split())[:600]}{place}")
 
 
-def _rename(placeholders: Sequence[fx.Node], found: CapturedStage, converted: Any, inputs: Sequence[str],
-            outputs: Sequence[str]) -> None:
+def _rename(
+    placeholders: Sequence[fx.Node], found: CapturedStage, converted: Any, inputs: Sequence[str], outputs: Sequence[str]
+) -> None:
     model = converted.model
     symbols: dict[str, str] = {}
     for node, name in zip(placeholders, inputs, strict=True):
@@ -536,8 +595,10 @@ def _quiet() -> Any:
     import logging
     import warnings
 
-    loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.onnx._internal.exporter._registration",
-                                              "torch.export", "onnxscript", "onnx_ir")]
+    loggers = [
+        logging.getLogger(n)
+        for n in ("torch.onnx", "torch.onnx._internal.exporter._registration", "torch.export", "onnxscript", "onnx_ir")
+    ]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -52,8 +52,14 @@ class Parity:
 def compare(inputs: str, output: str, found: Any, wanted: Any, tokens_equal: bool | None = None) -> Parity:
     found, wanted = np.asarray(found), np.asarray(wanted)
     if found.shape != wanted.shape:
-        return Parity(inputs, f"{output} {tuple(found.shape)} for {tuple(wanted.shape)}", wanted.shape, np.inf, np.inf,
-                      tokens_equal)
+        return Parity(
+            inputs,
+            f"{output} {tuple(found.shape)} for {tuple(wanted.shape)}",
+            wanted.shape,
+            np.inf,
+            np.inf,
+            tokens_equal,
+        )
     if wanted.dtype.kind in "biu":
         different = float((found != wanted).mean()) if wanted.size else 0.0
         return Parity(inputs, output, wanted.shape, different, different, tokens_equal)
@@ -64,12 +70,19 @@ def compare(inputs: str, output: str, found: Any, wanted: Any, tokens_equal: boo
     a, b = a[same], b[same]
     norm = float(np.linalg.norm(b))
     difference = float(np.linalg.norm(a - b))
-    return Parity(inputs, output, wanted.shape, float(np.abs(a - b).max(initial=0)),
-                  difference / norm if norm else difference, tokens_equal)
+    return Parity(
+        inputs,
+        output,
+        wanted.shape,
+        float(np.abs(a - b).max(initial=0)),
+        difference / norm if norm else difference,
+        tokens_equal,
+    )
 
 
-def check_single(model: OnnxModel, reference: nn.Module, inputs: Mapping[str, Any],
-                 axes: Mapping[str, Mapping[int, str]]) -> Iterator[tuple[list[Parity], dict[str, Any]]]:
+def check_single(
+    model: OnnxModel, reference: nn.Module, inputs: Mapping[str, Any], axes: Mapping[str, Mapping[int, str]]
+) -> Iterator[tuple[list[Parity], dict[str, Any]]]:
     """Compare every output, on the given inputs and on three draws of other sizes."""
     constants = {n: v for n, v in inputs.items() if not isinstance(v, Tensor)}
     for label, tensors in _draws({n: v for n, v in inputs.items() if isinstance(v, Tensor)}, axes):
@@ -84,8 +97,14 @@ def _draws(inputs: dict[str, Tensor], axes: Mapping[str, Mapping[int, str]]) -> 
     given = {axis: inputs[name].shape[dim] for name, dims in axes.items() for dim, axis in dims.items()}
     generator = torch.Generator().manual_seed(0)
     for number, batch in enumerate((1, 2, 5)):
-        sizes = {axis: (batch + (axis != "batch_size") * number if axis.endswith("batch_size") else
-                        max(2, (size * (3 + 2 * number)) // 5)) for axis, size in given.items()}
+        sizes = {
+            axis: (
+                batch + (axis != "batch_size") * number
+                if axis.endswith("batch_size")
+                else max(2, (size * (3 + 2 * number)) // 5)
+            )
+            for axis, size in given.items()
+        }
         drawn = {}
         for name, value in inputs.items():
             shape = [sizes[axes.get(name, {})[d]] if d in axes.get(name, {}) else s for d, s in enumerate(value.shape)]
@@ -110,43 +129,60 @@ def _draw(like: Tensor, shape: Sequence[int], generator: torch.Generator) -> Ten
 # ------------------------------------------------------------------------------------------------------- generation
 
 
-def check_generation(model: OnnxModel, reference: nn.Module, inputs: Mapping[str, Any], token: int | None,
-                     per_image: int) -> Iterator[tuple[list[Parity], dict[str, Any]]]:
+def check_generation(
+    model: OnnxModel, reference: nn.Module, inputs: Mapping[str, Any], token: int | None, per_image: int
+) -> Iterator[tuple[list[Parity], dict[str, Any]]]:
     """Compare tokens and logits of :data:`STEPS` steps, on the given prompts and on others of other shapes."""
     vocabulary = int(reference.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
     for label, drawn in prompts(inputs, token, per_image):
         logits: list[Any] = []
         arrays: dict[str, Any] = {n: v.cpu().numpy() for n, v in drawn.items()}
-        found = model.generate(**arrays, max_new_tokens=STEPS + 1,
-                               eos_token_id=-1, on_logits=logits.append)
+        found = model.generate(**arrays, max_new_tokens=STEPS + 1, eos_token_id=-1, on_logits=logits.append)
         with torch.no_grad():
             out = reference.generate(  # type: ignore[operator]
-                **drawn, max_new_tokens=STEPS + 1, do_sample=False, num_beams=1, eos_token_id=vocabulary,
-                return_dict_in_generate=True, output_logits=True)
+                **drawn,
+                max_new_tokens=STEPS + 1,
+                do_sample=False,
+                num_beams=1,
+                eos_token_id=vocabulary,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
         length = drawn["input_ids"].shape[1]
         equal = np.array_equal(found[:, length:], out.sequences[:, length:].cpu().numpy())
         wanted = torch.stack(out.logits, 1).float().cpu()
-        first = compare(label, "prefill logits", logits[0], wanted[:, 0], bool((
-            found[:, length] == out.sequences[:, length].cpu().numpy()).all()))
+        first = compare(
+            label,
+            "prefill logits",
+            logits[0],
+            wanted[:, 0],
+            bool((found[:, length] == out.sequences[:, length].cpu().numpy()).all()),
+        )
         rest = compare(label, f"logits of {STEPS} steps", np.stack(logits[1:], 1), wanted[:, 1:], equal)
         yield [first, rest], drawn
 
 
-def prompts(inputs: Mapping[str, Any], token: int | None, per_image: int
-            ) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def prompts(inputs: Mapping[str, Any], token: int | None, per_image: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The given prompts; one row of them; a padded batch of other lengths; more rows than given."""
     ids, mask, images = batch_inputs(inputs)
     yield "given", {"input_ids": ids, "attention_mask": mask, **images}
     generator = torch.Generator().manual_seed(0)
     text = ids[(mask > 0) & (ids != token)] if token is not None else ids[mask > 0]
-    rows, pictures = [], list(itertools.accumulate(
-        [0, *(((ids == token).sum(1) // max(per_image, 1)).tolist() if token is not None else [0] * len(ids))]))
+    rows, pictures = (
+        [],
+        list(
+            itertools.accumulate(
+                [0, *(((ids == token).sum(1) // max(per_image, 1)).tolist() if token is not None else [0] * len(ids))]
+            )
+        ),
+    )
     for i in range(len(ids)):
         rows.append((ids[i][mask[i] > 0], range(pictures[i], pictures[i + 1])))
     plans: list[list[tuple[int, int]]] = [
         [(0, 3)],  # (row, tokens of text to put behind it)
         [(len(rows) - 1, 0), (0, 5)],
-        [(i % len(rows), 2 * i) for i in range(len(rows) + 2)]]
+        [(i % len(rows), 2 * i) for i in range(len(rows) + 2)],
+    ]
     for plan in plans:
         made, chosen = [], []
         for row, more in plan:
@@ -184,11 +220,17 @@ def worst_node(lowered: Lowered, path: Path, feed: Mapping[str, Any], tolerance:
     known = {o.name for o in proto.graph.output}
     values, order = _torch_values(lowered, feed)
     wanted = [n for n in order if n in made and n not in known and isinstance(values[n], Tensor)]
-    types = {torch.float32: 1, torch.int64: 7, torch.bool: 9, torch.float16: 10, torch.float64: 11, torch.int32: 6,
-             torch.bfloat16: 16}
+    types = {
+        torch.float32: 1,
+        torch.int64: 7,
+        torch.bool: 9,
+        torch.float16: 10,
+        torch.float64: 11,
+        torch.int32: 6,
+        torch.bfloat16: 16,
+    }
     wanted = [n for n in wanted if values[n].dtype in types]
-    proto.graph.output.extend(
-        onnx.helper.make_tensor_value_info(n, types[values[n].dtype], None) for n in wanted)
+    proto.graph.output.extend(onnx.helper.make_tensor_value_info(n, types[values[n].dtype], None) for n in wanted)
     probe = path.with_name(f"probe-{path.name}")
     try:
         onnx.save(proto, str(probe), save_as_external_data=True, location=f"{probe.name}_data")
@@ -222,8 +264,12 @@ def _torch_values(lowered: Lowered, feed: Mapping[str, Any]) -> tuple[dict[str, 
             lines[node.name] = source_line(node)
             return values[node.name]
 
-    arguments = iter([*(torch.from_numpy(np.array(feed[n])) for n in lowered.inputs),
-                      *(lowered.size_values({n: torch.from_numpy(np.array(v)) for n, v in feed.items()}))])
+    arguments = iter(
+        [
+            *(torch.from_numpy(np.array(feed[n])) for n in lowered.inputs),
+            *(lowered.size_values({n: torch.from_numpy(np.array(v)) for n, v in feed.items()})),
+        ]
+    )
     state = {**program.state_dict, **program.constants}
     args = [state[s.target] if s.target is not None else next(arguments) for s in program.graph_signature.input_specs]
     with torch.no_grad():
@@ -238,11 +284,21 @@ def failed(rows: Sequence[Parity], tolerance: float) -> list[Parity]:
 def table(rows: Sequence[Parity]) -> str:
     """The rows as text."""
     head = ("inputs", "output", "shape", "max abs", "relative", "tokens")
-    lines = [(r.inputs, r.output, "x".join(map(str, r.shape)), f"{r.max_abs:.1e}", f"{r.relative:.1e}",
-              "" if r.tokens_equal is None else "equal" if r.tokens_equal else "DIFFER") for r in rows]
+    lines = [
+        (
+            r.inputs,
+            r.output,
+            "x".join(map(str, r.shape)),
+            f"{r.max_abs:.1e}",
+            f"{r.relative:.1e}",
+            "" if r.tokens_equal is None else "equal" if r.tokens_equal else "DIFFER",
+        )
+        for r in rows
+    ]
     widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
-                     for line in (head, *lines))
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in (head, *lines)
+    )
 
 
 def raise_failed(rows: Sequence[Parity], tolerance: float, culprit: Callable[[], str]) -> None:
@@ -254,4 +310,5 @@ def raise_failed(rows: Sequence[Parity], tolerance: float, culprit: Callable[[],
             f"the exported files differ from the model: {worst.output} on inputs '{worst.inputs}' has relative error "
             f"{worst.relative:.1e} (tolerance {tolerance:.0e})"
             + (", and the tokens differ" if worst.tokens_equal is False else "")
-            + f"; first node that is off: {culprit()}. Nothing was written.\n{table(rows)}")
+            + f"; first node that is off: {culprit()}. Nothing was written.\n{table(rows)}"
+        )

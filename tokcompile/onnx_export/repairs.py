@@ -42,8 +42,17 @@ WAYS_OUT = {
 }
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-              is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     """``scaled_dot_product_attention`` in plain operations; a query without a key gives 0."""
     width = query.shape[-1]
     factor = 1 / math.sqrt(width) if scale is None else scale
@@ -61,9 +70,17 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
     return torch.where(mask.any(-1, keepdim=True), result, 0.0)
 
 
-def fused_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
-                    dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None,
-                    enable_gqa: bool = False) -> Tensor:
+def fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     """The same as ``com.microsoft::MultiHeadAttention``."""
     batch, heads, queries, width = query.shape
     key, value = _all_heads(query, key, value, enable_gqa)
@@ -76,9 +93,13 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor
         while bias.dim() < 4:
             bias = bias.unsqueeze(0)
     result = torch.onnx.ops.symbolic(
-        "com.microsoft::MultiHeadAttention", (*flat, None, None, bias) if bias is not None else tuple(flat),
+        "com.microsoft::MultiHeadAttention",
+        (*flat, None, None, bias) if bias is not None else tuple(flat),
         {"num_heads": int(heads), "scale": float(1 / math.sqrt(width) if scale is None else scale)},
-        dtype=query.dtype, shape=(batch, queries, heads * value.shape[3]), version=1)
+        dtype=query.dtype,
+        shape=(batch, queries, heads * value.shape[3]),
+        version=1,
+    )
     result = result.reshape(batch, queries, heads, value.shape[3]).transpose(1, 2)
     if mask is None or is_causal or mask.dtype != torch.bool:
         return result
@@ -169,7 +190,7 @@ def _index_put(node: fx.Node, target: str) -> Callable[..., Any] | None:
 
     def put(base: Tensor, indices: list[Tensor], values: Tensor, *_: Any, **__: Any) -> Tensor:
         mask = indices[0]
-        inner = base.shape[mask.dim():]
+        inner = base.shape[mask.dim() :]
         if values.dim() <= len(inner):  # one value for all places
             return torch.where(mask.reshape([*mask.shape, *[1] * len(inner)]), values, base)
         return _spread(base, mask, values)
@@ -181,8 +202,9 @@ def _scatter_reduce(node: fx.Node, target: str) -> Callable[..., Any] | None:
     if node.args[4] != "mean" or not node.meta["val"].dtype.is_floating_point:
         return None
 
-    def mean(base: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *,
-             include_self: bool = True) -> Tensor:
+    def mean(
+        base: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True
+    ) -> Tensor:
         ones = torch.zeros_like(base).scatter_add(dim, index, torch.ones_like(source))
         total = torch.zeros_like(base).scatter_add(dim, index, source)
         if include_self:

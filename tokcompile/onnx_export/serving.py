@@ -1,7 +1,7 @@
 """Run exported models with onnxruntime: :class:`OnnxModel`. Needs numpy and onnxruntime, and never imports torch.
 
-    model = OnnxModel.from_pretrained("out")
-    tokens = model.generate(input_ids=ids, attention_mask=mask, pixel_values=pixels, max_new_tokens=12)
+model = OnnxModel.from_pretrained("out")
+tokens = model.generate(input_ids=ids, attention_mask=mask, pixel_values=pixels, max_new_tokens=12)
 """
 
 from __future__ import annotations
@@ -40,8 +40,12 @@ class OnnxModel:
         self._inputs = {role: {i.name: i for i in s.get_inputs()} for role, s in sessions.items()}
 
     @classmethod
-    def from_pretrained(cls, directory: str | PathLike[str], providers: Sequence[Any] | None = None,
-                        session_options: onnxruntime.SessionOptions | None = None) -> OnnxModel:
+    def from_pretrained(
+        cls,
+        directory: str | PathLike[str],
+        providers: Sequence[Any] | None = None,
+        session_options: onnxruntime.SessionOptions | None = None,
+    ) -> OnnxModel:
         """Load what ``export_onnx`` wrote.
 
         Args:
@@ -58,18 +62,25 @@ class OnnxModel:
             raise ExportError(f"{folder} holds no {MANIFEST}; tokcompile.export_onnx writes it with the files")
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest.get("format") != FORMAT or manifest.get("format_version", 0) > FORMAT_VERSION:
-            raise ExportError(f"{folder / MANIFEST} is of format {manifest.get('format')} "
-                              f"{manifest.get('format_version')}, this version reads {FORMAT} up to {FORMAT_VERSION}")
+            raise ExportError(
+                f"{folder / MANIFEST} is of format {manifest.get('format')} "
+                f"{manifest.get('format_version')}, this version reads {FORMAT} up to {FORMAT_VERSION}"
+            )
         available = onnxruntime.get_available_providers()
         if providers is None:
             providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in available]
         missing = [p for p in providers if (p if isinstance(p, str) else p[0]) not in available]
         if missing:
-            raise ExportError(f"onnxruntime has no {missing[0]} here (it has {', '.join(available)}); install "
-                              "onnxruntime-gpu for CUDA")
-        sessions = {role: onnxruntime.InferenceSession(
-            str(folder / entry["file"]), sess_options=session_options, providers=list(providers))
-            for role, entry in manifest["files"].items()}
+            raise ExportError(
+                f"onnxruntime has no {missing[0]} here (it has {', '.join(available)}); install "
+                "onnxruntime-gpu for CUDA"
+            )
+        sessions = {
+            role: onnxruntime.InferenceSession(
+                str(folder / entry["file"]), sess_options=session_options, providers=list(providers)
+            )
+            for role, entry in manifest["files"].items()
+        }
         return cls(manifest, sessions)
 
     # .. plain calls
@@ -90,17 +101,30 @@ class OnnxModel:
         wrong = sorted(set(wanted) ^ set(inputs))
         if wrong:
             raise ExportError(f"{role} takes {', '.join(wanted)}; missing or unknown: {', '.join(wrong)}")
-        feed: dict[str, Array] = {name: np.ascontiguousarray(np.asarray(value), _DTYPES[wanted[name].type])
-                for name, value in inputs.items()}
+        feed: dict[str, Array] = {
+            name: np.ascontiguousarray(np.asarray(value), _DTYPES[wanted[name].type]) for name, value in inputs.items()
+        }
         return dict(zip(self._outputs[role], self.sessions[role].run(None, feed), strict=True))
 
     # .. generation
 
-    def generate(self, input_ids: Any, attention_mask: Any = None, *, max_new_tokens: int = 20,
-                 do_sample: bool = False, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-                 seed: int | None = None, eos_token_id: int | Sequence[int] | None = None,
-                 pad_token_id: int | None = None, suppress_tokens: Sequence[int] | None = None,
-                 on_logits: Callable[[Array], None] | None = None, **images: Any) -> Array:
+    def generate(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        *,
+        max_new_tokens: int = 20,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        suppress_tokens: Sequence[int] | None = None,
+        on_logits: Callable[[Array], None] | None = None,
+        **images: Any,
+    ) -> Array:
         """Generate tokens, greedily or by sampling.
 
         Args:
@@ -190,8 +214,10 @@ class _Decoder:
             extra = self.model.run("vision_encoder", images)
             features = extra["image_features"] = extra["image_features"].reshape(-1, extra["image_features"].shape[-1])
             if len(features) != visual.sum():
-                raise ExportError(f"{visual.sum()} placeholder tokens ({token}) in input_ids, and {len(features)} "
-                                  "image features; the prompt needs one placeholder for each feature")
+                raise ExportError(
+                    f"{visual.sum()} placeholder tokens ({token}) in input_ids, and {len(features)} "
+                    "image features; the prompt needs one placeholder for each feature"
+                )
         elif visual.any():
             raise ExportError(f"input_ids hold {visual.sum()} placeholders of images ({token}), and no image is given")
         return self._run(ids, mask, visual, extra)
@@ -201,7 +227,7 @@ class _Decoder:
 
     def _run(self, ids: Array, mask: Array, visual: Array, extra: dict[str, Array]) -> Array:
         self.mask = np.concatenate([self.mask, mask], 1)
-        positions = np.maximum(np.cumsum(self.mask, 1) - 1, 0)[:, -ids.shape[1]:]
+        positions = np.maximum(np.cumsum(self.mask, 1) - 1, 0)[:, -ids.shape[1] :]
         feed: dict[str, Array] = {**self.past, "attention_mask": self.mask, "position_ids": positions}
         if "embed_tokens" in self.model.sessions:
             embeds = self.model.run("embed_tokens", {"input_ids": ids})["inputs_embeds"]
@@ -222,6 +248,13 @@ class _Decoder:
         return results["logits"][:, -1]
 
 
-_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,
-           "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_, "tensor(uint8)": np.uint8,
-           "tensor(int8)": np.int8}
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+    "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8,
+}

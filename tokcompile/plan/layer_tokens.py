@@ -17,11 +17,22 @@ class LayerTokens:
         for stack in regions.stacks:
             for layer in stack.layers:
                 second = layer.feed_forward
-                self.found.append((layer, {
-                    "stage": stage, "stack": stack.kind, "stack_path": stack.path, "index": layer.index,
-                    "path": layer.path, "attention": layer.attention.path if layer.attention else None,
-                    "feed_forward": second.path if second else None,
-                    "feed_forward_kind": second.kind if second else "feed_forward", "tokens_before": _tokens(layer)}))
+                self.found.append(
+                    (
+                        layer,
+                        {
+                            "stage": stage,
+                            "stack": stack.kind,
+                            "stack_path": stack.path,
+                            "index": layer.index,
+                            "path": layer.path,
+                            "attention": layer.attention.path if layer.attention else None,
+                            "feed_forward": second.path if second else None,
+                            "feed_forward_kind": second.kind if second else "feed_forward",
+                            "tokens_before": _tokens(layer),
+                        },
+                    )
+                )
 
     def after(self) -> list[dict[str, Any]]:
         """Entries for :attr:`Report.layers`, once the graph has been rewritten."""

@@ -9,6 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import fx
 
+from tokcompile.plan.plan import Taken
 from tokcompile.regions.model import Region
 from tokcompile.rewrite.context import Context
 
@@ -71,6 +72,20 @@ class Pass:
             NarrowError: the features are not one for each patch, say.
         """
         raise NotImplementedError
+
+    def acts_in(self, stage: str) -> bool:
+        """Whether the pass has anything to do in the graph of this stage."""
+        return not (stage == "decode" and self.stage == "prefill")
+
+    def plan(self, ctx: Context, region: Region) -> Taken:
+        """What :meth:`apply` will do to ``region``; changes nothing.
+
+        A pass that removes tokens says at which layers; one that reads conditions off the graph refuses here already.
+
+        Raises:
+            NarrowError, UnprofitableError: as :meth:`apply`.
+        """
+        return Taken()
 
     def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
         """Rewrite ``ctx.captured`` for ``region``; return details for the report.

@@ -14,8 +14,14 @@ from tokcompile.errors import CalibrationError, TokcompileError
 Item = Mapping[str, Any] | torch.Tensor
 
 
-def arguments(model: nn.Module, item: Any, number: int, *, what: str = "calibration item",
-              error: type[TokcompileError] = CalibrationError) -> dict[str, Any]:
+def arguments(
+    model: nn.Module,
+    item: Any,
+    number: int,
+    *,
+    what: str = "calibration item",
+    error: type[TokcompileError] = CalibrationError,
+) -> dict[str, Any]:
     """One input as keyword arguments.
 
     Raises:
@@ -25,14 +31,18 @@ def arguments(model: nn.Module, item: Any, number: int, *, what: str = "calibrat
     if isinstance(item, torch.Tensor):
         return {next(iter(parameters)): item}
     if not isinstance(item, Mapping):
-        raise error(f"{what} {number} is a {type(item).__name__}; expected a mapping of keyword arguments, such as "
-                    "{'input_ids': ...}, or a tensor")
+        raise error(
+            f"{what} {number} is a {type(item).__name__}; expected a mapping of keyword arguments, such as "
+            "{'input_ids': ...}, or a tensor"
+        )
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     unknown = [k for k in item if k not in parameters]
     named = {p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     if not item or (unknown and not hasattr(model, "generate") and not takes_any) or not named & set(item):
-        raise error(f"{what} {number} has the keys {sorted(item)}; the forward of this model takes "
-                    f"{', '.join(sorted(named)[:12])}")
+        raise error(
+            f"{what} {number} has the keys {sorted(item)}; the forward of this model takes "
+            f"{', '.join(sorted(named)[:12])}"
+        )
     return dict(item)
 
 

@@ -21,8 +21,14 @@ from tokcompile.state import PreparedState
 _SAVE_EVERY = 16  # items between two writes of the resume file
 
 
-def calibrate(model: nn.Module, recipe: Any, data: Iterable[Item], *, resume: str | PathLike[str] | None = None,
-              progress: bool = False) -> PreparedState:
+def calibrate(
+    model: nn.Module,
+    recipe: Any,
+    data: Iterable[Item],
+    *,
+    resume: str | PathLike[str] | None = None,
+    progress: bool = False,
+) -> PreparedState:
     """Prepare the state that the passes of ``recipe`` need, from runs of the dense model on ``data``.
 
     Passes keep running sums, not activations, so memory does not grow with the data.
@@ -59,19 +65,22 @@ def calibrate(model: nn.Module, recipe: Any, data: Iterable[Item], *, resume: st
         if resume is not None and count % _SAVE_EVERY == 0:
             save_progress(resume, session, loaded, count)
     if count == 0:
-        raise CalibrationError("the calibration data is empty: give at least one input, such as "
-                               "{'input_ids': ...}; a generator that was used before gives nothing more")
+        raise CalibrationError(
+            "the calibration data is empty: give at least one input, such as "
+            "{'input_ids': ...}; a generator that was used before gives nothing more"
+        )
     if resume is not None and count > done:
         save_progress(resume, session, loaded, count)
     state = PreparedState()
     for index, (step, method) in enumerate(session.passes):
         if method.calibration == "none":
             continue
-        seen = session.seen.get(index, {})
+        seen = session.observed.seen.get(index, {})
         if not seen:
             entry = session.report.steps[index]
-            raise CalibrationError(f"steps[{index}] ({step.pass_}): calibration met no region that the step is for: "
-                                   f"{entry.reason}")
+            raise CalibrationError(
+                f"steps[{index}] ({step.pass_}): calibration met no region that the step is for: {entry.reason}"
+            )
         for key, (tensors, facts) in method.prepare(seen).items():
             state.put(step.pass_, key, tensors, facts)
     return state
@@ -87,12 +96,15 @@ def check_prepared(recipe: Recipe, calibration: Any) -> None:
     if calibration is None:
         needy = [f"steps[{i}] ({name})" for i, name, m in methods if m.calibration == "required"]
         if needy:
-            raise CalibrationError(f"{', '.join(needy)}: needs calibration; pass calibration=, an iterable of inputs "
-                                   "such as {'input_ids': ...} that look like the ones to be served")
+            raise CalibrationError(
+                f"{', '.join(needy)}: needs calibration; pass calibration=, an iterable of inputs "
+                "such as {'input_ids': ...} that look like the ones to be served"
+            )
     elif all(m.calibration == "none" for _, _, m in methods):
         raise CalibrationError("no pass of this recipe takes calibration data; leave calibration out")
     elif isinstance(calibration, PreparedState):
         for i, name, m in methods:
             if m.calibration == "required" and not list(calibration.keys(name)):
-                raise CalibrationError(f"steps[{i}] ({name}): the calibration was made for another recipe: it holds "
-                                       "no state of this pass")
+                raise CalibrationError(
+                    f"steps[{i}] ({name}): the calibration was made for another recipe: it holds no state of this pass"
+                )

@@ -25,7 +25,7 @@ def _digest(recipe: Recipe) -> str:
 
 def save_progress(path: str | PathLike[str], session: Session, recipe: Recipe, count: int) -> None:
     tensors, entries = {}, []
-    for index, regions in session.seen.items():
+    for index, regions in session.observed.seen.items():
         for key, seen in regions.items():
             numbers = {}
             for name, value in seen.sums.items():
@@ -48,14 +48,17 @@ def load_progress(path: str | PathLike[str] | None, session: Session, recipe: Re
         with safe_open(path, "pt") as file:
             meta = file.metadata() or {}
             if meta.get("recipe") != _digest(recipe):
-                raise CalibrationError(f"{os.fspath(path)} was written for another recipe; delete it, or name another "
-                                       "file")
+                raise CalibrationError(
+                    f"{os.fspath(path)} was written for another recipe; delete it, or name another file"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
         for entry in json.loads(meta["entries"]):
             prefix = f"{entry['step']}/{entry['key']}/"
-            sums = {**entry["numbers"], **{n.removeprefix(prefix): t for n, t in tensors.items()
-                                           if n.startswith(prefix)}}
-            session.resumed[entry["step"], entry["key"]] = sums
+            sums = {
+                **entry["numbers"],
+                **{n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)},
+            }
+            session.observed.resumed[entry["step"], entry["key"]] = sums
         return int(meta["count"])
     except CalibrationError:
         raise

@@ -24,8 +24,9 @@ def parse(settings: Iterable[str]) -> dict[str, Any]:
         place, equals, text = setting.partition("=")
         place = place.strip()
         if not equals:
-            mistakes.append(Mistake("override", None, None, place, "should be PLACE=VALUE, such as "
-                                                                   "steps[0].params.keep=0.2"))
+            mistakes.append(
+                Mistake("override", None, None, place, "should be PLACE=VALUE, such as steps[0].params.keep=0.2")
+            )
             continue
         if place in values:
             mistakes.append(Mistake("override", None, None, place, "is set twice"))

@@ -12,11 +12,25 @@ from pydantic import BaseModel
 
 from tokcompile.registry import get_pass
 
-_TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false", "null": "null",
-          "object": "mapping", "array": "list"}
-_BOUNDS = {"minimum": "≥ {}", "exclusiveMinimum": "> {}", "maximum": "≤ {}", "exclusiveMaximum": "< {}",
-           "minItems": "at least {} long", "maxItems": "at most {} long", "minLength": "at least {} long",
-           "pattern": "matching {}"}
+_TYPES = {
+    "integer": "whole number",
+    "number": "number",
+    "string": "text",
+    "boolean": "true or false",
+    "null": "null",
+    "object": "mapping",
+    "array": "list",
+}
+_BOUNDS = {
+    "minimum": "≥ {}",
+    "exclusiveMinimum": "> {}",
+    "maximum": "≤ {}",
+    "exclusiveMaximum": "< {}",
+    "minItems": "at least {} long",
+    "maxItems": "at most {} long",
+    "minLength": "at least {} long",
+    "pattern": "matching {}",
+}
 
 
 @dataclass(frozen=True)
@@ -48,9 +62,17 @@ def parameters(model: type[BaseModel]) -> list[Parameter]:
     defs, required = schema.get("$defs", {}), set(schema.get("required", []))
     found = []
     for name, field in schema.get("properties", {}).items():
-        found.append(Parameter(
-            name, type_of(field, defs), field.get("default"), name in required, _unit(field, defs),
-            field.get("source", ""), " ".join(field.get("description", "").split())))
+        found.append(
+            Parameter(
+                name,
+                type_of(field, defs),
+                field.get("default"),
+                name in required,
+                _unit(field, defs),
+                field.get("source", ""),
+                " ".join(field.get("description", "").split()),
+            )
+        )
     return found
 
 

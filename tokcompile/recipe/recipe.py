@@ -58,8 +58,9 @@ class Recipe(RecipeModel):
         return self._name
 
     @classmethod
-    def load(cls, source: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
-             overrides: Mapping[str, Any] | None = None) -> Recipe:
+    def load(
+        cls, source: str | os.PathLike[str] | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any] | None = None
+    ) -> Recipe:
         """Read and check a recipe, and merge what it extends.
 
         Args:

@@ -100,8 +100,10 @@ class Expect(RecipeModel):
 class Protect(RecipeModel):
     """What no step may touch, beyond class, register and text tokens, which are always kept."""
 
-    paths: list[str] = Field(default_factory=list, description="Globs on module paths; what matches is left alone, "
-                                                               "with all that is inside it.")
+    paths: list[str] = Field(
+        default_factory=list,
+        description="Globs on module paths; what matches is left alone, with all that is inside it.",
+    )
     leading_tokens: int | None = Field(
         None, ge=0, description="Tokens kept at the head of an encoder's axis; left out, as found in the graph."
     )

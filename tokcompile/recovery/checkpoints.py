@@ -28,9 +28,15 @@ class Checkpoints:
         parameters: the trained ones by name.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], settings: Mapping[str, Any],
-                 parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, scheduler: Any,
-                 accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        settings: Mapping[str, Any],
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        accelerator: Accelerator,
+    ) -> None:
         self.folder, self.settings = Path(folder), json.loads(json.dumps(settings))
         self.parameters, self.optimizer, self.scheduler = parameters, optimizer, scheduler
         self.accelerator = accelerator
@@ -65,8 +71,13 @@ class Checkpoints:
                 for key, value in self.optimizer.state.get(parameter, {}).items():
                     tensors[f"{key}/{name}"] = torch.as_tensor(value).contiguous()
             save_file(tensors, part / _TENSORS)
-            state = {"format": FORMAT, "step": step, "settings": self.settings, "history": history,
-                     "schedule": self.scheduler.state_dict()}
+            state = {
+                "format": FORMAT,
+                "step": step,
+                "settings": self.settings,
+                "history": history,
+                "schedule": self.scheduler.state_dict(),
+            }
             (part / _STATE).write_text(json.dumps(state))
         self.accelerator.wait_for_everyone()
         if main:
@@ -99,13 +110,16 @@ class Checkpoints:
             if before.get(key) != self.settings.get(key):
                 raise RecoveryError(
                     f"{self.folder} holds a run with another {key}: {_short(before.get(key))} there, "
-                    f"{_short(self.settings.get(key))} here; name another folder, or call with the same settings")
+                    f"{_short(self.settings.get(key))} here; name another folder, or call with the same settings"
+                )
         tensors = load_file(last / _TENSORS)
         for name, parameter in self.parameters.items():
             if tensors[f"weight/{name}"].shape != parameter.shape:
-                raise RecoveryError(f"{last}: {name} is {tuple(tensors[f'weight/{name}'].shape)} there, "
-                                    f"{tuple(parameter.shape)} in this model; start from the model that the run began "
-                                    "with (same recipe and calibration)")
+                raise RecoveryError(
+                    f"{last}: {name} is {tuple(tensors[f'weight/{name}'].shape)} there, "
+                    f"{tuple(parameter.shape)} in this model; start from the model that the run began "
+                    "with (same recipe and calibration)"
+                )
         for full, tensor in tensors.items():
             key, _, name = full.partition("/")
             parameter = self.parameters[name]

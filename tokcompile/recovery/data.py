@@ -26,8 +26,9 @@ class Stream:
         self.data, self.seed = data, seed
         self.indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping)
         if isinstance(data, Mapping) or not (self.indexed or hasattr(data, "__iter__")):
-            raise RecoveryError(f"data is a {type(data).__name__}; expected an iterable of inputs, such as "
-                                "[{'input_ids': ...}, ...]")
+            raise RecoveryError(
+                f"data is a {type(data).__name__}; expected an iterable of inputs, such as [{{'input_ids': ...}}, ...]"
+            )
         self.size = len(data) if hasattr(data, "__len__") else None  # type: ignore[arg-type]
         if self.size == 0:
             raise RecoveryError("the data is empty: give at least one input, such as {'input_ids': ...}")
@@ -61,12 +62,16 @@ class Stream:
         with contextlib.suppress(StopIteration):
             return next(self._iterator)
         if self._next == 0:
-            raise RecoveryError("the data is empty: give at least one input, such as {'input_ids': ...}; a generator "
-                                "that was used before gives nothing more")
+            raise RecoveryError(
+                "the data is empty: give at least one input, such as {'input_ids': ...}; a generator "
+                "that was used before gives nothing more"
+            )
         fresh = iter(self.data)
         if fresh is self._iterator:
-            raise RecoveryError(f"the data ran out after {self._next} items, and a generator cannot start again; pass "
-                                "a list, an object whose __iter__ starts anew, or fewer steps")
+            raise RecoveryError(
+                f"the data ran out after {self._next} items, and a generator cannot start again; pass "
+                "a list, an object whose __iter__ starts anew, or fewer steps"
+            )
         self._iterator = fresh
         return next(fresh)
 
@@ -102,6 +107,8 @@ def shared_positions(student: Tensor, length: int, kept: Sequence[KeptEntry]) ->
     if fitting:
         return fitting[-1]
     if shape[1] != length:
-        raise RecoveryError(f"the model gives logits for {shape[1]} positions, the teacher for {length}, and no step "
-                            "of the recipe says which positions are left; pass the original model as teacher")
+        raise RecoveryError(
+            f"the model gives logits for {shape[1]} positions, the teacher for {length}, and no step "
+            "of the recipe says which positions are left; pass the original model as teacher"
+        )
     return torch.arange(length, device=student.device).expand(shape)

@@ -97,6 +97,7 @@ def token_losses(student: Tensor, teacher: Tensor, kind: LossKind = "forward_kl"
         kind: "forward_kl": ``KL(teacher | student)``; "reverse_kl": ``KL(student | teacher)``.
         temperature: logits are divided by it first.
     """
+
     def part(student: Tensor, teacher: Tensor) -> Tensor:
         ours = F.log_softmax(student.float() / temperature, -1)
         theirs = F.log_softmax(teacher.float() / temperature, -1)
@@ -112,8 +113,10 @@ def label_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _chunked(function: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
-    parts = [checkpoint(function, x, y, use_reentrant=False) if torch.is_grad_enabled() else function(x, y)
-             for x, y in zip(a.split(_CHUNK), b.split(_CHUNK), strict=True)]
+    parts = [
+        checkpoint(function, x, y, use_reentrant=False) if torch.is_grad_enabled() else function(x, y)
+        for x, y in zip(a.split(_CHUNK), b.split(_CHUNK), strict=True)
+    ]
     return torch.cat(parts) if parts else a.new_zeros(0, dtype=torch.float32)
 
 
@@ -195,6 +198,8 @@ def hidden_losses(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tenso
     Args:
         student, teacher: for each layer ``[N, D]``.
     """
-    terms = [((a.float() - b.float()) ** 2).sum(-1) / (b.float() ** 2).sum(-1).clamp(min=1e-12)
-             for a, b in zip(student, teacher, strict=True)]
+    terms = [
+        ((a.float() - b.float()) ** 2).sum(-1) / (b.float() ** 2).sum(-1).clamp(min=1e-12)
+        for a, b in zip(student, teacher, strict=True)
+    ]
     return torch.stack(terms).mean(0)

@@ -19,31 +19,43 @@ def chosen_parameters(model: nn.Module, trainable: str | Sequence[str]) -> dict[
     """The parameters by name, floating ones only."""
     every = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
     chosen: dict[str, nn.Parameter] = {}
-    fixed = [f"{name}.{buffer}" for name, module in model.named_modules() for buffer in getattr(module, "host", ())
-             if name.startswith(f"{NAMESPACE}.")]
+    fixed = [
+        f"{name}.{buffer}"
+        for name, module in model.named_modules()
+        for buffer in getattr(module, "host", ())
+        if name.startswith(f"{NAMESPACE}.")
+    ]
     for wish in [trainable] if isinstance(trainable, str) else trainable:
         for name in fixed:
             if wish in ("prepared", "all") or fnmatch.fnmatchcase(name, wish):
-                raise RecoveryError(f"trainable={wish!r}: {name} stays in host memory and cannot be trained; make the "
-                                    "model with table: model, or choose parameters by patterns that leave it out")
+                raise RecoveryError(
+                    f"trainable={wish!r}: {name} stays in host memory and cannot be trained; make the "
+                    "model with table: model, or choose parameters by patterns that leave it out"
+                )
         if wish == "all":
             found = every
         elif wish == "prepared":
             found = {n: p for n, p in every.items() if n.startswith(f"{NAMESPACE}.")}
             if not found:
-                raise RecoveryError("trainable='prepared': no pass of this recipe prepared parameters; choose 'norms', "
-                                    "'all', or patterns of parameter names")
+                raise RecoveryError(
+                    "trainable='prepared': no pass of this recipe prepared parameters; choose 'norms', "
+                    "'all', or patterns of parameter names"
+                )
         elif wish == "norms":
-            vectors = {name for name, module in model.named_modules()
-                       if all(p.dim() <= 1 for p in module.parameters(recurse=False))}
+            vectors = {
+                name
+                for name, module in model.named_modules()
+                if all(p.dim() <= 1 for p in module.parameters(recurse=False))
+            }
             found = {n: p for n, p in every.items() if n.rpartition(".")[0] in vectors}
         else:
             found = {n: p for n, p in every.items() if fnmatch.fnmatchcase(n, wish)}
         if not found:
             near = difflib.get_close_matches(wish, every, n=3, cutoff=0.3)
-            raise RecoveryError(f"trainable: no parameter matches {wish!r}"
-                                + (f"; near are {', '.join(near)}" if near else "; choose prepared, norms, all, or a "
-                                   "pattern of names"))
+            raise RecoveryError(
+                f"trainable: no parameter matches {wish!r}"
+                + (f"; near are {', '.join(near)}" if near else "; choose prepared, norms, all, or a pattern of names")
+            )
         chosen.update(found)
     return {n: p for n, p in every.items() if n in chosen}
 
@@ -53,8 +65,10 @@ def own_memory(model: nn.Module, teacher: nn.Module, parameters: Mapping[str, nn
     theirs = {id(p) for p in teacher.parameters()}
     for name, parameter in parameters.items():
         if id(parameter) in theirs:
-            raise RecoveryError(f"{name} is one object in teacher and model, so training would change the teacher; "
-                                "pass a copy.deepcopy of the teacher")
+            raise RecoveryError(
+                f"{name} is one object in teacher and model, so training would change the teacher; "
+                "pass a copy.deepcopy of the teacher"
+            )
         parameter.data = parameter.data.clone()
     if model.training:  # batch norms write into buffers
         copies: dict[int, Tensor] = {}

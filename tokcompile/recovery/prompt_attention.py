@@ -40,8 +40,10 @@ class PromptAttention(Session):
         stacks = find_regions(ctx.captured.graph).of("decoder_stack")
         found = [layer.attention for layer in stacks[-1].layers if layer.attention is not None] if stacks else []
         if not found:
-            raise RecoveryError("tokens='sstoken' looks at the attention of the teacher's last layer, and no decoder "
-                                "stack with attention was found; use SsToken(gamma=1), or Tip()")
+            raise RecoveryError(
+                "tokens='sstoken' looks at the attention of the teacher's last layer, and no decoder "
+                "stack with attention was found; use SsToken(gamma=1), or Tip()"
+            )
         node = found[-1].roles.get("softmax")
         if node is not None:
             ctx.observe(self._from_weights, node)
@@ -77,7 +79,9 @@ def prompt_mass(probe: PromptAttention, prompt: Tensor, kwargs: dict[str, Any]) 
     with torch.no_grad():
         output = probe.model(**kwargs)
     if probe.mass is None or probe.mass.shape != prompt.shape:
-        raise RecoveryError(f"tokens='sstoken': the teacher's last layer has attention over "
-                            f"{None if probe.mass is None else tuple(probe.mass.shape)} tokens, the labels are "
-                            f"{tuple(prompt.shape)}; use SsToken(gamma=1), or Tip()")
+        raise RecoveryError(
+            f"tokens='sstoken': the teacher's last layer has attention over "
+            f"{None if probe.mass is None else tuple(probe.mass.shape)} tokens, the labels are "
+            f"{tuple(prompt.shape)}; use SsToken(gamma=1), or Tip()"
+        )
     return output, probe.mass

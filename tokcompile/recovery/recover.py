@@ -19,12 +19,30 @@ from tokcompile.recovery.settings import check_arguments, lr_schedule, run_diges
 from tokcompile.recovery.step import Run, train
 
 
-def recover(model: nn.Module, teacher: nn.Module, data: Iterable[Item], *, steps: int | None = None, epochs: int = 1,
-            trainable: str | Sequence[str] = "prepared", loss: LossKind = "forward_kl", temperature: float = 1.0,
-            hidden_weight: float = 0.0, tokens: str | TokenChoice = "all", lr: float = 1e-4, schedule: str = "cosine",
-            warmup: float = 0.05, weight_decay: float = 0.0, max_grad_norm: float = 1.0, accumulation: int = 1,
-            seed: int = 0, checkpoints: str | PathLike[str] | None = None, save_every: int = 100,
-            progress: bool = False, accelerator: Any = None) -> RecoveryReport:
+def recover(
+    model: nn.Module,
+    teacher: nn.Module,
+    data: Iterable[Item],
+    *,
+    steps: int | None = None,
+    epochs: int = 1,
+    trainable: str | Sequence[str] = "prepared",
+    loss: LossKind = "forward_kl",
+    temperature: float = 1.0,
+    hidden_weight: float = 0.0,
+    tokens: str | TokenChoice = "all",
+    lr: float = 1e-4,
+    schedule: str = "cosine",
+    warmup: float = 0.05,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    accumulation: int = 1,
+    seed: int = 0,
+    checkpoints: str | PathLike[str] | None = None,
+    save_every: int = 100,
+    progress: bool = False,
+    accelerator: Any = None,
+) -> RecoveryReport:
     """Train ``model`` in place to agree with ``teacher`` on the logits of ``data``.
 
     Each item of ``data`` is one batch for one process. A step takes ``accumulation`` items for each process; started by
@@ -69,12 +87,16 @@ def recover(model: nn.Module, teacher: nn.Module, data: Iterable[Item], *, steps
         raise RecoveryError("recover runs on accelerate; install it with pip install 'tokcompile[train]'") from error
     choice = check_arguments(loss, tokens, temperature, accumulation, steps, epochs, save_every)
     if teacher is model:
-        raise RecoveryError("teacher and model are one object; pass the original model as teacher (for a model that "
-                            "was optimized in place, a copy.deepcopy made before)")
+        raise RecoveryError(
+            "teacher and model are one object; pass the original model as teacher (for a model that "
+            "was optimized in place, a copy.deepcopy made before)"
+        )
     accelerator = accelerator or Accelerator()
     if accelerator.mixed_precision != "no":
-        raise RecoveryError(f"mixed_precision={accelerator.mixed_precision!r}: operations of rewritten graphs do not "
-                            "follow autocast; train in the dtype of the model (fp32, or model.to(torch.bfloat16))")
+        raise RecoveryError(
+            f"mixed_precision={accelerator.mixed_precision!r}: operations of rewritten graphs do not "
+            "follow autocast; train in the dtype of the model (fp32, or model.to(torch.bfloat16))"
+        )
     for module in (model, teacher):
         if not hasattr(module, "hf_device_map"):  # accelerate spread it over devices itself
             module.to(accelerator.device)
@@ -85,14 +107,35 @@ def recover(model: nn.Module, teacher: nn.Module, data: Iterable[Item], *, steps
     if steps is None:
         steps = stream.steps(epochs, group)
     settings = {
-        "steps": steps, "trained": run_digest(parameters), "loss": loss, "temperature": temperature,
-        "hidden_weight": hidden_weight, "tokens": tokens if choice is None else [type(choice).__name__, asdict(choice)],
-        "lr": lr, "schedule": schedule, "warmup": warmup, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm,
-        "accumulation": accumulation, "processes": accelerator.num_processes, "seed": seed}
+        "steps": steps,
+        "trained": run_digest(parameters),
+        "loss": loss,
+        "temperature": temperature,
+        "hidden_weight": hidden_weight,
+        "tokens": tokens if choice is None else [type(choice).__name__, asdict(choice)],
+        "lr": lr,
+        "schedule": schedule,
+        "warmup": warmup,
+        "weight_decay": weight_decay,
+        "max_grad_norm": max_grad_norm,
+        "accumulation": accumulation,
+        "processes": accelerator.num_processes,
+        "seed": seed,
+    }
     with training_mode(model, teacher, parameters), torch.random.fork_rng():
         torch.manual_seed(seed + accelerator.process_index)
-        run = Run(model, teacher, parameters, accelerator, loss=loss, temperature=temperature,
-                   hidden_weight=hidden_weight, choice=choice, accumulation=accumulation, max_grad_norm=max_grad_norm)
+        run = Run(
+            model,
+            teacher,
+            parameters,
+            accelerator,
+            loss=loss,
+            temperature=temperature,
+            hidden_weight=hidden_weight,
+            choice=choice,
+            accumulation=accumulation,
+            max_grad_norm=max_grad_norm,
+        )
         run.optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=weight_decay)
         run.scheduler = lr_schedule(schedule, run.optimizer, warmup, steps)
         return train(run, stream, steps, settings, checkpoints, save_every, progress)

@@ -33,6 +33,8 @@ class RecoveryReport:
     def __str__(self) -> str:
         tenth = max(1, len(self.losses) // 10)
         first, last = (sum(part) / len(part) for part in (self.losses[:tenth], self.losses[-tenth:]))
-        return (f"{self.steps} steps on {self.tokens} positions, {sum(self.trained.values())} values in "
-                f"{len(self.trained)} parameters trained ({len(self.unused)} not used by the loss); loss "
-                f"{first:.4g} -> {last:.4g} (mean of the first and the last {tenth} steps)")
+        return (
+            f"{self.steps} steps on {self.tokens} positions, {sum(self.trained.values())} values in "
+            f"{len(self.trained)} parameters trained ({len(self.unused)} not used by the loss); loss "
+            f"{first:.4g} -> {last:.4g} (mean of the first and the last {tenth} steps)"
+        )

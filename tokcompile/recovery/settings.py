@@ -13,10 +13,21 @@ from tokcompile.errors import RecoveryError
 from tokcompile.recovery.losses import LOSSES, SsToken, Tip, TokenChoice
 
 
-def check_arguments(loss: str, tokens: str | TokenChoice, temperature: float, accumulation: int, steps: int | None,
-           epochs: int, save_every: int) -> TokenChoice | None:
-    for name, value in (("accumulation", accumulation), ("steps", 1 if steps is None else steps), ("epochs", epochs),
-                        ("save_every", save_every)):
+def check_arguments(
+    loss: str,
+    tokens: str | TokenChoice,
+    temperature: float,
+    accumulation: int,
+    steps: int | None,
+    epochs: int,
+    save_every: int,
+) -> TokenChoice | None:
+    for name, value in (
+        ("accumulation", accumulation),
+        ("steps", 1 if steps is None else steps),
+        ("epochs", epochs),
+        ("save_every", save_every),
+    ):
         if value < 1:
             raise RecoveryError(f"{name}={value}: expected at least 1")
     if temperature <= 0:

@@ -41,9 +41,20 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: Any
 
-    def __init__(self, model: nn.Module, teacher: nn.Module, parameters: dict[str, nn.Parameter], accelerator: Any, *,
-                 loss: LossKind, temperature: float, hidden_weight: float, choice: TokenChoice | None,
-                 accumulation: int, max_grad_norm: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        accelerator: Any,
+        *,
+        loss: LossKind,
+        temperature: float,
+        hidden_weight: float,
+        choice: TokenChoice | None,
+        accumulation: int,
+        max_grad_norm: float,
+    ) -> None:
         self.model, self.teacher, self.parameters, self.accelerator = model, teacher, parameters, accelerator
         self.loss, self.temperature, self.hidden_weight, self.choice = loss, temperature, hidden_weight, choice
         self.accumulation, self.max_grad_norm = accumulation, max_grad_norm
@@ -70,7 +81,8 @@ class Run:
             losses = token_losses(batch.student[chosen], batch.teacher[chosen], self.loss, self.temperature)
             if self.hidden_weight:
                 losses = losses + self.hidden_weight * hidden_losses(
-                    [a[chosen] for a, _ in batch.hidden], [b[chosen] for _, b in batch.hidden])
+                    [a[chosen] for a, _ in batch.hidden], [b[chosen] for _, b in batch.hidden]
+                )
             if losses.requires_grad:
                 losses.sum().backward()
             total += losses.detach().sum().double().cpu()
@@ -79,20 +91,25 @@ class Run:
 
     def _update(self, total: Tensor, count: int) -> tuple[float, int]:
         accelerator, parameters = self.accelerator, list(self.parameters.values())
-        sums = torch.tensor([float(total), count, *(p.grad is not None for p in parameters)],
-                            dtype=torch.float32 if accelerator.device.type == "mps" else torch.float64,
-                            device=accelerator.device)
+        sums = torch.tensor(
+            [float(total), count, *(p.grad is not None for p in parameters)],
+            dtype=torch.float32 if accelerator.device.type == "mps" else torch.float64,
+            device=accelerator.device,
+        )
         sums = accelerator.reduce(sums, "sum").tolist()
         loss, count = sums[0] / max(sums[1], 1), int(sums[1])
         if count == 0:
-            raise RecoveryError("no position to compare in a whole step: every label is -100, or every token is "
-                                "padding or an image")
+            raise RecoveryError(
+                "no position to compare in a whole step: every label is -100, or every token is padding or an image"
+            )
         if not math.isfinite(loss):
-            raise RecoveryError("the loss is not finite; the weights are those of the step before. Lower lr, or "
-                                "max_grad_norm")
+            raise RecoveryError(
+                "the loss is not finite; the weights are those of the step before. Lower lr, or max_grad_norm"
+            )
         if not any(sums[2:]):
-            raise RecoveryError("the logits depend on none of the chosen parameters: "
-                                f"{', '.join(list(self.parameters)[:4])}, ...")
+            raise RecoveryError(
+                f"the logits depend on none of the chosen parameters: {', '.join(list(self.parameters)[:4])}, ..."
+            )
         for (name, parameter), has in zip(self.parameters.items(), sums[2:], strict=True):
             if not has:
                 continue
@@ -143,8 +160,10 @@ class Run:
             with torch.no_grad():
                 batch = self.compare(item, probe=False)
                 if batch.labels is None:
-                    raise RecoveryError("tokens='sstoken' compares losses of tokens, and the items hold no input_ids "
-                                        "(or labels) of the shape of the logits; use Tip()")
+                    raise RecoveryError(
+                        "tokens='sstoken' compares losses of tokens, and the items hold no input_ids "
+                        "(or labels) of the shape of the logits; use Tip()"
+                    )
                 return label_losses(batch.student, batch.labels)
         finally:
             for name, parameter in self.parameters.items():
@@ -169,8 +188,10 @@ class Run:
         kept = recording.kept if recording is not None else []
         student, teacher = _logits(ours, "model"), _logits(theirs, "teacher")
         if student.shape[-1] != teacher.shape[-1]:
-            raise RecoveryError(f"vocabulary mismatch: the model gives {student.shape[-1]} logits for each position, "
-                                f"the teacher {teacher.shape[-1]}; they must share the tokenizer")
+            raise RecoveryError(
+                f"vocabulary mismatch: the model gives {student.shape[-1]} logits for each position, "
+                f"the teacher {teacher.shape[-1]}; they must share the tokenizer"
+            )
         if student.dim() == 2:  # one for each row: a classifier
             student, teacher, labels = student[:, None], teacher[:, None], None
             kept = []
@@ -181,8 +202,15 @@ class Run:
         at = place[row, slot]
         hidden = _hidden(ours, theirs, kept, row, at) if self.hidden_weight else []
         on_prompt = mass[row, at + 1] if mass is not None else None
-        return Batch(student[row, slot], teacher[row, at], row, at,
-                      None if following is None else following[row, at], hidden, on_prompt)
+        return Batch(
+            student[row, slot],
+            teacher[row, at],
+            row,
+            at,
+            None if following is None else following[row, at],
+            hidden,
+            on_prompt,
+        )
 
     def _valid(self, item: dict[str, Any], labels: Any, teacher: Tensor) -> tuple[Tensor, Tensor | None]:
         """bool ``[B, S]``: the positions to compare; and the token that follows each (int64, or None)."""
@@ -190,8 +218,10 @@ class Run:
         ids, mask = item.get("input_ids"), item.get("attention_mask")
         if labels is not None:
             if labels.shape != shape:
-                raise RecoveryError(f"labels are {tuple(labels.shape)}, the logits of the teacher {tuple(shape)}; "
-                                    "leave labels out, and all positions are compared")
+                raise RecoveryError(
+                    f"labels are {tuple(labels.shape)}, the logits of the teacher {tuple(shape)}; "
+                    "leave labels out, and all positions are compared"
+                )
             following = F.pad(labels, (0, 1), value=-100)[:, 1:]
             return following != -100, following.clamp(min=0)
         valid = torch.ones(shape, dtype=torch.bool, device=teacher.device)
@@ -211,8 +241,10 @@ class Run:
 
         labels, mask = item.get("labels"), item.get("attention_mask")
         if labels is None or not bool((labels == -100).any()):
-            raise RecoveryError("tokens='sstoken' looks at the attention on the prompt, and the items do not say where "
-                                "it is: give labels with -100 there, or use SsToken(gamma=1)")
+            raise RecoveryError(
+                "tokens='sstoken' looks at the attention on the prompt, and the items do not say where "
+                "it is: give labels with -100 there, or use SsToken(gamma=1)"
+            )
         prompt = labels == -100
         return prompt_mass(self.probe, prompt & mask.bool() if mask is not None else prompt, kwargs)
 
@@ -226,16 +258,20 @@ def _logits(output: Any, whose: str) -> Tensor:
             found = output[0]
     if not isinstance(found, Tensor) or found.dim() not in (2, 3):
         form = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else "missing"
-        raise RecoveryError(f"recover compares logits [B, V] or [B, S, V]; those of the {whose} are {form} (its output "
-                            f"is a {type(output).__name__}); use the model with its head")
+        raise RecoveryError(
+            f"recover compares logits [B, V] or [B, S, V]; those of the {whose} are {form} (its output "
+            f"is a {type(output).__name__}); use the model with its head"
+        )
     return found
 
 
 def _hidden(ours: Any, theirs: Any, kept: Sequence[KeptEntry], row: Tensor, at: Tensor) -> list[tuple[Tensor, Tensor]]:
     first, second = getattr(ours, "hidden_states", None), getattr(theirs, "hidden_states", None)
     if not first or not second or len(first) != len(second):
-        raise RecoveryError("hidden_weight: the models give no hidden states (output_hidden_states=True), or not one "
-                            "for each layer; leave hidden_weight at 0")
+        raise RecoveryError(
+            "hidden_weight: the models give no hidden states (output_hidden_states=True), or not one "
+            "for each layer; leave hidden_weight at 0"
+        )
     pairs = []
     for a, b in zip(first, second, strict=True):
         place = shared_positions(a, b.shape[1], kept)
@@ -254,8 +290,15 @@ def _visual_ids(model: nn.Module) -> list[int]:
 # .. the loop
 
 
-def train(run: Run, stream: Stream, steps: int, settings: dict[str, Any], folder: str | PathLike[str] | None,
-           save_every: int, progress: bool) -> RecoveryReport:
+def train(
+    run: Run,
+    stream: Stream,
+    steps: int,
+    settings: dict[str, Any],
+    folder: str | PathLike[str] | None,
+    save_every: int,
+    progress: bool,
+) -> RecoveryReport:
     started = time.perf_counter()
     report = RecoveryReport(trained={n: p.numel() for n, p in run.parameters.items()})
     checkpoints, accelerator = None, run.accelerator
@@ -285,8 +328,10 @@ def train(run: Run, stream: Stream, steps: int, settings: dict[str, Any], folder
             report.rates.append(rate)
             tick(loss)
             if checkpoints is not None and (report.steps % save_every == 0 or report.steps == steps):
-                checkpoints.save(report.steps, {"losses": report.losses, "rates": report.rates,
-                                                "tokens": report.tokens, "used": sorted(run.used)})
+                checkpoints.save(
+                    report.steps,
+                    {"losses": report.losses, "rates": report.rates, "tokens": report.tokens, "used": sorted(run.used)},
+                )
     report.unused = [n for n in run.parameters if n not in run.used]
     report.seconds = time.perf_counter() - started
     return report
@@ -307,7 +352,12 @@ def _bar(show: bool, steps: int, done: int) -> Iterator[Any]:
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                  TextColumn("loss {task.fields[loss]}"), TimeRemainingColumn()) as bar:
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+        TimeRemainingColumn(),
+    ) as bar:
         task = bar.add_task("Recovering", total=steps, completed=done, loss="-")
         yield lambda loss: bar.update(task, advance=1, loss=f"{loss:.4f}")

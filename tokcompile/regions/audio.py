@@ -30,8 +30,12 @@ def find_audio_encoders(flow: Flow, streams: Sequence[Stream], misses: Misses) -
     """The audio encoders, and the streams that are none."""
     joins = flow.mask(block.join.add for stream in streams for block in stream.blocks)
     embeddings = flow.mask(flow.by_op.get("embedding", []))
-    convs = [n for op in ("conv1d", "convolution") for n in flow.by_op.get(op, [])
-             if _along_time(flow, n) and not flow.reached_by(n.args[0], embeddings | joins)]  # type: ignore[arg-type]
+    convs = [
+        n
+        for op in ("conv1d", "convolution")
+        for n in flow.by_op.get(op, [])
+        if _along_time(flow, n) and not flow.reached_by(n.args[0], embeddings | joins)
+    ]  # type: ignore[arg-type]
     found: list[Region] = []
     rest: list[Stream] = []
     for stream in streams:
@@ -40,8 +44,12 @@ def find_audio_encoders(flow: Flow, streams: Sequence[Stream], misses: Misses) -
         own = [b.region for b in stream.blocks if b.region.kind == "attention" and b.region.variant["cross"] == "self"]
         causal = any(is_causal(flow, region) for region in own)
         if above and not later and causal:
-            misses.add("audio_encoder", above[-1], 0.6, "expected layers in which every frame sees all others, found a "
-                                                        "causal order behind the convolution")
+            misses.add(
+                "audio_encoder",
+                above[-1],
+                0.6,
+                "expected layers in which every frame sees all others, found a causal order behind the convolution",
+            )
         if not above or later or not own or causal:
             rest.append(stream)
             continue
@@ -63,5 +71,6 @@ def _describe(flow: Flow, stream: Stream, convs: Sequence[fx.Node]) -> Region:
         roles["class_token"] = token
     shapes: dict[str, Any] = {"B": sizes[0] if len(sizes) > 2 else 1, "D": sizes[-1], "N": sizes[-2], "prefix": prefix}
     path = common_prefix(module_path(last), stream.layers[0].path)
-    return Region("audio_encoder", path, roles, shapes, {"convolutions": str(len(convs))}, source_line(last),
-                  list(stream.layers))
+    return Region(
+        "audio_encoder", path, roles, shapes, {"convolutions": str(len(convs))}, source_line(last), list(stream.layers)
+    )

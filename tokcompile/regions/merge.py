@@ -125,8 +125,11 @@ def _modality(flow: Flow, features: fx.Node) -> dict[str, str]:
     The arguments of forward are all that tells them apart: pixel_values_videos, say, or the entry "video" of what the
     encoder made. Parameters say nothing: an image may go through a module named after videos.
     """
-    names = [str(node.meta.get("argument", "")).lower() for node in flow.nodes
-             if node.op == "placeholder" and flow.reaches(node, features)]
+    names = [
+        str(node.meta.get("argument", "")).lower()
+        for node in flow.nodes
+        if node.op == "placeholder" and flow.reaches(node, features)
+    ]
     names = [name for name in names if not any(word in name for word in ("modules_", "parameters_", "buffers_"))]
     if any("video" in name for name in names):
         return {} if any("image" in name for name in names) else {"modality": "video"}

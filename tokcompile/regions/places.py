@@ -26,7 +26,10 @@ def layer_of(regions: Regions, region: Region) -> tuple[int, int] | None:
             if region in (layer.attention, layer.feed_forward):
                 return place
             # cross attention, say: the layer does not list it
-            if layer.path and f"{region.path}.".startswith(f"{layer.path}.") and (
-                    near is None or len(layer.path) > near[0]):
+            if (
+                layer.path
+                and f"{region.path}.".startswith(f"{layer.path}.")
+                and (near is None or len(layer.path) > near[0])
+            ):
                 near = len(layer.path), place
     return None if near is None else near[1]

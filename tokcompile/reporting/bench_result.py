@@ -106,28 +106,58 @@ class BenchResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; times in ms, memory in bytes."""
-        return {key: [asdict(r) for r in value] if key == "rows" else value for key, value in vars(self).items()
-                if key != "reports"}
+        return {
+            key: [asdict(r) for r in value] if key == "rows" else value
+            for key, value in vars(self).items()
+            if key != "reports"
+        }
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """One line for each contestant."""
-        columns = ["model", "recipe", "device", "batch", "new_tokens",
-                   *(f"{part}_{kind}" for part in PARTS for kind in ("ms", "p20", "p80", "speedup")), "rounds",
-                   "peak_bytes", "compile_seconds", "flop_ratio", "ttft_ceiling", "error", "load", *self.versions]
+        columns = [
+            "model",
+            "recipe",
+            "device",
+            "batch",
+            "new_tokens",
+            *(f"{part}_{kind}" for part in PARTS for kind in ("ms", "p20", "p80", "speedup")),
+            "rounds",
+            "peak_bytes",
+            "compile_seconds",
+            "flop_ratio",
+            "ttft_ceiling",
+            "error",
+            "load",
+            *self.versions,
+        ]
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
             for row in self.rows:
                 line: dict[str, Any] = {
-                    "model": self.model, "recipe": row.name, "device": self.device, "batch": self.batch,
-                    "new_tokens": self.new_tokens, "peak_bytes": row.peak_bytes, "error": row.error, "load": self.load,
-                    "compile_seconds": _digits(row.compile_seconds), "flop_ratio": _digits(row.flop_ratio),
-                    "ttft_ceiling": _digits(row.ceiling), "rounds": row.ttft.count if row.ttft else 0, **self.versions}
+                    "model": self.model,
+                    "recipe": row.name,
+                    "device": self.device,
+                    "batch": self.batch,
+                    "new_tokens": self.new_tokens,
+                    "peak_bytes": row.peak_bytes,
+                    "error": row.error,
+                    "load": self.load,
+                    "compile_seconds": _digits(row.compile_seconds),
+                    "flop_ratio": _digits(row.flop_ratio),
+                    "ttft_ceiling": _digits(row.ceiling),
+                    "rounds": row.ttft.count if row.ttft else 0,
+                    **self.versions,
+                }
                 for part in PARTS:
                     timing: Timing | None = getattr(row, part)
                     if timing is not None:
-                        line |= {f"{part}_ms": _digits(timing.median), f"{part}_p20": _digits(timing.p20),
-                                 f"{part}_p80": _digits(timing.p80), f"{part}_speedup": _digits(row.speedup.get(part))}
+                        line |= {
+                            f"{part}_ms": _digits(timing.median),
+                            f"{part}_p20": _digits(timing.p20),
+                            f"{part}_p80": _digits(timing.p80),
+                            f"{part}_speedup": _digits(row.speedup.get(part)),
+                        }
                 writer.writerow({key: "" if value is None else value for key, value in line.items()})
 
     def plot(self, path: str | os.PathLike[str]) -> None:
@@ -149,10 +179,14 @@ class BenchResult:
         base = next((row for row in measured if row.name == self.baseline), None)
         for ax, part in zip(axes, parts, strict=True):
             shown = [(i, row, getattr(row, part)) for i, row in enumerate(measured) if getattr(row, part) is not None]
-            ax.barh([i for i, _, _ in shown], [t.median for _, _, t in shown], height=0.65,
-                    xerr=[[t.median - t.p20 for _, _, t in shown], [t.p80 - t.median for _, _, t in shown]],
-                    color=["#9aa5b1" if row.name in (EAGER, COMPILED) else "#2f6fb0" for _, row, _ in shown],
-                    error_kw={"elinewidth": 1, "capsize": 2})
+            ax.barh(
+                [i for i, _, _ in shown],
+                [t.median for _, _, t in shown],
+                height=0.65,
+                xerr=[[t.median - t.p20 for _, _, t in shown], [t.p80 - t.median for _, _, t in shown]],
+                color=["#9aa5b1" if row.name in (EAGER, COMPILED) else "#2f6fb0" for _, row, _ in shown],
+                error_kw={"elinewidth": 1, "capsize": 2},
+            )
             for i, row, timing in shown:
                 text = f" {_ms(timing.median)}"
                 if part in row.speedup and row.name != self.baseline:
@@ -168,8 +202,13 @@ class BenchResult:
                 ax.spines[side].set_visible(False)
         axes[0].set_yticks(range(len(measured)), [row.name for row in measured])
         axes[0].invert_yaxis()
-        figure.suptitle(f"{self.model}, batch {self.batch}, {self.device} "
-                        "(median, whiskers p20 to p80; orange: the ceiling by FLOPs)", fontsize=9, x=0.01, ha="left")
+        figure.suptitle(
+            f"{self.model}, batch {self.batch}, {self.device} "
+            "(median, whiskers p20 to p80; orange: the ceiling by FLOPs)",
+            fontsize=9,
+            x=0.01,
+            ha="left",
+        )
         figure.savefig(path, dpi=120)
 
     def title(self, part: str) -> str:
@@ -189,8 +228,14 @@ class BenchResult:
 
     def table(self) -> Table:
         """For a terminal."""
-        table = Table(box=None, pad_edge=False, header_style="", title=f"{self.model}, batch {self.batch}, "
-                      f"{self.device}", title_justify="left", title_style="")
+        table = Table(
+            box=None,
+            pad_edge=False,
+            header_style="",
+            title=f"{self.model}, batch {self.batch}, {self.device}",
+            title_justify="left",
+            title_style="",
+        )
         table.add_column("")
         parts = [part for part in PARTS if any(getattr(row, part) is not None for row in self.rows)]
         for part in parts:
@@ -202,11 +247,15 @@ class BenchResult:
             cells = []
             for part in parts:
                 timing = getattr(row, part)
-                cells += ["" if timing is None else str(timing),
-                          f"{row.speedup[part]:.2f}" if part in row.speedup else ""]
-            cells += ["" if row.peak_bytes is None else _size(row.peak_bytes),
-                      "" if row.compile_seconds is None else f"{row.compile_seconds:.1f} s",
-                      *("" if value is None else f"{value:.2f}" for value in (row.flop_ratio, row.ceiling))]
+                cells += [
+                    "" if timing is None else str(timing),
+                    f"{row.speedup[part]:.2f}" if part in row.speedup else "",
+                ]
+            cells += [
+                "" if row.peak_bytes is None else _size(row.peak_bytes),
+                "" if row.compile_seconds is None else f"{row.compile_seconds:.1f} s",
+                *("" if value is None else f"{value:.2f}" for value in (row.flop_ratio, row.ceiling)),
+            ]
             table.add_row(row.name, *cells)
         return table
 
@@ -215,10 +264,12 @@ class BenchResult:
         rounds = max((row.ttft.count for row in self.rows if row.ttft), default=0)
         names = ", ".join(f"{key} {self.versions[key]}" for key in ("torch", "transformers", "tokcompile"))
         part = "prefill" if self.new_tokens else "forward"
-        return (f"Median (p20 to p80) of {rounds} interleaved rounds; x: speed-up over {self.baseline}; memory: peak "
-                f"beyond weights and inputs;\nFLOPs: before / after, the ceiling of the {part}; ceiling: of the first "
-                f"column, by Amdahl.\n{self.versions['cpu']}, {self.versions['threads']} threads; {names}; load before "
-                f"the run {self.load}")
+        return (
+            f"Median (p20 to p80) of {rounds} interleaved rounds; x: speed-up over {self.baseline}; memory: peak "
+            f"beyond weights and inputs;\nFLOPs: before / after, the ceiling of the {part}; ceiling: of the first "
+            f"column, by Amdahl.\n{self.versions['cpu']}, {self.versions['threads']} threads; {names}; load before "
+            f"the run {self.load}"
+        )
 
 
 def amdahl(total: float, part: float, ratio: float) -> float:

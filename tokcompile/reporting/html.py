@@ -52,8 +52,12 @@ summary{cursor:pointer;color:var(--dim)}@media (max-width:700px){.layer{grid-tem
 """
 
 _WORDS = {
-    "matched": "changed", "structure_miss": "no such region", "condition_failed": "a region that cannot be rewritten",
-    "rewrite_failed": "the rewrite failed", "not_captured": "there was no graph", "unprofitable": "would not pay",
+    "matched": "changed",
+    "structure_miss": "no such region",
+    "condition_failed": "a region that cannot be rewritten",
+    "rewrite_failed": "the rewrite failed",
+    "not_captured": "there was no graph",
+    "unprofitable": "would not pay",
 }
 
 
@@ -63,8 +67,11 @@ class Raw(str):
 
 def tag(name: str, /, *children: Any, **attributes: Any) -> Raw:
     """An element; text in it is escaped. ``class_`` is ``class``; attributes that are None are left out."""
-    given = "".join(f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value), quote=True)}"'
-                    for key, value in attributes.items() if value is not None)
+    given = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value), quote=True)}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
     if name in ("img", "meta"):
         return Raw(f"<{name}{given}>")
     return Raw(f"<{name}{given}>{_join(children)}</{name}>")
@@ -93,13 +100,30 @@ def page(report: Report, *, bench: BenchResult | None = None, pictures: Mapping[
     body = [
         tag("h1", report.model or "model"),
         tag("p", f"tokcompile {__version__}" + (f", recipe {report.recipe}" if report.recipe else ""), class_="dim"),
-        _steps(report), _times(bench), _pictures(pictures or {}), _layers(report), _regions(report), _misses(report),
-        _stages(report)]
-    return "<!DOCTYPE html>\n" + tag(
-        "html", tag("head", tag("meta", charset="utf-8"),
-                    tag("meta", name="viewport", content="width=device-width,initial-scale=1"),
-                    tag("title", title), tag("style", Raw(_STYLE))),
-        tag("body", tag("main", *body)), lang="en") + "\n"
+        _steps(report),
+        _times(bench),
+        _pictures(pictures or {}),
+        _layers(report),
+        _regions(report),
+        _misses(report),
+        _stages(report),
+    ]
+    return (
+        "<!DOCTYPE html>\n"
+        + tag(
+            "html",
+            tag(
+                "head",
+                tag("meta", charset="utf-8"),
+                tag("meta", name="viewport", content="width=device-width,initial-scale=1"),
+                tag("title", title),
+                tag("style", Raw(_STYLE)),
+            ),
+            tag("body", tag("main", *body)),
+            lang="en",
+        )
+        + "\n"
+    )
 
 
 def write(report: Report, path: str | os.PathLike[str], **given: Any) -> None:
@@ -114,8 +138,16 @@ def _steps(report: Report) -> Raw | None:
     if not report.steps:
         return None
     cards = [tag("div", *_step(number, step), class_="card") for number, step in enumerate(report.steps, 1)]
-    unmet = tag("div", tag("strong", "The recipe and the model do not fit"), tag("ul", *(
-        tag("li", problem) for problem in report.problems)), class_="card unmet") if report.problems else None
+    unmet = (
+        tag(
+            "div",
+            tag("strong", "The recipe and the model do not fit"),
+            tag("ul", *(tag("li", problem) for problem in report.problems)),
+            class_="card unmet",
+        )
+        if report.problems
+        else None
+    )
     return tag("section", tag("h2", "What each step did"), unmet, *cards)
 
 
@@ -130,8 +162,10 @@ def _step(number: int, step: StepReport) -> list[Any]:
     facts += [f"{key.replace('_', ' ')} {value}" for key, value in rest.items()]
     parts: list[Any] = [
         tag("strong", f"{number}. {step.pass_name} "),
-        tag("span", step.status, class_=f"badge {step.status}"), tag("span", f" {_WORDS[step.status]}", class_="dim"),
-        tag("ul", *(tag("li", fact) for fact in facts), class_="facts")]
+        tag("span", step.status, class_=f"badge {step.status}"),
+        tag("span", f" {_WORDS[step.status]}", class_="dim"),
+        tag("ul", *(tag("li", fact) for fact in facts), class_="facts"),
+    ]
     if step.regions:
         parts.append(tag("div", ", ".join(path_globs(step.regions)), class_="mono dim"))
     if step.reason:
@@ -160,10 +194,22 @@ def _times(bench: BenchResult | None) -> Raw | None:
         blocks += [_bar(row, part, base, longest) for row in shown]
     memory = ", ".join(f"{row.name} {row.peak_bytes / 2**20:.1f} MiB" for row in bench.rows if row.peak_bytes)
     return tag(
-        "section", tag("h2", "Measured, and the ceiling"),
-        tag("div", *blocks, tag("p", f"Peak memory beyond weights and inputs: {memory}.") if memory else None,
-            tag("p", "Orange: the least time that the FLOPs allow (Amdahl: only the part that the recipe changes gets "
-                     "faster). ", bench.note(), class_="dim"), class_="card"))
+        "section",
+        tag("h2", "Measured, and the ceiling"),
+        tag(
+            "div",
+            *blocks,
+            tag("p", f"Peak memory beyond weights and inputs: {memory}.") if memory else None,
+            tag(
+                "p",
+                "Orange: the least time that the FLOPs allow (Amdahl: only the part that the recipe changes gets "
+                "faster). ",
+                bench.note(),
+                class_="dim",
+            ),
+            class_="card",
+        ),
+    )
 
 
 def _bar(row: BenchRow, part: str, base: BenchRow, longest: float) -> Raw:
@@ -176,11 +222,22 @@ def _bar(row: BenchRow, part: str, base: BenchRow, longest: float) -> Raw:
         text += f", {row.speedup[part]:.2f}×"
     if bound and getattr(base, part) is not None:
         predicted = getattr(base, part).median / bound
-        inside.append(tag("span", class_="tick", style=f"left:{min(100, 100 * predicted / longest):.2f}%",
-                          title=f"predicted by FLOPs: {predicted:.1f} ms"))
+        inside.append(
+            tag(
+                "span",
+                class_="tick",
+                style=f"left:{min(100, 100 * predicted / longest):.2f}%",
+                title=f"predicted by FLOPs: {predicted:.1f} ms",
+            )
+        )
         text += f"; at most {bound:.2f}× ({predicted:.1f} ms)"
-    return tag("div", tag("span", row.name), tag("div", *inside, class_="track plain"), tag("span", text, class_="dim"),
-               class_="bar")
+    return tag(
+        "div",
+        tag("span", row.name),
+        tag("div", *inside, class_="track plain"),
+        tag("span", text, class_="dim"),
+        class_="bar",
+    )
 
 
 def _layers(report: Report) -> Raw | None:
@@ -194,11 +251,26 @@ def _layers(report: Report) -> Raw | None:
     for (stage, kind, path), layers in groups.items():
         most = max((max(layer["tokens_before"], layer["tokens_after"]) for layer in layers), default=1) or 1
         rows = [_layer(layer, most, changed) for layer in layers]
-        blocks.append(tag("div", tag("h3", f"{stage}: {kind.replace('_', ' ')} "),
-                          tag("p", path or "(model)", class_="mono dim"), *rows, class_="card"))
-    return tag("section", tag("h2", "Layer by layer"),
-               tag("p", "Bar: tokens that the layer computes, of those that it would without the recipe. Blue frame: "
-                        "changed by a step.", class_="dim"), *blocks)
+        blocks.append(
+            tag(
+                "div",
+                tag("h3", f"{stage}: {kind.replace('_', ' ')} "),
+                tag("p", path or "(model)", class_="mono dim"),
+                *rows,
+                class_="card",
+            )
+        )
+    return tag(
+        "section",
+        tag("h2", "Layer by layer"),
+        tag(
+            "p",
+            "Bar: tokens that the layer computes, of those that it would without the recipe. Blue frame: "
+            "changed by a step.",
+            class_="dim",
+        ),
+        *blocks,
+    )
 
 
 def _layer(layer: Mapping[str, Any], most: int, changed: set[str]) -> Raw:
@@ -206,17 +278,30 @@ def _layer(layer: Mapping[str, Any], most: int, changed: set[str]) -> Raw:
         path = layer.get(key)
         if path is None:
             return tag("span", f"no {label}", class_="box none")
-        return tag("span", layer.get(f"{key}_kind", label).replace("_", " "), title=path,
-                   class_="box changed" if path in changed else "box")
+        return tag(
+            "span",
+            layer.get(f"{key}_kind", label).replace("_", " "),
+            title=path,
+            class_="box changed" if path in changed else "box",
+        )
 
     before, after = layer["tokens_before"], layer["tokens_after"]
     text = f"{after} of {before}" if after != before else f"{before}"
     return tag(
-        "div", tag("span", layer["index"], class_="dim num"), box("attention", "attention"),
+        "div",
+        tag("span", layer["index"], class_="dim num"),
+        box("attention", "attention"),
         box("feed_forward", "feed-forward"),
-        tag("div", tag("span", class_="fill", style=f"width:{100 * after / most:.2f}%"), class_="track",
-            style=f"width:{100 * before / most:.2f}%" if before != most else None),
-        tag("span", text, class_="num tokens"), class_="layer", title=layer["path"])
+        tag(
+            "div",
+            tag("span", class_="fill", style=f"width:{100 * after / most:.2f}%"),
+            class_="track",
+            style=f"width:{100 * before / most:.2f}%" if before != most else None,
+        ),
+        tag("span", text, class_="num tokens"),
+        class_="layer",
+        title=layer["path"],
+    )
 
 
 def _regions(report: Report) -> Raw:
@@ -226,41 +311,75 @@ def _regions(report: Report) -> Raw:
     for region in report.regions:
         variant = ", ".join(f"{key} {value}" for key, value in region.get("variant", {}).items())
         shapes = ", ".join(f"{key}={value}" for key, value in region.get("shapes", {}).items())
-        rows.append(tag("tr", tag("td", region.get("stage", "")), tag("td", region["kind"]),
-                        tag("td", region["path"] or "(model)", class_="mono"), tag("td", variant),
-                        tag("td", shapes, class_="mono"), tag("td", region.get("source", ""), class_="mono")))
+        rows.append(
+            tag(
+                "tr",
+                tag("td", region.get("stage", "")),
+                tag("td", region["kind"]),
+                tag("td", region["path"] or "(model)", class_="mono"),
+                tag("td", variant),
+                tag("td", shapes, class_="mono"),
+                tag("td", region.get("source", ""), class_="mono"),
+            )
+        )
     head = tag("tr", *(tag("th", name) for name in ("stage", "kind", "where", "form", "sizes", "source")))
-    return tag("section", tag("h2", "Regions"), tag("div", tag("details", tag(
-        "summary", f"{len(report.regions)} regions"), tag("table", head, *rows)), class_="card"))
+    return tag(
+        "section",
+        tag("h2", "Regions"),
+        tag(
+            "div",
+            tag("details", tag("summary", f"{len(report.regions)} regions"), tag("table", head, *rows)),
+            class_="card",
+        ),
+    )
 
 
 def _misses(report: Report) -> Raw | None:
     if not report.near_misses:
         return None
     items = [tag("li", _miss(miss)) for miss in sorted(report.near_misses, key=lambda miss: -miss["score"])]
-    return tag("section", tag("h2", "Nearly a region"), tag("div", tag("details", tag(
-        "summary", f"{len(items)} near misses, the nearest first"), tag("ul", *items)), class_="card"))
+    return tag(
+        "section",
+        tag("h2", "Nearly a region"),
+        tag(
+            "div",
+            tag("details", tag("summary", f"{len(items)} near misses, the nearest first"), tag("ul", *items)),
+            class_="card",
+        ),
+    )
 
 
 def _stages(report: Report) -> Raw | None:
     if not report.stages:
         return None
-    rows = [tag("tr", tag("td", stage.name), tag("td", "yes" if stage.captured else "no"),
-                tag("td", stage.nodes if stage.captured else "", class_="num"),
-                tag("td", f"{stage.seconds:.2f}" if stage.captured else "", class_="num"),
-                tag("td", stage.compiled if stage.captured else stage.reason))
-            for stage in report.stages]
-    head = tag("tr", *(tag("th", name, class_="num" if name in ("nodes", "seconds") else None)
-                       for name in ("stage", "captured", "nodes", "seconds", "compiled, or why not")))
+    rows = [
+        tag(
+            "tr",
+            tag("td", stage.name),
+            tag("td", "yes" if stage.captured else "no"),
+            tag("td", stage.nodes if stage.captured else "", class_="num"),
+            tag("td", f"{stage.seconds:.2f}" if stage.captured else "", class_="num"),
+            tag("td", stage.compiled if stage.captured else stage.reason),
+        )
+        for stage in report.stages
+    ]
+    head = tag(
+        "tr",
+        *(
+            tag("th", name, class_="num" if name in ("nodes", "seconds") else None)
+            for name in ("stage", "captured", "nodes", "seconds", "compiled, or why not")
+        ),
+    )
     return tag("section", tag("h2", "Graphs"), tag("div", tag("table", head, *rows), class_="card"))
 
 
 def _pictures(pictures: Mapping[str, Any]) -> Raw | None:
     if not pictures:
         return None
-    figures = [tag("figure", tag("img", src=_data(caption, picture), alt=caption), tag("figcaption", caption,
-                                                                                      class_="dim"))
-               for caption, picture in pictures.items()]
+    figures = [
+        tag("figure", tag("img", src=_data(caption, picture), alt=caption), tag("figcaption", caption, class_="dim"))
+        for caption, picture in pictures.items()
+    ]
     return tag("section", tag("h2", "Kept patches"), *figures)
 
 
@@ -275,8 +394,9 @@ def _data(caption: str, picture: Any) -> str:
         picture.save(stream, "PNG")
         data = stream.getvalue()
     else:
-        raise TokcompileError(f"picture {caption!r}: should be a path, bytes or a PIL image, found "
-                              f"{type(picture).__name__}")
+        raise TokcompileError(
+            f"picture {caption!r}: should be a path, bytes or a PIL image, found {type(picture).__name__}"
+        )
     kinds: Sequence[tuple[bytes, str]] = ((b"\x89PNG", "png"), (b"\xff\xd8\xff", "jpeg"))
     kind = next((name for magic, name in kinds if data.startswith(magic)), None)
     if kind is None:

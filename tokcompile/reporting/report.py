@@ -96,6 +96,8 @@ class Report:
             feed_forward (module paths, or None), feed_forward_kind, tokens_before, tokens_after.
         recipe: name of the recipe, where it has one.
         problems: what the recipe expects and the model does not give, a line each.
+        plans: one dict for the first graph of each stage, made before it was rewritten: stage, steps (step, pass,
+            regions, reason, prepared), cuts (stack, layer, tokens) and predicted_flop_ratio.
     """
 
     model: str = ""
@@ -106,6 +108,7 @@ class Report:
     layers: list[dict[str, Any]] = field(default_factory=list)
     recipe: str = ""
     problems: list[str] = field(default_factory=list)
+    plans: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def from_regions(cls, regions: Regions, model: str = "") -> Report:
@@ -140,8 +143,13 @@ class Report:
         assert isinstance(plain, dict)
         return plain
 
-    def to_html(self, path: str | os.PathLike[str], *, bench: BenchResult | None = None,
-                pictures: Mapping[str, Any] | None = None) -> None:
+    def to_html(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        bench: BenchResult | None = None,
+        pictures: Mapping[str, Any] | None = None,
+    ) -> None:
         """Write the report as one page that needs nothing else.
 
         Args:
@@ -205,6 +213,7 @@ def _fields(report: Report) -> dict[str, Any]:
         "layers": report.layers,
         "recipe": report.recipe,
         "problems": report.problems,
+        "plans": report.plans,
     }
 
 

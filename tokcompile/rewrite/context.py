@@ -86,9 +86,12 @@ class Context:
         """
         key = self.key(region)
         if self.prepared is None or not self.prepared.has(pass_name, key):
-            raise self.refuse(region.roles["output"], f"no prepared state of {pass_name} for {key or 'this region'}; "
-                                                      "pass calibration= to tokcompile.optimize, with inputs that run "
-                                                      "through it")
+            raise self.refuse(
+                region.roles["output"],
+                f"no prepared state of {pass_name} for {key or 'this region'}; "
+                "pass calibration= to tokcompile.optimize, with inputs that run "
+                "through it",
+            )
         nodes = {}
         for name, tensor in self.prepared.tensors(pass_name, key).items():
             with self.captured.graph.inserting_after(self.captured.placeholders[-1]):
@@ -98,9 +101,14 @@ class Context:
             nodes[name] = node
         return nodes, self.prepared.facts[pass_name, key]
 
-    def remember(self, region: Region, past: fx.Node, grown: fx.Node | None,
-                 fresh: Callable[[torch.Tensor], list[torch.Tensor]],
-                 *forms: tuple[Sequence[Any], torch.dtype]) -> Memory:
+    def remember(
+        self,
+        region: Region,
+        past: fx.Node,
+        grown: fx.Node | None,
+        fresh: Callable[[torch.Tensor], list[torch.Tensor]],
+        *forms: tuple[Sequence[Any], torch.dtype],
+    ) -> Memory:
         """A memory of ``region``; the caller sets its ``outputs`` and ``reused``.
 
         Args:
@@ -161,8 +169,10 @@ class Context:
         The last position is what the next token is read from, so it is never up for removal.
         """
         return self.emit_once(  # type: ignore[no-any-return]
-            "visual mask", lambda m: m & (torch.arange(m.shape[1], device=m.device) < m.shape[1] - 1),
-            self.feature_mask(region))
+            "visual mask",
+            lambda m: m & (torch.arange(m.shape[1], device=m.device) < m.shape[1] - 1),
+            self.feature_mask(region),
+        )
 
     def feature_mask(self, region: Region) -> fx.Node:
         """bool ``[B, S]``: the positions that a merge point fills with image features."""
@@ -218,8 +228,20 @@ class Context:
         self.inputs[node] = size
         return node, ragged
 
-    def cut(self, node: fx.Node, keep: fx.Node, size: Any, *, stack: str, layer: Layer | None, index: int,
-            ragged: bool = False, prefix: int = 0, suffix: int = 0, value: fx.Node | None = None) -> fx.Node:
+    def cut(
+        self,
+        node: fx.Node,
+        keep: fx.Node,
+        size: Any,
+        *,
+        stack: str,
+        layer: Layer | None,
+        index: int,
+        ragged: bool = False,
+        prefix: int = 0,
+        suffix: int = 0,
+        value: fx.Node | None = None,
+    ) -> fx.Node:
         """Keep the tokens of ``node [B, S, D]`` where ``keep [B, S]`` is true, in ``size`` slots for each row.
 
         Args:
@@ -234,14 +256,28 @@ class Context:
 
         at = self.after(node, keep, *(n for n in (size, value) if isinstance(n, fx.Node)))
         kept = self.emit(keep_index, keep, size, before=at)
-        narrowed = None if value is None else self.emit(
-            lambda v, i: v.gather(1, i.clamp(min=0).unsqueeze(-1).expand(-1, -1, v.shape[2])), value, kept, before=at)
-        narrow(self.captured, [
-            Cut(node, kept, size, ragged=ragged, prefix=prefix, suffix=suffix, narrowed=narrowed)])
+        narrowed = (
+            None
+            if value is None
+            else self.emit(
+                lambda v, i: v.gather(1, i.clamp(min=0).unsqueeze(-1).expand(-1, -1, v.shape[2])),
+                value,
+                kept,
+                before=at,
+            )
+        )
+        narrow(self.captured, [Cut(node, kept, size, ragged=ragged, prefix=prefix, suffix=suffix, narrowed=narrowed)])
         before = self._positions.get(stack)
-        total = kept if before is None else self.emit(
-            lambda p, i: torch.where(i >= 0, p.gather(1, i.clamp(min=0)), -1), before, kept,
-            before=self.after(before, kept))
+        total = (
+            kept
+            if before is None
+            else self.emit(
+                lambda p, i: torch.where(i >= 0, p.gather(1, i.clamp(min=0)), -1),
+                before,
+                kept,
+                before=self.after(before, kept),
+            )
+        )
         self._positions[stack] = total
         self.indices += [kept, total]
         self.kept.append(Kept(self.step, layer.path if layer else module_path(node), index, total))
@@ -252,8 +288,9 @@ class Context:
         positions = self._positions.get(stack)
         if positions is None:
             return values
-        return self.emit(lambda v, p: torch.where(p >= 0, v.gather(1, p.clamp(min=0)), fill), values, positions,
-                         before=before)
+        return self.emit(
+            lambda v, p: torch.where(p >= 0, v.gather(1, p.clamp(min=0)), fill), values, positions, before=before
+        )
 
     def check(self, node: fx.Node, **kwargs: Any) -> Flow:
         """What the token axis of ``node`` reaches; raises :class:`NarrowError` if tokens cannot be removed there.
@@ -263,8 +300,11 @@ class Context:
         flow = check(self.captured, node, **kwargs)
         leaving = [r for r in self.captured.graph.output_node().all_input_nodes if r in flow.labels]
         if not self.whole and leaving:
-            raise self.refuse(leaving[0], "the model breaks into several graphs here, and a value that carries tokens "
-                                          "leaves this one; compile with fullgraph=True, or use tokcompile.optimize")
+            raise self.refuse(
+                leaving[0],
+                "the model breaks into several graphs here, and a value that carries tokens "
+                "leaves this one; compile with fullgraph=True, or use tokcompile.optimize",
+            )
         if not self.captured.graph.find_nodes(op="call_function", target=HELD):
             attentions = self.regions.of("attention")
             # a cross attention reads its cache whole, wherever its tokens came from
@@ -272,10 +312,16 @@ class Context:
             keys = {r.roles["key"] for r in attentions}
             keys |= ancestors(keys)
             for result in leaving:
-                if result in keys - crossed and result.meta["val"].dim() == 4 and any(
-                        is_token(dim) for dim in flow.labels[result]):
-                    raise self.refuse(result, "keys of an attention layer leave the graph as a cache that cannot say "
-                                              "which tokens it holds; use tokcompile.optimize, or pass use_cache=False")
+                if (
+                    result in keys - crossed
+                    and result.meta["val"].dim() == 4
+                    and any(is_token(dim) for dim in flow.labels[result])
+                ):
+                    raise self.refuse(
+                        result,
+                        "keys of an attention layer leave the graph as a cache that cannot say "
+                        "which tokens it holds; use tokcompile.optimize, or pass use_cache=False",
+                    )
         return flow
 
     def check_rows(self, encoder: Region, features: fx.Node) -> None:
@@ -285,17 +331,24 @@ class Context:
         dims = flow.labels.get(features)
         axes = [f.axis for d in dims[:-1] for f in d if f.axis is not None and f.axis.kind == "token"] if dims else []
         parts = [p for axis in axes for p in (axis.parts or (axis,))]
-        fits = bool(parts) and all(getattr(p, "kind", "") == "token" and p.start == prefix and (
-            prefix == 0 or p.base is not None) for p in parts)
+        fits = bool(parts) and all(
+            getattr(p, "kind", "") == "token" and p.start == prefix and (prefix == 0 or p.base is not None)
+            for p in parts
+        )
         if not fits:
-            raise self.refuse(features, "the image features are not one for each patch of the encoder, so scores of "
-                                        "patches do not fit them")
+            raise self.refuse(
+                features,
+                "the image features are not one for each patch of the encoder, so scores of patches do not fit them",
+            )
 
     def stack_below(self, node: fx.Node) -> Region | None:
         """The stack of layers whose residual stream starts at ``node``, or as near below it as any does."""
         order = {n: i for i, n in enumerate(self.captured.graph.nodes)}
-        stacks = [s for s in self.regions.of("decoder_stack") if s.layers and (
-            s.layers[0].input is node or node in ancestors([s.layers[0].input]))]
+        stacks = [
+            s
+            for s in self.regions.of("decoder_stack")
+            if s.layers and (s.layers[0].input is node or node in ancestors([s.layers[0].input]))
+        ]
         return min(stacks, key=lambda s: order[s.layers[0].input], default=None)
 
     def refuse(self, node: fx.Node, reason: str) -> NarrowError:

@@ -21,14 +21,17 @@ def check_ragged(flow: Flow, ragged: set[Axis]) -> None:
     """Refuse what would let the empty slots of the ``ragged`` axes (and of axes made from them) count."""
 
     def padded(axis: Axis | None) -> bool:
-        return axis is not None and (axis in ragged or padded(axis.base) or any(
-            padded(p) for p in axis.parts if isinstance(p, Axis)))
+        return axis is not None and (
+            axis in ragged or padded(axis.base) or any(padded(p) for p in axis.parts if isinstance(p, Axis))
+        )
 
     def refuse(node: fx.Node, reason: str) -> NarrowError:
         return NarrowError(reason, node=node.name, path=module_path(node), source=source_line(node))
 
-    counts = ("over the tokens, and rows of this batch keep different numbers of them; run rows with equal numbers of "
-              "visual tokens in one batch")
+    counts = (
+        "over the tokens, and rows of this batch keep different numbers of them; run rows with equal numbers of "
+        "visual tokens in one batch"
+    )
     for node in flow.reductions:
         dims = flow.labels[node.args[0]]  # type: ignore[index]
         if any(padded(f.axis) for d in dims for f in d):
@@ -43,14 +46,40 @@ def check_ragged(flow: Flow, ragged: set[Axis]) -> None:
         if len(key) > 1:
             raise refuse(node, "attention over a flattened token axis cannot mask empty slots")
         if node.target is not aten.scaled_dot_product_attention.default and not any(
-                d[0].axis is flow.batch and len(d) == 1 for d in flow.labels[node]):
+            d[0].axis is flow.batch and len(d) == 1 for d in flow.labels[node]
+        ):
             raise refuse(node, "attention with batch and heads flattened together cannot mask empty slots")
 
 
 #: Ops whose result is zero where their first operand is, and that keep the token axes in their order.
-KEEPS_ZEROS = {"to", "_to_copy", "type_as", "dropout", "native_dropout", "clone", "contiguous", "alias", "detach",
-               "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "slice",
-               "select", "div", "neg", "nan_to_num", "split", "chunk", "split_with_sizes", "repeat_interleave"}
+KEEPS_ZEROS = {
+    "to",
+    "_to_copy",
+    "type_as",
+    "dropout",
+    "native_dropout",
+    "clone",
+    "contiguous",
+    "alias",
+    "detach",
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "expand",
+    "slice",
+    "select",
+    "div",
+    "neg",
+    "nan_to_num",
+    "split",
+    "chunk",
+    "split_with_sizes",
+    "repeat_interleave",
+}
 
 
 def _vanishes(flow: Flow, node: fx.Node, dim: int) -> bool:
@@ -65,8 +94,11 @@ def _vanishes(flow: Flow, node: fx.Node, dim: int) -> bool:
         return _vanishes(flow, node.args[0], flow.orders[node][dim])  # type: ignore[arg-type]
     name = op_name(node)
     if name == "mul":
-        return any(_vanishes(flow, arg, dim - len(dims) + len(shape_of(arg))) for arg in node.all_input_nodes
-                   if arg in flow.labels and dim - len(dims) + len(shape_of(arg)) >= 0)
+        return any(
+            _vanishes(flow, arg, dim - len(dims) + len(shape_of(arg)))
+            for arg in node.all_input_nodes
+            if arg in flow.labels and dim - len(dims) + len(shape_of(arg)) >= 0
+        )
     if name in KEEPS_ZEROS or node.target is operator.getitem or (name == "masked_fill" and node.args[2] == 0):
         source = node.args[0]
         if isinstance(dims, list):  # the pieces of a split

@@ -122,5 +122,3 @@ class Flow:
     full_slices: dict[fx.Node, int] = field(default_factory=dict)
     slices: dict[fx.Node, tuple[tuple[Any, ...], tuple[Any, ...], bool]] = field(default_factory=dict)
     batch: Axis | None = None
-
-

@@ -81,8 +81,16 @@ def narrow(captured: Captured, cuts: Sequence[Cut]) -> Flow:
     return flow
 
 
-def check(captured: Captured, node: fx.Node, *, prefix: int = 0, suffix: int = 0, ragged: bool = False,
-          token_dim: int = 1, batch_dim: int = 0) -> Flow:
+def check(
+    captured: Captured,
+    node: fx.Node,
+    *,
+    prefix: int = 0,
+    suffix: int = 0,
+    ragged: bool = False,
+    token_dim: int = 1,
+    batch_dim: int = 0,
+) -> Flow:
     """Whether the token axis of ``node`` can be narrowed; raises :class:`NarrowError` and changes nothing."""
     shape = shape_of(node)
     batch = Axis("batch", shape[batch_dim], kind="batch")
@@ -124,8 +132,9 @@ class _Narrower:
             axis = self.axes.get(cut.index)
             if axis is None:
                 # padding goes in front, so the first tokens of a ragged axis are not in its first slots
-                axis = self.axes[cut.index] = Axis("tokens", shape[cut.token_dim], suffix=cut.suffix,
-                                                   prefix=0 if cut.ragged else cut.prefix)
+                axis = self.axes[cut.index] = Axis(
+                    "tokens", shape[cut.token_dim], suffix=cut.suffix, prefix=0 if cut.ragged else cut.prefix
+                )
                 self.roots[axis] = cut
             start[cut.node] = _labels(shape, cut.token_dim, axis, cut.batch_dim, self.batch)
         follower = Follower(self.graph, self.batch)
@@ -140,8 +149,10 @@ class _Narrower:
         replaced: dict[fx.Node, fx.Node] = {}
         order = list(self.graph.nodes)
         position = {n: i for i, n in enumerate(order)}
-        places = {cut: _after(order, [cut.node, cut.index, *([cut.size] if isinstance(cut.size, fx.Node) else [])])
-                  for cut in self.cuts}
+        places = {
+            cut: _after(order, [cut.node, cut.index, *([cut.size] if isinstance(cut.size, fx.Node) else [])])
+            for cut in self.cuts
+        }
         for cut in sorted(self.cuts, key=lambda c: position[places[c]]):
             at = places[cut]
             if cut.narrowed is None:
@@ -189,8 +200,10 @@ class _Narrower:
             return [v if d is None else self._resized(v, d) for v, d in zip(value, dims, strict=True)]
         if not isinstance(value, torch.Tensor) or not any(is_token(d) for d in dims):
             return value
-        shape = [math.prod(self._new_size(f) for f in d) if is_token(d) else s for d, s in zip(
-            dims, value.shape, strict=True)]
+        shape = [
+            math.prod(self._new_size(f) for f in d) if is_token(d) else s
+            for d, s in zip(dims, value.shape, strict=True)
+        ]
         return torch.empty(shape, dtype=value.dtype, device=value.device)
 
     def _new_size(self, factor: Factor) -> Any:
@@ -254,8 +267,12 @@ class _Narrower:
                 cut = self.roots[axis]
                 node = inline(self.captured, lambda i: i.clamp(min=0), [cut.index], before) if cut.ragged else cut.index
             elif axis.base is not None:
-                node = inline(self.captured, lambda i, start=axis.start: i[:, start:] - start,
-                              [self.index(axis.base, before)], before)
+                node = inline(
+                    self.captured,
+                    lambda i, start=axis.start: i[:, start:] - start,
+                    [self.index(axis.base, before)],
+                    before,
+                )
             else:
                 node = self._concat(axis, before, self._positions)
             self._index[axis] = node
@@ -270,8 +287,11 @@ class _Narrower:
                 node = inline(self.captured, lambda i: i >= 0, [cut.index], before) if cut.ragged else None
             elif axis.base is not None:
                 base = self.alive(axis.base, before)
-                node = None if base is None else inline(
-                    self.captured, lambda a, start=axis.start: a[:, start:], [base], before)
+                node = (
+                    None
+                    if base is None
+                    else inline(self.captured, lambda a, start=axis.start: a[:, start:], [base], before)
+                )
             elif any(self.alive(p, before) is not None for p in axis.parts if isinstance(p, Axis)):
                 node = self._concat(axis, before, self._filled)
             self._alive[axis] = node
@@ -280,16 +300,27 @@ class _Narrower:
     def _positions(self, part: Any, offset: Any, index: fx.Node, before: fx.Node) -> fx.Node:
         if isinstance(part, Axis):
             return inline(self.captured, lambda i, o: i + o, [index, offset], before)
-        return inline(self.captured, lambda i, n, o: (torch.arange(n, device=i.device) + o)[None].expand(
-            i.shape[0], n), [index, self.number(part, before), offset], before)
+        return inline(
+            self.captured,
+            lambda i, n, o: (torch.arange(n, device=i.device) + o)[None].expand(i.shape[0], n),
+            [index, self.number(part, before), offset],
+            before,
+        )
 
     def _filled(self, part: Any, offset: Any, index: fx.Node, before: fx.Node) -> fx.Node:
         if isinstance(part, Axis):
             alive = self.alive(part, before)
-            return alive if alive is not None else inline(
-                self.captured, lambda i: torch.ones_like(i, dtype=torch.bool), [index], before)
-        return inline(self.captured, lambda i, n: torch.ones(i.shape[0], n, dtype=torch.bool, device=i.device),
-                      [index, self.number(part, before)], before)
+            return (
+                alive
+                if alive is not None
+                else inline(self.captured, lambda i: torch.ones_like(i, dtype=torch.bool), [index], before)
+            )
+        return inline(
+            self.captured,
+            lambda i, n: torch.ones(i.shape[0], n, dtype=torch.bool, device=i.device),
+            [index, self.number(part, before)],
+            before,
+        )
 
     def _concat(self, axis: Axis, before: fx.Node, make: Callable[..., fx.Node]) -> fx.Node:
         some = next(p for p in axis.parts if isinstance(p, Axis))
@@ -329,8 +360,11 @@ class _Narrower:
     def _dim_size(self, dim: Dim, before: fx.Node) -> Any:
         total: Any = 1
         for f in dim:
-            size = self.size(f.axis, before) if f.axis is not None and f.axis.kind == "token" else self.number(
-                f.size, before)
+            size = (
+                self.size(f.axis, before)
+                if f.axis is not None and f.axis.kind == "token"
+                else self.number(f.size, before)
+            )
             if isinstance(total, int) and isinstance(size, int):
                 total = total * size
             elif isinstance(total, int) and total == 1:
@@ -381,8 +415,12 @@ class _Narrower:
                 return total
             if type(e).__name__ in ("FloorDiv", "CleanDiv"):
                 return self._call(operator.floordiv, (build(e.args[0]), build(e.args[1])), before)
-            raise NarrowError(f"the size {e} is not in the graph", node=before.name, path=module_path(before),
-                              source=source_line(before))
+            raise NarrowError(
+                f"the size {e} is not in the graph",
+                node=before.name,
+                path=module_path(before),
+                source=source_line(before),
+            )
 
         return build(wanted)
 
@@ -397,8 +435,11 @@ class _Narrower:
     # .. values
 
     def _side(self, demand: Demand, before: fx.Node) -> fx.Node:
-        key = (demand.side, tuple((f.axis, None if f.axis else expr(f.size)) for d in demand.dims for f in d),
-               len(demand.dims))
+        key = (
+            demand.side,
+            tuple((f.axis, None if f.axis else expr(f.size)) for d in demand.dims for f in d),
+            len(demand.dims),
+        )
         if key not in self._sides:
             self._sides[key] = self._gather(demand.side, demand.dims, before)
         return self._sides[key]
@@ -410,8 +451,11 @@ class _Narrower:
         flat = [f for d in dims for f in d]
         composite = any(len(d) > 1 and is_tracked(d) for d in dims)
         split = [self.number(f.size, before) for f in flat] if composite else []
-        joined = [self._dim_size(d, before) if is_token(d) else self.number(size_of(d), before)
-                  for d in dims] if composite else []
+        joined = (
+            [self._dim_size(d, before) if is_token(d) else self.number(size_of(d), before) for d in dims]
+            if composite
+            else []
+        )
         shape = shape_of(value)
         shape = [1] * (len(dims) - len(shape)) + shape
         grow = [i for i, d in enumerate(dims) if composite and equal(shape[i], 1) and not equal(size_of(d), 1)]
@@ -427,7 +471,7 @@ class _Narrower:
             while x.dim() < len(dims):
                 x = x.unsqueeze(0)
             if composite:
-                sizes, full = sizes[: len(flat) + len(dims)], sizes[len(flat) + len(dims):]
+                sizes, full = sizes[: len(flat) + len(dims)], sizes[len(flat) + len(dims) :]
                 x = x.expand([full[grow.index(i)] if i in grow else -1 for i in range(len(dims))])
                 x = x.reshape(sizes[: len(flat)])
             for at, i in zip(places, index, strict=True):
@@ -442,7 +486,7 @@ class _Narrower:
                 shape[at] = i.shape[1]
                 i = i if batch < at else i.transpose(0, 1)
                 x = x.gather(at, i.reshape(view).expand(shape))
-            return x.reshape(sizes[len(flat):]) if composite else x
+            return x.reshape(sizes[len(flat) :]) if composite else x
 
         return inline(self.captured, take, [value, *indices, *split, *joined, *grown], before)
 
@@ -460,8 +504,9 @@ class _Narrower:
             at = torch.where(at < 0, at + size, at)
             return (kept < at.unsqueeze(-1)).sum(-1)
 
-        indices[position] = inline(self.captured, slot, [
-            self.index(axis, node), indices[position], self.number(axis.size, node), *extra], node)
+        indices[position] = inline(
+            self.captured, slot, [self.index(axis, node), indices[position], self.number(axis.size, node), *extra], node
+        )
         node.args = (node.args[0], indices, *node.args[2:])
 
     def _mask_empty(self, node: fx.Node, query: Dim, key: Dim) -> None:
@@ -525,8 +570,12 @@ class _Narrower:
             return
         ignored: Any = loss.args[4] if len(loss.args) > 4 else -100
         if axes.index(token) < axes.index(self.batch):
-            raise NarrowError("a loss over tokens by row cannot leave empty slots out", node=loss.name,
-                              path=module_path(loss), source=source_line(loss))
+            raise NarrowError(
+                "a loss over tokens by row cannot leave empty slots out",
+                node=loss.name,
+                path=module_path(loss),
+                source=source_line(loss),
+            )
         filled = inline(self.captured, lambda t, a: torch.where(a.reshape(t.shape), t, ignored), [target, alive], loss)
         loss.args = (logits, filled, *loss.args[2:])
 

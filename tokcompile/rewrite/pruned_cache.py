@@ -33,8 +33,10 @@ def check_readers(ctx: Context) -> None:
         elif region.roles.get("softmax") in results:
             reason = "gives back the weights of", "leave output_attentions and token timestamps out"
         if reason[0]:
-            raise TokcompileError(f"cross attention '{region.path}' [{region.source}] {reason[0]} the tokens of an "
-                                  f"encoder that ran before it and lost some of them; {reason[1]}")
+            raise TokcompileError(
+                f"cross attention '{region.path}' [{region.source}] {reason[0]} the tokens of an "
+                f"encoder that ran before it and lost some of them; {reason[1]}"
+            )
 
 
 def narrow_pruned_cache(captured: Captured) -> None:

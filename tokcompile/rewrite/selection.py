@@ -233,7 +233,8 @@ def pooled(x: Tensor, segment: Tensor, budget: Tensor) -> tuple[Tensor, Tensor, 
     last = torch.div((group + 1) * size + count - 1, count, rounding_mode="floor") - 1
     middle = torch.where(inside, index - place + torch.div(first + last, 2, rounding_mode="floor"), index)
     total = torch.zeros_like(x, dtype=torch.float32).scatter_add(
-        1, middle.unsqueeze(-1).expand_as(x), x.to(torch.float32))
+        1, middle.unsqueeze(-1).expand_as(x), x.to(torch.float32)
+    )
     members = (last - first + 1).unsqueeze(-1)
     chosen = torch.logical_and(inside, middle == index)
     mean = (total / members.to(torch.float32)).to(x.dtype)

@@ -79,8 +79,14 @@ class Follower:
     def follow(self, cuts: dict[fx.Node, Dims]) -> Flow:
         """Label everything that depends on ``cuts`` (node -> its dimensions at the cut)."""
         labels = self.flow.labels
-        self.token_symbols = {symbol for dims in cuts.values() for d in dims for f in d
-                              if f.axis is not None and f.axis.kind == "token" for symbol in expr(f.size).free_symbols}
+        self.token_symbols = {
+            symbol
+            for dims in cuts.values()
+            for d in dims
+            for f in d
+            if f.axis is not None and f.axis.kind == "token"
+            for symbol in expr(f.size).free_symbols
+        }
         for node in self.graph.nodes:
             if node in cuts:
                 labels[node] = cuts[node]
@@ -99,7 +105,8 @@ class Follower:
     def _depends_on_values(self, node: fx.Node) -> bool:
         """Sizes and fresh constants take only a shape or a dtype from their operand, not its values."""
         return node.target not in (aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default) and op_name(
-            node) not in ("new_zeros", "new_ones", "new_full", "new_empty")
+            node
+        ) not in ("new_zeros", "new_ones", "new_full", "new_empty")
 
     def _apply(self, node: fx.Node) -> Any:
         function = RULES.get(node.target)
@@ -111,8 +118,11 @@ class Follower:
                 return None
             else:
                 if any(is_token(d) for arg in node.all_input_nodes for d in self._flat(arg)):
-                    raise self.refuse(node, f"{node.target} is not known to the token-axis analysis, so tokens "
-                                            "cannot be removed above it; choose a later layer, or add a rule")
+                    raise self.refuse(
+                        node,
+                        f"{node.target} is not known to the token-axis analysis, so tokens "
+                        "cannot be removed above it; choose a later layer, or add a rule",
+                    )
                 return None
         return function(self, node)
 
@@ -147,14 +157,14 @@ class Follower:
             dims = self.dims(arg)
             if dims is None:
                 continue
-            for key, dim in zip(keys[len(keys) - len(dims):], dims, strict=True):
+            for key, dim in zip(keys[len(keys) - len(dims) :], dims, strict=True):
                 if is_tracked(dim):
                     if key in table and not same_dim(table[key], dim):
                         raise self.refuse(node, f"two different token axes meet ({table[key]} and {dim})")
                     table[key] = dim
         for arg, keys in tensors:
             dims, shape = self.dims(arg), shape_of(arg)
-            own = list(keys[len(keys) - len(shape):])
+            own = list(keys[len(keys) - len(shape) :])
             wanted: list[Dim] = []
             for i, key in enumerate(own):
                 label = table.get(key)
@@ -162,8 +172,9 @@ class Follower:
                     wanted.append(plain(shape[i]) if dims is None else dims[i])
                     continue
                 if dims is not None and not is_tracked(dims[i]) and is_token(label):
-                    raise self.refuse(node, f"a dimension of size {shape[i]} that is not the token axis meets the "
-                                            f"token axis {label}")
+                    raise self.refuse(
+                        node, f"a dimension of size {shape[i]} that is not the token axis meets the token axis {label}"
+                    )
                 size = size_of(label)
                 if dims is None and not guarded_equal(shape[i], size):
                     raise self.refuse(node, f"a value from outside has size {shape[i]} where the token axis has {size}")
@@ -185,32 +196,43 @@ class Follower:
             elif places:
                 wanted[places[0] - lead] = table[keys[places[0]]]
             elif not equal(batch.size, 1):  # type: ignore[union-attr]
-                raise self.refuse(node, f"'{side.name}' is shared by all rows of the batch, which keep different "
-                                        "tokens, and has no place for a batch dimension")
+                raise self.refuse(
+                    node,
+                    f"'{side.name}' is shared by all rows of the batch, which keep different "
+                    "tokens, and has no place for a batch dimension",
+                )
         before = self.flow.demands.setdefault(node, [])
-        if any(d.side is side and not (len(d.dims) == len(wanted) and all(map(same_dim, d.dims, wanted)))
-               for d in before):
+        if any(
+            d.side is side and not (len(d.dims) == len(wanted) and all(map(same_dim, d.dims, wanted))) for d in before
+        ):
             raise self.refuse(node, f"'{side.name}' is used twice with different dimensions as its token axis")
         before.append(Demand(side, tuple(wanted)))
 
     def output(self, node: fx.Node, keys: Sequence[Any], table: dict[Any, Dim], value: Any = None) -> Dims:
         shape = list((node.meta["val"] if value is None else value).shape)
-        return tuple(table.get(key, plain(size)) if not equal(size, 1) or _is_one(table.get(key)) else plain(size)
-                     for key, size in zip(keys, shape, strict=True))
+        return tuple(
+            table.get(key, plain(size)) if not equal(size, 1) or _is_one(table.get(key)) else plain(size)
+            for key, size in zip(keys, shape, strict=True)
+        )
 
-    def product(self, node: fx.Node, operands: Sequence[tuple[Any, Sequence[Any]]],
-                out: Sequence[Any]) -> dict[Any, Dim]:
+    def product(
+        self, node: fx.Node, operands: Sequence[tuple[Any, Sequence[Any]]], out: Sequence[Any]
+    ) -> dict[Any, Dim]:
         """Align a product that sums over the keys that are not in ``out``, and note where it sums over tokens.
 
         Such a sum (probabilities x values) runs over the kept tokens, which is what masking the others gives.
         """
         table = self.align(node, operands)
         for key, dim in table.items():
-            places = [(arg, list(keys)[len(keys) - len(shape_of(arg)):].index(key)) for arg, keys in operands
-                      if isinstance(arg, fx.Node) and key in list(keys)[len(keys) - len(shape_of(arg)):]]
+            places = [
+                (arg, list(keys)[len(keys) - len(shape_of(arg)) :].index(key))
+                for arg, keys in operands
+                if isinstance(arg, fx.Node) and key in list(keys)[len(keys) - len(shape_of(arg)) :]
+            ]
             if key not in out:
                 self.flow.contractions.setdefault(node, []).extend(
-                    (f.axis, places) for f in dim if f.axis is not None and f.axis.kind == "token")
+                    (f.axis, places) for f in dim if f.axis is not None and f.axis.kind == "token"
+                )
         return table
 
     def concat(self, parts: tuple[Any, ...], total: Any) -> Axis:
@@ -232,8 +254,14 @@ class Follower:
     def tail(self, base: Axis, start: int) -> Axis:
         key = ("tail", base, start)
         if key not in self._concats:
-            self._concats[key] = Axis(f"{base.name}[{start}:]", base.size - start, prefix=max(base.prefix - start, 0),
-                                      suffix=base.suffix, base=base, start=start)
+            self._concats[key] = Axis(
+                f"{base.name}[{start}:]",
+                base.size - start,
+                prefix=max(base.prefix - start, 0),
+                suffix=base.suffix,
+                base=base,
+                start=start,
+            )
         return self._concats[key]
 
 

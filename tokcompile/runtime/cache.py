@@ -53,8 +53,9 @@ class PrunedLayer(DynamicLayer):
         self.is_sliding = is_sliding
         self.held: Held | None = None
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any,
-               **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.dtype, self.device = key_states.dtype, key_states.device
             self.is_initialized = True
@@ -128,24 +129,31 @@ def adopt(cache: Cache) -> None:
             quantized, or a sliding window that has already dropped tokens.
     """
     if not isinstance(cache, DynamicCache):
-        raise CacheError(f"{type(cache).__name__} cannot hold fewer tokens in some rows or layers (its layers have one "
-                         "preallocated length); use the default dynamic cache: drop cache_implementation, or pass "
-                         "a DynamicCache(config=model.config)")
+        raise CacheError(
+            f"{type(cache).__name__} cannot hold fewer tokens in some rows or layers (its layers have one "
+            "preallocated length); use the default dynamic cache: drop cache_implementation, or pass "
+            "a DynamicCache(config=model.config)"
+        )
     if cache.offloading:
-        raise CacheError("an offloaded cache moves layers between devices inside the compiled graph; use the default "
-                         "dynamic cache: drop cache_implementation='offloaded'")
+        raise CacheError(
+            "an offloaded cache moves layers between devices inside the compiled graph; use the default "
+            "dynamic cache: drop cache_implementation='offloaded'"
+        )
     layers: list[Any] = cache.layers
     for i, layer in enumerate(layers):
         if isinstance(layer, PrunedLayer):
             continue
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise CacheError(f"cache layer {i} is a {type(layer).__name__}, which cannot hold fewer tokens; use a "
-                             "plain dynamic cache")
+            raise CacheError(
+                f"cache layer {i} is a {type(layer).__name__}, which cannot hold fewer tokens; use a "
+                "plain dynamic cache"
+            )
         new = PrunedLayer(is_sliding=bool(layer.is_sliding))
         if layer.is_initialized and layer.get_seq_length() > 0:
             if layer.keys.shape[-2] != layer.get_seq_length():
-                raise CacheError(f"cache layer {i} has already dropped tokens that left its sliding window; start from "
-                                 "a fresh cache")
+                raise CacheError(
+                    f"cache layer {i} has already dropped tokens that left its sliding window; start from a fresh cache"
+                )
             new.update(layer.keys, layer.values)
         layers[i] = new
     if cache.layer_class_to_replicate is not None:

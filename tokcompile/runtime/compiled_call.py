@@ -18,9 +18,13 @@ from tokcompile.errors import TokcompileError
 from tokcompile.runtime.session import Session
 
 #: What Dynamo raises when it cannot capture a stage as one graph.
-CAPTURE_FAILURES = (UntraceableError, torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.InternalTorchDynamoError,
-                     torch._dynamo.exc.FailOnRecompileLimitHit,
-                     torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode)
+CAPTURE_FAILURES = (
+    UntraceableError,
+    torch._dynamo.exc.TorchDynamoException,
+    torch._dynamo.exc.InternalTorchDynamoError,
+    torch._dynamo.exc.FailOnRecompileLimitHit,
+    torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode,
+)
 _CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 _LOSES_CHECKS = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 12)
 
@@ -28,12 +32,14 @@ _LOSES_CHECKS = tuple(int(part) for part in torch.__version__.split(".")[:2]) < 
 def _fresh(function: Callable[..., Any]) -> Callable[..., Any]:
     """A copy with a code object of its own: Dynamo counts recompilations for each code object."""
     code = function.__code__.replace(co_name=function.__name__)
-    return types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__,
-                              function.__closure__)
+    return types.FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
 
 
-def compile_stage(function: Callable[..., Any], session: Session, *, dynamic: bool = False,
-                  by_values: bool = False) -> Callable[..., Any]:
+def compile_stage(
+    function: Callable[..., Any], session: Session, *, dynamic: bool = False, by_values: bool = False
+) -> Callable[..., Any]:
     """``function`` captured as one graph.
 
     Args:

@@ -51,10 +51,10 @@ class CompiledGraph:
             return results
         count = len(variant.kept)
         own = len(results) - count - sum(len(memory.outputs) + 1 for memory, _, _ in variant.memories)
-        results, kept, handed = results[:own], results[own: own + count], list(results[own + count:])
+        results, kept, handed = results[:own], results[own : own + count], list(results[own + count :])
         for memory, past, grown in variant.memories:
-            values, reused = handed[:len(memory.outputs)], handed[len(memory.outputs)]
-            handed = handed[len(memory.outputs) + 1:]
+            values, reused = handed[: len(memory.outputs)], handed[len(memory.outputs)]
+            handed = handed[len(memory.outputs) + 1 :]
             self.session.remembered.put(args[past] if grown is None else results[grown], values, grown is None)
             for recording in self.session.recordings:
                 name = self.session.passes[memory.step][0].pass_
@@ -70,33 +70,61 @@ class CompiledGraph:
         started = time.perf_counter()
         captured = from_dynamo(self.graph_module, args)
         # the first compilation of a graph of static sizes is static throughout, as torch.compile does it
-        ctx = Context(captured, Regions(), args, whole=self.whole, static=not captured.symbols and not self.variants,
-                      prepared=session.prepared, counting=lambda: session.counting, memories=[])
+        ctx = Context(
+            captured,
+            Regions(),
+            args,
+            whole=self.whole,
+            static=not captured.symbols and not self.variants,
+            prepared=session.prepared,
+            counting=lambda: session.counting,
+            memories=[],
+        )
         session.rewrite(ctx, self.stage)
         if ctx.kept:
-            session.pruned_encoder |= self.stage == "encoder"
+            session.matching.pruned_encoder |= self.stage == "encoder"
         output = next(iter(captured.graph.find_nodes(op="output")))
         results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
-        memories = [(m, captured.placeholders.index(m.past), None if m.grown is None else results.index(m.grown))
-                    for m in ctx.memories or ()]
+        memories = [
+            (m, captured.placeholders.index(m.past), None if m.grown is None else results.index(m.grown))
+            for m in ctx.memories or ()
+        ]
         handed = [n for m, _, _ in memories for n in (*m.outputs, m.reused)]
         if ctx.kept or handed:
             output.args = ((*results, *(k.node for k in ctx.kept), *handed),)
-        inputs = [ctx.inputs[node] for node in captured.placeholders[len(args):]]
+        inputs = [ctx.inputs[node] for node in captured.placeholders[len(args) :]]
         prologue = hoist(captured, ctx.indices)
         captured.graph.eliminate_dead_code(
-            is_impure_node=lambda n: n.is_impure() and n.target not in (aten.item.default, *ASSERTIONS))
+            is_impure_node=lambda n: n.is_impure() and n.target not in (aten.item.default, *ASSERTIONS)
+        )
         captured.graph_module.recompile()
         session.check_matches(self.stage)
-        if not session.observing:
+        if session.observed is None:
             fold_constants(captured)
         if session.lowering == "eager":
             propagate(captured)  # Inductor traces the graph anyway, and so derives every shape
         run, compiled = lower(captured, session.lowering, ctx.streams)
-        variant = Variant(run, Guard(captured), ctx.sizes, ctx.ragged, ctx.kept, prologue, inputs, session.prepared,
-                          memories, session.remembered)
+        variant = Variant(
+            run,
+            Guard(captured),
+            ctx.sizes,
+            ctx.ragged,
+            ctx.kept,
+            prologue,
+            inputs,
+            session.prepared,
+            memories,
+            session.remembered,
+        )
         self.variants.append(variant)
-        session.report.stages.append(StageReport(
-            name=self.stage, captured=True, reason=self.graph_module.meta.get("values", ""), nodes=len(captured.graph.nodes), compiled=compiled,
-            seconds=time.perf_counter() - started))
+        session.report.stages.append(
+            StageReport(
+                name=self.stage,
+                captured=True,
+                reason=self.graph_module.meta.get("values", ""),
+                nodes=len(captured.graph.nodes),
+                compiled=compiled,
+                seconds=time.perf_counter() - started,
+            )
+        )
         return variant

@@ -91,7 +91,7 @@ def attach_scores(result: Any, scores: torch.Tensor) -> None:
     parts, start = [], 0
     for features in result.pooler_output:
         count = features.numel() // features.shape[-1]
-        column = scores[start: start + count].reshape(*features.shape[:-1], 1).to(features.dtype)
+        column = scores[start : start + count].reshape(*features.shape[:-1], 1).to(features.dtype)
         parts.append(torch.cat([features, column], -1))
         start += count
     whole = isinstance(result.pooler_output, torch.Tensor)

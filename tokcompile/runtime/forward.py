@@ -42,7 +42,8 @@ class Stages:
         self.takes_features, self.cache_name = "mm_encoder_outputs" in parameters, cache_argument(parameters) or ""
         cache_name = self.cache_name
         session.tracks_cache = bool(cache_name) and any(
-            method.regions in ("merge_point", "decoder_stack") for _, method in session.passes)
+            method.regions in ("merge_point", "decoder_stack") for _, method in session.passes
+        )
 
         def plain(model: nn.Module, kwargs: dict[str, Any]) -> Any:
             return original(model, **kwargs)

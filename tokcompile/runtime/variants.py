@@ -41,13 +41,21 @@ class Variant:
         """
         found = [size(args) for size in self.sizes]
         if [r for _, r in found] != self.ragged or any(
-                size.static not in (None, n) for size, (n, _) in zip(self.sizes, found, strict=True)):
+            size.static not in (None, n) for size, (n, _) in zip(self.sizes, found, strict=True)
+        ):
             return None
         numbers = {id(size): n for size, (n, _) in zip(self.sizes, found, strict=True)}
-        values = {id(memory): self.remembered.get(args[past]) or memory.fresh(args[past])
-                  for memory, past, _ in self.memories}
-        more = [numbers[id(item)] if isinstance(item, HostSize) else self._state(item) if isinstance(item, StateInput)
-                else values[id(item.memory)][item.place] for item in self.inputs]
+        values = {
+            id(memory): self.remembered.get(args[past]) or memory.fresh(args[past]) for memory, past, _ in self.memories
+        }
+        more = [
+            numbers[id(item)]
+            if isinstance(item, HostSize)
+            else self._state(item)
+            if isinstance(item, StateInput)
+            else values[id(item.memory)][item.place]
+            for item in self.inputs
+        ]
         # Dynamo guards on the parameters that the model uses, and knows nothing of these
         if [_form(v) for v, item in zip(more, self.inputs, strict=True) if isinstance(item, StateInput)] != self.forms:
             return None

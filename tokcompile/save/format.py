@@ -21,11 +21,19 @@ FORMAT = 1
 #: Format version -> what turns its manifest into one of the next version. A version without an entry cannot be read.
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 MANIFEST, REPORT, STATE, BUFFERS, WEIGHTS, MODEL = (
-    "tokcompile.json", "report.json", "state.safetensors", "buffers.safetensors", "weights.safetensors", "model")
+    "tokcompile.json",
+    "report.json",
+    "state.safetensors",
+    "buffers.safetensors",
+    "weights.safetensors",
+    "model",
+)
 PAGE = "report.html"  # may lie beside them for readers; neither hashed nor read
 #: What transformers may find in the folder of the dense model: no adapters, no pickles, no Python files.
-MODEL_FILES = re.compile(r"config\.json|generation_config\.json|model(-\d{5}-of-\d{5})?\.safetensors"
-                          r"|model\.safetensors\.index\.json")
+MODEL_FILES = re.compile(
+    r"config\.json|generation_config\.json|model(-\d{5}-of-\d{5})?\.safetensors"
+    r"|model\.safetensors\.index\.json"
+)
 ALIASES = "aliases"  # in the header of a tensor file: name -> name of the same tensor
 
 
@@ -79,23 +87,33 @@ def read_manifest(place: Path) -> dict[str, Any]:
     if version > FORMAT:
         maker = manifest.get("versions")
         maker = maker.get("tokcompile") if isinstance(maker, dict) else None
-        raise SavedModelError(f"{place}: has format {version}, written by tokcompile {maker or 'of a later release'}; "
-                              f"this is tokcompile {own_version()}, which reads formats up to {FORMAT}: update it")
+        raise SavedModelError(
+            f"{place}: has format {version}, written by tokcompile {maker or 'of a later release'}; "
+            f"this is tokcompile {own_version()}, which reads formats up to {FORMAT}: update it"
+        )
     if manifest.pop("sha256", None) != manifest_digest(manifest):
         raise SavedModelError(f"{broken}its own checksum does not fit")
     while version < FORMAT:
         if version not in UPGRADES:
-            raise SavedModelError(f"{place}: has format {version}, which tokcompile {own_version()} cannot read any "
-                                  f"more; load and save it with tokcompile {manifest['versions']['tokcompile']}, or "
-                                  "optimize the dense model again")
+            raise SavedModelError(
+                f"{place}: has format {version}, which tokcompile {own_version()} cannot read any "
+                f"more; load and save it with tokcompile {manifest['versions']['tokcompile']}, or "
+                "optimize the dense model again"
+            )
         manifest, version = UPGRADES[version](manifest), version + 1
     _check_form(manifest, broken)
     return manifest  # type: ignore[no-any-return]
 
 
 #: The keys of a manifest, and what they hold.
-_FORM: dict[str, type] = {"versions": dict, "recipe": dict, "model": dict, "changed": dict, "state": list,
-                          "files": dict}
+_FORM: dict[str, type] = {
+    "versions": dict,
+    "recipe": dict,
+    "model": dict,
+    "changed": dict,
+    "state": list,
+    "files": dict,
+}
 
 
 def _check_form(manifest: dict[str, Any], broken: str) -> None:
@@ -104,13 +122,23 @@ def _check_form(manifest: dict[str, Any], broken: str) -> None:
         if not isinstance(manifest.get(key), kind):
             raise SavedModelError(f"{broken}{key} is missing, or no {kind.__name__}")
     fits = (
-        isinstance(manifest["recipe"].get("data"), dict) and isinstance(manifest["recipe"].get("name"), str)
+        isinstance(manifest["recipe"].get("data"), dict)
+        and isinstance(manifest["recipe"].get("name"), str)
         and manifest["model"].get("kind") in ("none", "transformers", "state_dict")
         and isinstance(manifest["model"].get("class"), str)
-        and all(isinstance(e, dict) and isinstance(e.get("pass"), str) and isinstance(e.get("key"), str)
-                and isinstance(e.get("facts"), dict) and isinstance(e.get("tensors"), dict) for e in manifest["state"])
-        and all(isinstance(e, dict) and isinstance(e.get("bytes"), int) and isinstance(e.get("sha256"), str)
-                for e in manifest["files"].values()))
+        and all(
+            isinstance(e, dict)
+            and isinstance(e.get("pass"), str)
+            and isinstance(e.get("key"), str)
+            and isinstance(e.get("facts"), dict)
+            and isinstance(e.get("tensors"), dict)
+            for e in manifest["state"]
+        )
+        and all(
+            isinstance(e, dict) and isinstance(e.get("bytes"), int) and isinstance(e.get("sha256"), str)
+            for e in manifest["files"].values()
+        )
+    )
     if not fits:
         raise SavedModelError(f"{broken}a part of it has not the form that save_pretrained writes")
 

@@ -42,9 +42,15 @@ from tokcompile.save.format import (
 from tokcompile.state import PreparedState
 
 
-def load(folder: str | PathLike[str], model: nn.Module | str | None = None, *,
-         inputs: Mapping[str, Any] | None = None, on_no_match: str = "error", lowering: str = "inductor",
-         verify: bool = True) -> nn.Module:
+def load(
+    folder: str | PathLike[str],
+    model: nn.Module | str | None = None,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    on_no_match: str = "error",
+    lowering: str = "inductor",
+    verify: bool = True,
+) -> nn.Module:
     """The model that :func:`save_pretrained` wrote, in eval mode, on the CPU.
 
     Args:
@@ -68,13 +74,16 @@ def load(folder: str | PathLike[str], model: nn.Module | str | None = None, *,
     try:
         recipe = Recipe.load(manifest["recipe"]["data"])
     except RecipeError as error:
-        raise RecipeError(f"{place}: its recipe cannot be used here:\n{error}\nInstall the package that brings the "
-                          "pass, or load its file with tokcompile.registry.load_file") from None
+        raise RecipeError(
+            f"{place}: its recipe cannot be used here:\n{error}\nInstall the package that brings the "
+            "pass, or load its file with tokcompile.registry.load_file"
+        ) from None
     recipe = recipe.named(str(manifest["recipe"]["name"]))
     state = _read_state(place / STATE, manifest["state"])
     dense = _read_model(place, manifest["model"], model)
-    loaded = optimize(dense, recipe, inputs=inputs, calibration=state, on_no_match=on_no_match, lowering=lowering,
-                      inplace=True)
+    loaded = optimize(
+        dense, recipe, inputs=inputs, calibration=state, on_no_match=on_no_match, lowering=lowering, inplace=True
+    )
     session_of(loaded).changed = {str(name): str(why) for name, why in manifest["changed"].items()}
     return loaded
 
@@ -99,25 +108,31 @@ def restore_dense(model: nn.Module) -> dict[str, Tensor]:
         raise TokcompileError(
             f"the original weights are gone: {len(lost)} of {len(base_state(model))} tensors were changed after "
             f"tokcompile.optimize, first {name} ({why}); load the original model again, or take model.state_dict() for "
-            "the weights as they are now")
+            "the weights as they are now"
+        )
     return base_state(model)
 
 
 def _check_files(place: Path, files: Mapping[str, Mapping[str, Any]], verify: bool) -> None:
     for name, entry in files.items():
         if name not in (REPORT, STATE, BUFFERS, WEIGHTS) and not (
-                name.startswith(f"{MODEL}/") and MODEL_FILES.fullmatch(name[len(MODEL) + 1:])):
+            name.startswith(f"{MODEL}/") and MODEL_FILES.fullmatch(name[len(MODEL) + 1 :])
+        ):
             raise SavedModelError(f"{place}: lists {name!r}, which save_pretrained does not write")
         file = place / name
         if not file.is_file():
             raise SavedModelError(f"{file}: is missing; the folder was not copied whole")
         size = file.stat().st_size
         if size != entry["bytes"]:
-            raise SavedModelError(f"{file}: has {size:,} bytes, not the {entry['bytes']:,} that were written; it was "
-                                  "cut off or replaced: copy it again")
+            raise SavedModelError(
+                f"{file}: has {size:,} bytes, not the {entry['bytes']:,} that were written; it was "
+                "cut off or replaced: copy it again"
+            )
         if verify and sha256(file) != entry["sha256"]:
-            raise SavedModelError(f"{file}: its checksum does not fit: it was changed or damaged after saving; copy it "
-                                  "again, or save the model anew")
+            raise SavedModelError(
+                f"{file}: its checksum does not fit: it was changed or damaged after saving; copy it "
+                "again, or save the model anew"
+            )
     extra = sorted(name for name in present(place) if name.startswith(f"{MODEL}/") and name not in files)
     if extra:  # transformers would read some of what may lie here
         raise SavedModelError(f"{place / extra[0]}: was not written by save_pretrained; remove it")
@@ -147,8 +162,9 @@ def _read_state(path: Path, entries: Iterable[Mapping[str, Any]]) -> PreparedSta
             if full not in stored:
                 raise SavedModelError(f"{path}: holds no {full}")
             data = stored[full]
-            tensors[name] = made.setdefault(id(data), nn.Parameter(data, how["requires_grad"])) \
-                if how["parameter"] else data
+            tensors[name] = (
+                made.setdefault(id(data), nn.Parameter(data, how["requires_grad"])) if how["parameter"] else data
+            )
         try:
             state.put(entry["pass"], entry["key"], tensors, entry["facts"])
         except (KeyError, TypeError, AttributeError) as error:  # a name that no module can have
@@ -164,10 +180,15 @@ def _read_model(place: Path, entry: Mapping[str, Any], given: nn.Module | str | 
         model = _from_transformers(place / MODEL, entry)
     else:
         if given is None:
-            has = "does not hold the weights of the dense model" if kind == "none" else \
-                "holds weights, but not the class that they belong to"
-            raise SavedModelError(f"{place}: {has}; call load(folder, model=...) with a {entry.get('module')}.{name} "
-                                  "as it was before optimize, or with 'module:function' that makes one")
+            has = (
+                "does not hold the weights of the dense model"
+                if kind == "none"
+                else "holds weights, but not the class that they belong to"
+            )
+            raise SavedModelError(
+                f"{place}: {has}; call load(folder, model=...) with a {entry.get('module')}.{name} "
+                "as it was before optimize, or with 'module:function' that makes one"
+            )
         model = _given(given)
         if kind == "state_dict":
             _fill(model, _read_tensors(place / WEIGHTS), str(place / WEIGHTS))
@@ -192,8 +213,9 @@ def _given(given: Any) -> nn.Module:
         given = call_function(module, function)
         given = given[0] if isinstance(given, tuple) and given else given
     if not isinstance(given, nn.Module):
-        raise SavedModelError(f"model= should be a torch.nn.Module, or 'module:function' that returns one, not "
-                              f"{type(given).__name__}")
+        raise SavedModelError(
+            f"model= should be a torch.nn.Module, or 'module:function' that returns one, not {type(given).__name__}"
+        )
     return given
 
 
@@ -220,12 +242,15 @@ def _compare(model: nn.Module, saved: Mapping[str, Mapping[str, Any]], place: Pa
     _check_names(own, saved, str(place), dtypes=True)
     for name, tensor in own.items():
         if tensor_sha256(tensor) != saved[name]["sha256"]:
-            raise SavedModelError(f"{place}: was saved for other weights than those of the model that was given; the "
-                                  f"first that differs is {name}")
+            raise SavedModelError(
+                f"{place}: was saved for other weights than those of the model that was given; the "
+                f"first that differs is {name}"
+            )
 
 
-def _check_names(own: Mapping[str, Tensor], saved: Mapping[str, Mapping[str, Any]], where: str, *,
-                 dtypes: bool) -> None:
+def _check_names(
+    own: Mapping[str, Tensor], saved: Mapping[str, Mapping[str, Any]], where: str, *, dtypes: bool
+) -> None:
     missing, more = [n for n in own if n not in saved], [n for n in saved if n not in own]
     if missing or more:
         which = f"it has no {missing[0]}" if missing else f"the model has no {more[0]}"
@@ -234,16 +259,20 @@ def _check_names(own: Mapping[str, Tensor], saved: Mapping[str, Mapping[str, Any
         form, wanted = form_of(tensor), saved[name]
         for part in ("shape", "dtype") if dtypes else ("shape",):
             if form[part] != wanted[part]:
-                raise SavedModelError(f"{where}: belongs to another model than the one that was given: the {part} of "
-                                      f"{name} is {wanted[part]} here and {form[part]} there")
+                raise SavedModelError(
+                    f"{where}: belongs to another model than the one that was given: the {part} of "
+                    f"{name} is {wanted[part]} here and {form[part]} there"
+                )
 
 
 def _from_transformers(folder: Path, entry: Mapping[str, Any]) -> nn.Module:
     """The dense model, by the class that transformers has under this name, from this folder only."""
     model_class: Any = transformers_class(entry["class"])
     if model_class is None:
-        raise SavedModelError(f"{folder}: transformers has no model class {entry['class']!r}; it was saved with "
-                              "another version of transformers")
+        raise SavedModelError(
+            f"{folder}: transformers has no model class {entry['class']!r}; it was saved with "
+            "another version of transformers"
+        )
     try:
         _refuse_code(json.loads((folder / "config.json").read_text(encoding="utf-8")), folder / "config.json")
         attention = {str(k): str(v) for k, v in entry["attention"].items()}
@@ -253,15 +282,17 @@ def _from_transformers(folder: Path, entry: Mapping[str, Any]) -> nn.Module:
         dtype = max(dtypes.values(), key=lambda d: torch.finfo(d).bits) if dtypes else "auto"
         with quiet():
             model: nn.Module = model_class.from_pretrained(
-                folder, dtype=dtype, attn_implementation=attention, local_files_only=True, use_safetensors=True)
+                folder, dtype=dtype, attn_implementation=attention, local_files_only=True, use_safetensors=True
+            )
         for name, tensor in model.state_dict(keep_vars=True).items():
             if name in dtypes and tensor.dtype != dtypes[name]:
                 tensor.data = tensor.data.to(dtypes[name])
     except SavedModelError:
         raise
     except Exception as error:  # whatever files and configurations can do wrong
-        raise SavedModelError(f"{folder}: {entry['class']} cannot be loaded: {type(error).__name__}: {first_of(error)}"
-                              ) from error
+        raise SavedModelError(
+            f"{folder}: {entry['class']} cannot be loaded: {type(error).__name__}: {first_of(error)}"
+        ) from error
     return model
 
 
@@ -272,8 +303,10 @@ def _refuse_code(config: Any, where: Path) -> None:
         key, value = stack.pop()
         named = "implementation" in key and isinstance(value, str) and not re.fullmatch(r"\w+", value, re.ASCII)
         if named or (key in ("auto_map", "custom_pipelines") and value):
-            raise SavedModelError(f"{where}: {key or 'implementation'} = {value!r} names code outside of transformers, "
-                                  "which load does not run")
+            raise SavedModelError(
+                f"{where}: {key or 'implementation'} = {value!r} names code outside of transformers, "
+                "which load does not run"
+            )
         if isinstance(value, dict):
             stack += [(key if "implementation" in key else str(k), v) for k, v in value.items()]
         elif isinstance(value, list):

@@ -89,17 +89,23 @@ def save_pretrained(model: nn.Module, folder: str | PathLike[str], *, weights: b
         write_json(made / REPORT, session.report.to_dict())
         manifest: dict[str, Any] = {
             "format_version": FORMAT,
-            "versions": {"tokcompile": own_version(), "torch": torch.__version__,
-                         "transformers": importlib.import_module("transformers").__version__,
-                         "python": platform.python_version()},
+            "versions": {
+                "tokcompile": own_version(),
+                "torch": torch.__version__,
+                "transformers": importlib.import_module("transformers").__version__,
+                "python": platform.python_version(),
+            },
             "recipe": {"name": session.recipe.name, "data": session.recipe.to_dict()},
             "model": {"kind": kind, "class": type(model).__name__, "module": type(model).__module__},
             "changed": changed(model),
             "state": _write_state(made / STATE, session.prepared),
         }
         _write_model(made, model, kind, manifest["model"])
-        manifest["files"] = {file.relative_to(made).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
-                             for file in sorted(made.rglob("*")) if file.is_file()}
+        manifest["files"] = {
+            file.relative_to(made).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+            for file in sorted(made.rglob("*"))
+            if file.is_file()
+        }
         write_json(made / MANIFEST, manifest | {"sha256": manifest_digest(manifest)})
         _put(made, target)
     finally:
@@ -123,8 +129,10 @@ def check_place(target: Path) -> None:
         raise SavedModelError(f"{target}: is not empty, and was not written by save_pretrained; name another folder")
     foreign = sorted(present(target) - {MANIFEST, PAGE} - set(read_manifest(target)["files"]))
     if foreign:
-        raise SavedModelError(f"{target}: would be replaced, but holds {foreign[0]}, which save_pretrained did not "
-                              "write; move it, or name another folder")
+        raise SavedModelError(
+            f"{target}: would be replaced, but holds {foreign[0]}, which save_pretrained did not "
+            "write; move it, or name another folder"
+        )
 
 
 def _put(made: Path, target: Path) -> None:
@@ -152,11 +160,20 @@ def _write_state(path: Path, state: PreparedState | None) -> list[dict[str, Any]
         try:
             kept = json.loads(json.dumps(facts, allow_nan=False))
         except (TypeError, ValueError) as error:
-            raise SavedModelError(f"{pass_name}: the facts of {key or 'its region'} are no JSON values: {error}"
-                                  ) from None
-        entries.append({"pass": pass_name, "key": key, "facts": kept, "tensors": {
-            name: {"parameter": isinstance(t, nn.Parameter), "requires_grad": t.requires_grad}
-            for name, t in found.items()}})
+            raise SavedModelError(
+                f"{pass_name}: the facts of {key or 'its region'} are no JSON values: {error}"
+            ) from None
+        entries.append(
+            {
+                "pass": pass_name,
+                "key": key,
+                "facts": kept,
+                "tensors": {
+                    name: {"parameter": isinstance(t, nn.Parameter), "requires_grad": t.requires_grad}
+                    for name, t in found.items()
+                },
+            }
+        )
         tensors |= {state_name(pass_name, key, name): t for name, t in found.items()}
     if tensors:
         _write_tensors(path, tensors)
@@ -172,8 +189,9 @@ def _write_model(made: Path, model: nn.Module, kind: str, entry: dict[str, Any])
         _write_tensors(made / WEIGHTS, weights)
     else:
         floating = {name: t.dtype for name, t in weights.items() if t.is_floating_point()}
-        entry["dtypes"] = {name: plain_json(dtype) for name, dtype in floating.items()} \
-            if len(set(floating.values())) > 1 else {}
+        entry["dtypes"] = (
+            {name: plain_json(dtype) for name, dtype in floating.items()} if len(set(floating.values())) > 1 else {}
+        )
         entry["attention"] = _attention(model.config)
         try:
             with quiet():
@@ -182,8 +200,10 @@ def _write_model(made: Path, model: nn.Module, kind: str, entry: dict[str, Any])
             raise SavedModelError(f"{type(model).__name__}.save_pretrained failed: {first_of(error)}") from error
         odd = [f.name for f in (made / MODEL).iterdir() if not MODEL_FILES.fullmatch(f.name)]
         if odd:
-            raise SavedModelError(f"{type(model).__name__}.save_pretrained wrote {odd[0]}, which load would not read; "
-                                  "save with weights=False, and give the model to load")
+            raise SavedModelError(
+                f"{type(model).__name__}.save_pretrained wrote {odd[0]}, which load would not read; "
+                "save with weights=False, and give the model to load"
+            )
     hidden = _buffers(model) if kind != "none" else {}
     if hidden:
         _write_tensors(made / BUFFERS, hidden)
@@ -204,8 +224,14 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         if not plain or tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
             what = type(tensor).__name__ if not plain else "meta" if tensor.is_meta else str(tensor.layout)
             raise SavedModelError(f"{name}: a tensor of kind {what} cannot be written to safetensors")
-        same = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(),
-                tensor.dtype, tensor.device)
+        same = (
+            tensor.untyped_storage().data_ptr(),
+            tensor.storage_offset(),
+            tuple(tensor.shape),
+            tensor.stride(),
+            tensor.dtype,
+            tensor.device,
+        )
         if tensor.numel() and same in first:
             aliases[name] = first[same]
             continue
@@ -228,8 +254,11 @@ def _of_transformers(kind: type) -> bool:
 def _attention(config: Any) -> dict[str, str]:
     """Attention implementation of a configuration ("") and of those inside it."""
     found = {"": config._attn_implementation}
-    found |= {name: getattr(config, name)._attn_implementation for name in config.sub_configs
-              if getattr(config, name, None) is not None}
+    found |= {
+        name: getattr(config, name)._attn_implementation
+        for name in config.sub_configs
+        if getattr(config, name, None) is not None
+    }
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -46,8 +46,9 @@ def energy(x: Tensor, weights: Mapping[str, Tensor], activation: str) -> Tensor:
     return value / value.sum(-1, keepdim=True).clamp(min=1e-30)
 
 
-def parts(weights: Mapping[str, Tensor], split: Split,
-          router: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
+def parts(
+    weights: Mapping[str, Tensor], split: Split, router: tuple[Tensor, Tensor] | None = None
+) -> dict[str, Tensor]:
     """The tensors of a layer whose neurons are split.
 
     Args:
@@ -57,8 +58,9 @@ def parts(weights: Mapping[str, Tensor], split: Split,
     names = ["gate", "up"] if "gate" in weights else ["up"]
     rows = [weights[n].detach() for n in names]
     biased = any(f"{n}_bias" in weights for n in names)
-    biases = [weights[f"{n}_bias"].detach() if f"{n}_bias" in weights else rows[0].new_zeros(len(rows[0]))
-              for n in names]
+    biases = [
+        weights[f"{n}_bias"].detach() if f"{n}_bias" in weights else rows[0].new_zeros(len(rows[0])) for n in names
+    ]
     at = rows[0].device
     shared, experts, typical = (i.to(at) for i in (split.shared, split.experts, split.typical))
     down = weights["down"].detach()
@@ -146,7 +148,7 @@ def thresholds(x: Tensor, t: Mapping[str, Tensor], activation: str, share: float
 def sample(sums: dict[str, Any], name: str, rows: Tensor, limit: int) -> None:
     """Keep every n-th row of a stream, spread over all of it and at most ``limit``; n doubles as the stream goes on."""
     stride, met = int(sums.get(f"{name}_stride", 1)), int(sums.get(f"{name}_met", 0))
-    chosen = rows[(-met) % stride:: stride]
+    chosen = rows[(-met) % stride :: stride]
     kept = torch.cat([sums[name], chosen]) if name in sums else chosen.clone()
     while len(kept) > limit:
         kept, stride = kept[::2], 2 * stride
@@ -158,8 +160,9 @@ def layers_meant(convert: float | int, layers: int) -> int:
     return min(convert, layers) if isinstance(convert, int) else max(1, math.floor(convert * layers + 0.5))
 
 
-def speedup(x: Tensor, t: Mapping[str, Tensor], weights: Mapping[str, Tensor], activation: str, router: str,
-            active: int) -> float:
+def speedup(
+    x: Tensor, t: Mapping[str, Tensor], weights: Mapping[str, Tensor], activation: str, router: str, active: int
+) -> float:
     """Time of the dense layer over that of the experts on ``x``, measured here: the best of a few runs each."""
     once = seconds(lambda: dense(x, weights, activation), x.device)
     return once / max(seconds(lambda: run(x, t, activation, router, active), x.device), 1e-9)

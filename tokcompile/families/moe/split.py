@@ -67,7 +67,7 @@ def split(top: Tensor, neurons: int, experts: int, shared: int, keys: Tensor, ro
     by_rate = torch.sort(count, descending=True, stable=True).indices
     first = neurons - routed * size
     common, rest = by_rate[:first], by_rate[first:].sort().values
-    centres = by_rate[first: first + routed]  # the most active neurons that are left
+    centres = by_rate[first : first + routed]  # the most active neurons that are left
     activity = functional.one_hot(torch.arange(routed), routed).float()
     member = torch.zeros(neurons, routed).index_copy_(0, centres, activity)
     directions = functional.normalize(keys.float(), dim=-1)
@@ -218,5 +218,5 @@ def _loop(before: np.ndarray) -> list[int] | None:
             path.append(node)
             node = int(before[node])
         if node >= 0 and state[node] == start + 1:
-            return path[path.index(node):][::-1]
+            return path[path.index(node) :][::-1]
     return None

@@ -101,15 +101,18 @@ class Compact:
             form = read_attention(self.ctx, region, dropout=True)
             query, key = form.query.meta["val"], form.key.meta["val"]
             if not equal(query.shape[2], key.shape[2]):
-                raise CacheError("positions: compact cannot drop tokens of an image after tokens that are in the cache "
-                                 f"(attention '{region.path}' reads more keys than this call has tokens); start from a "
-                                 "fresh cache with the whole conversation, or use positions: keep")
+                raise CacheError(
+                    "positions: compact cannot drop tokens of an image after tokens that are in the cache "
+                    f"(attention '{region.path}' reads more keys than this call has tokens); start from a "
+                    "fresh cache with the whole conversation, or use positions: keep"
+                )
             if not rotated:
                 try:
                     read_rope(self.ctx, region, region.roles["query"])
                 except NarrowError as error:
-                    raise self._refuse(output, "positions are moved in rotary embeddings only, and none is recognised "
-                                               "in this layer") from error
+                    raise self._refuse(
+                        output, "positions are moved in rotary embeddings only, and none is recognised in this layer"
+                    ) from error
                 rotated = True
             if mask is None:
                 continue
@@ -118,8 +121,9 @@ class Compact:
             if said.window is not None:
                 raise self._refuse(mask, f"a window of {said.window} tokens counts the tokens that are dropped too")
             if said.rest is not None:
-                raise self._refuse(mask, "a mask that is more than causal and padding may count the tokens that are "
-                                         "dropped too")
+                raise self._refuse(
+                    mask, "a mask that is more than causal and padding may count the tokens that are dropped too"
+                )
         if not rotated:
             raise self._refuse(self.merged, "no attention is recognised below this merge point")
         return list(masks)
@@ -131,7 +135,8 @@ class Compact:
             for demand in demands:
                 value = demand.side.meta["val"]
                 if (value.is_floating_point() or value.is_complex()) and not any(
-                        self.flow.reaches(demand.side, m) or self.flow.reaches(m, demand.side) for m in masks):
+                    self.flow.reaches(demand.side, m) or self.flow.reaches(m, demand.side) for m in masks
+                ):
                     users.setdefault(demand.side, []).append(user)
         if not users:
             raise self._refuse(self.merged, "no positions enter below this merge point")
@@ -142,18 +147,25 @@ class Compact:
         integers = self._integers(side)
         roots = {self._root(node): None for node in integers}
         if len(roots) != 1:
-            raise self._refuse(side, f"this value of each token comes from {len(roots)} rows of positions, expected "
-                                     "one")
+            raise self._refuse(
+                side, f"this value of each token comes from {len(roots)} rows of positions, expected one"
+            )
         (positions,) = roots
-        chain = [n for n in self.flow.nodes[self.flow.position[positions] + 1: self.flow.position[side] + 1]
-                 if self.flow.reaches(positions, n) and self.flow.reaches(n, side)]
+        chain = [
+            n
+            for n in self.flow.nodes[self.flow.position[positions] + 1 : self.flow.position[side] + 1]
+            if self.flow.reaches(positions, n) and self.flow.reaches(n, side)
+        ]
         moving = {positions, *chain}
         for node in chain:
             name = self.flow.op[node]
             operands = sum(isinstance(a, fx.Node) and a in moving for a in (*node.args, *node.kwargs.values()))
             if name not in _LINEAR or operands > 1:  # a product of two of them is no multiple of the position
-                raise self._refuse(node, f"{name} is computed from positions, and only rotary embeddings, computed in "
-                                         "the graph as cos and sin of multiples of the position, can be moved")
+                raise self._refuse(
+                    node,
+                    f"{name} is computed from positions, and only rotary embeddings, computed in "
+                    "the graph as cos and sin of multiples of the position, can be moved",
+                )
         if not any(self.flow.op[node] in _TRIG for node in chain):
             raise self._refuse(side, "positions enter here other than by a rotation")
         return _Factor(side, positions, chain, users)
@@ -175,8 +187,11 @@ class Compact:
                 return value
         first = tuple(path[-1].meta["val"].shape)
         if len(first) == 3:
-            raise self._refuse(path[-1], f"positions with {first[0]} axes (multi-axis rotary, {_text(first)}) say "
-                                         "where a token is in its image, which closing up would change")
+            raise self._refuse(
+                path[-1],
+                f"positions with {first[0]} axes (multi-axis rotary, {_text(first)}) say "
+                "where a token is in its image, which closing up would change",
+            )
         raise self._refuse(path[-1], f"positions of the form [B, S] are expected here, found {_text(first)}")
 
     def _counts_by_one(self, positions: fx.Node) -> None:
@@ -190,8 +205,9 @@ class Compact:
         others = [node for node in walk.stops if not given(node)]
         others += [n for n in walk.passed if self.flow.op[n] == "arange" and len(n.args) > 2 and n.args[2] != 1]
         for node in others:
-            raise self._refuse(node, f"{self.flow.op[node]} makes these positions, and only those that count tokens "
-                                     "can be moved")
+            raise self._refuse(
+                node, f"{self.flow.op[node]} makes these positions, and only those that count tokens can be moved"
+            )
 
     def _refuse(self, node: fx.Node, reason: str) -> NarrowError:
         return self.ctx.refuse(node, f"{reason}; use positions: keep")

@@ -24,11 +24,14 @@ from tokcompile.rewrite.selection import budgets, budgets_count, keep_mask, segm
 class PatchParams(PassParams):
     """Parameters that every selection of patches (or frames) inside an encoder has."""
 
-    keep: list[Budget] = Field(min_length=1, description="Patches kept at each stage: ratio of those before the "
-                                                         "stage, in (0, 1], or a count.")
-    at: list[float] = Field(min_length=1, description="Depth of each stage, in (0, 1), ascending.",
-                            json_schema_extra=about(unit="fraction of the depth",
-                                                    source="the paper uses 1/3, 7/12, 5/6"))
+    keep: list[Budget] = Field(
+        min_length=1, description="Patches kept at each stage: ratio of those before the stage, in (0, 1], or a count."
+    )
+    at: list[float] = Field(
+        min_length=1,
+        description="Depth of each stage, in (0, 1), ascending.",
+        json_schema_extra=about(unit="fraction of the depth", source="the paper uses 1/3, 7/12, 5/6"),
+    )
 
     @model_validator(mode="after")
     def _stages(self) -> PatchParams:
@@ -63,8 +66,9 @@ class PatchSelection(Pass):
         """What :meth:`score` reads besides the tokens, from the layer above the cut."""
         return []
 
-    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int,
-              *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def score(
+        self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int, *inputs: Tensor
+    ) -> Tensor | tuple[Tensor, ...]:
         """Score patches, in plain torch that can be traced.
 
         Args:
@@ -89,17 +93,22 @@ class PatchSelection(Pass):
         depth, prefix = len(region.layers), int(region.shapes.get("prefix", 0))
         stages = [max(1, min(depth - 1, round(f * depth))) for f in self.params.at]
         if len(set(stages)) != len(stages):
-            raise ctx.refuse(region.roles["tokens"], f"{len(stages)} stages do not fit into {depth} layers; give "
-                                                     "fewer, or depths further apart")
+            raise ctx.refuse(
+                region.roles["tokens"],
+                f"{len(stages)} stages do not fit into {depth} layers; give fewer, or depths further apart",
+            )
         front = self._front(ctx, region.layers[stages[0] - 1].output, prefix)
         restored = Restored(ctx, region, stages[0]) if getattr(self.params, "restore", False) else None
         try:
             for stage in stages:
                 self.check_layer(ctx, region.layers[stage - 1])
                 if self.changes_tokens and region.kind == "audio_encoder" and _mask(ctx, region.layers[stage - 1]):
-                    raise ctx.refuse(region.layers[stage - 1].output, "the frames have a mask, and means would mix "
-                                     "padding into them; give clips of one length without attention_mask, or use "
-                                     "class_attention")
+                    raise ctx.refuse(
+                        region.layers[stage - 1].output,
+                        "the frames have a mask, and means would mix "
+                        "padding into them; give clips of one length without attention_mask, or use "
+                        "class_attention",
+                    )
                 ctx.check(region.layers[stage - 1].output, prefix=front)
         except NarrowError:
             if restored is not None:
@@ -108,8 +117,11 @@ class PatchSelection(Pass):
         counts = [hint(region.layers[stages[0] - 1].output.meta["val"].shape[1])]
         for stage, end, keep in zip(stages, [*stages[1:], depth], self.params.keep, strict=True):
             counts.append(self._cut(ctx, region, stage, end, keep, prefix, front, restored))
-        details = {"tokens_before": counts[0], "tokens_after": counts[-1],
-                   "tokens_by_layer": dict(zip(stages, counts[1:], strict=True))}
+        details = {
+            "tokens_before": counts[0],
+            "tokens_after": counts[-1],
+            "tokens_by_layer": dict(zip(stages, counts[1:], strict=True)),
+        }
         if restored is not None:
             restored.finish()
             details["restored_to"] = counts[0]
@@ -124,15 +136,29 @@ class PatchSelection(Pass):
         if front is None:
             return prefix
         if front < prefix:
-            raise ctx.refuse(node, f"protect.leading_tokens is {front}, and the {prefix} class and register tokens in "
-                                   "front are always kept; leave it out")
+            raise ctx.refuse(
+                node,
+                f"protect.leading_tokens is {front}, and the {prefix} class and register tokens in "
+                "front are always kept; leave it out",
+            )
         if bool(tokens <= front):
-            raise ctx.refuse(node, f"protect.leading_tokens is {front}, of {hint(tokens)} tokens in all; no patch is "
-                                   "left to choose from")
+            raise ctx.refuse(
+                node,
+                f"protect.leading_tokens is {front}, of {hint(tokens)} tokens in all; no patch is left to choose from",
+            )
         return front
 
-    def _cut(self, ctx: Context, region: Region, stage: int, end: int, keep: Budget, prefix: int, front: int,
-             restored: Restored | None) -> int:
+    def _cut(
+        self,
+        ctx: Context,
+        region: Region,
+        stage: int,
+        end: int,
+        keep: Budget,
+        prefix: int,
+        front: int,
+        restored: Restored | None,
+    ) -> int:
         layer = region.layers[stage - 1]
         node, inputs = layer.output, self.inputs(ctx, layer, prefix)
         mask = _mask(ctx, layer) if region.kind == "audio_encoder" else None
@@ -152,10 +178,21 @@ class PatchSelection(Pass):
         given = len(inputs)
         tokens, chosen, *more = ctx.emit(choose, node, *inputs, *padding, before=ctx.after(node, *inputs, *padding))
         count = node.meta["val"].shape[1]
-        size: Any = keep.count(count - front) + front if isinstance(count, int) else ctx.emit(
-            lambda x: keep.count(x.shape[1] - front) + front, node, before=ctx.after(node))
-        kept = ctx.cut(node, chosen, size, stack=region.path or "encoder", layer=region.layers[stage], index=stage,
-                       prefix=front, value=None if tokens is node else tokens)
+        size: Any = (
+            keep.count(count - front) + front
+            if isinstance(count, int)
+            else ctx.emit(lambda x: keep.count(x.shape[1] - front) + front, node, before=ctx.after(node))
+        )
+        kept = ctx.cut(
+            node,
+            chosen,
+            size,
+            stack=region.path or "encoder",
+            layer=region.layers[stage],
+            index=stage,
+            prefix=front,
+            value=None if tokens is node else tokens,
+        )
         if more:
             into, *values = more
             self.below(ctx, region, region.layers[stage:end], kept, *values)
@@ -166,8 +203,11 @@ class PatchSelection(Pass):
 
 def _mask(ctx: Context, layer: Layer) -> fx.Node | None:
     """The mask of a layer's attention as it is in the graph now."""
-    return None if layer.attention is None or "mask" not in layer.attention.roles else read_attention(
-        ctx, layer.attention).mask
+    return (
+        None
+        if layer.attention is None or "mask" not in layer.attention.roles
+        else read_attention(ctx, layer.attention).mask
+    )
 
 
 def _unseen(mask: Tensor) -> Tensor:

@@ -58,7 +58,11 @@ class Restored:
         for index, mark in self.marks.items():
             (full,) = mark.all_input_nodes
             if index in self.places:
-                full = self.ctx.emit(lambda v, i: v.gather(1, i.unsqueeze(-1).expand(-1, -1, v.shape[2])), full,
-                                     self.places[index], before=self.ctx.after(full, self.places[index]))
+                full = self.ctx.emit(
+                    lambda v, i: v.gather(1, i.unsqueeze(-1).expand(-1, -1, v.shape[2])),
+                    full,
+                    self.places[index],
+                    before=self.ctx.after(full, self.places[index]),
+                )
             mark.replace_all_uses_with(full)
             self.ctx.captured.graph.erase_node(mark)

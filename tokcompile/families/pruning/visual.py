@@ -22,9 +22,11 @@ class VisualParams(PassParams):
 
     keep: Budget = Field(description="Visual tokens kept of each image: a ratio in (0, 1], or a count.")
     positions: Literal["keep", "compact"] = Field(
-        "keep", description="keep: a kept token has the position that it had. compact: the tokens left are without "
-                            "gaps, as if the prompt had been that short; for rotary embeddings of one axis.",
-        json_schema_extra=about(source="compact: the code of VTC-CLS, VisionZip, DivPrune on LLaVA"))
+        "keep",
+        description="keep: a kept token has the position that it had. compact: the tokens left are without "
+        "gaps, as if the prompt had been that short; for rotary embeddings of one axis.",
+        json_schema_extra=about(source="compact: the code of VTC-CLS, VisionZip, DivPrune on LLaVA"),
+    )
 
 
 class VisualSelection(Pass):
@@ -78,6 +80,15 @@ class VisualSelection(Pass):
         if compact is not None:
             compact.move(kept)
         stack = ctx.stack_below(merged)
-        ctx.cut(merged, kept, size, ragged=ragged, stack="decoder", layer=stack.layers[0] if stack else None, index=0,
-                suffix=1, value=None if tokens is merged else tokens)
+        ctx.cut(
+            merged,
+            kept,
+            size,
+            ragged=ragged,
+            stack="decoder",
+            layer=stack.layers[0] if stack else None,
+            index=0,
+            suffix=1,
+            value=None if tokens is merged else tokens,
+        )
         return {"tokens_before": hint(merged.meta["val"].shape[1]), "tokens_after": hint(size)}

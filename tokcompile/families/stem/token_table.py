@@ -29,8 +29,9 @@ _TINY = 1e-6
 _SUMS = ("s0", "s1", "s2", "su")
 
 
-def accumulate(sums: dict[str, Any], ids: Tensor, gate: Tensor, up: Tensor, held: Tensor, vocabulary: int,
-               limit: int) -> None:
+def accumulate(
+    sums: dict[str, Any], ids: Tensor, gate: Tensor, up: Tensor, held: Tensor, vocabulary: int, limit: int
+) -> None:
     """Add some tokens to the running sums of a layer.
 
     Sums over the tokens of an id, ``[R, f]`` in fp32 for used and (with the prefix ``held_``) held-out tokens:
@@ -101,8 +102,9 @@ class Table:
     tokens: int
 
 
-def fit(sums: dict[str, Any], embedding: Tensor, down: Tensor, *, shrinkage: float | None, least: int,
-        every_id: bool) -> Table:
+def fit(
+    sums: dict[str, Any], embedding: Tensor, down: Tensor, *, shrinkage: float | None, least: int, every_id: bool
+) -> Table:
     """The table of a layer from its running sums.
 
     Args:
@@ -152,8 +154,14 @@ def fit(sums: dict[str, Any], embedding: Tensor, down: Tensor, *, shrinkage: flo
     return Table(rows.contiguous(), remap, mean, score, strength, prior, int(used["n"].sum()))
 
 
-def _choose(used: dict[str, Tensor], held: dict[str, Tensor], square: Tensor, keys: Tensor, weight: Tensor,
-            shrinkage: float | None) -> tuple[str, float, float]:
+def _choose(
+    used: dict[str, Tensor],
+    held: dict[str, Tensor],
+    square: Tensor,
+    keys: Tensor,
+    weight: Tensor,
+    shrinkage: float | None,
+) -> tuple[str, float, float]:
     """Prior and shrinkage with the smallest weighted error on the held-out tokens: -> (prior, shrinkage, score)."""
 
     def error(rows: Tensor) -> float:

@@ -22,8 +22,10 @@ def _slice(self: Follower, node: fx.Node) -> Any:
     start, end, step = args[2] or 0, MAX_INT if args[3] is None else args[3], args[4] or 1
     along = dims[dim]
     if not is_token(along):
-        return tuple(plain(shape[i]) if i == dim and not equal(shape[i], product(f.size for f in d)) else d
-                     for i, d in enumerate(dims))
+        return tuple(
+            plain(shape[i]) if i == dim and not equal(shape[i], product(f.size for f in d)) else d
+            for i, d in enumerate(dims)
+        )
     before = product(f.size for f in along)
     end_value = end.meta["val"] if isinstance(end, fx.Node) else end
     if isinstance(end_value, int) and end_value < 0:
@@ -36,8 +38,10 @@ def _slice(self: Follower, node: fx.Node) -> Any:
         raise self.refuse(node, "a slice takes part of a flattened or strided token axis")
     axis = along[0].axis
     assert axis is not None
-    return tuple(d if i != dim else self_slice(self, node, axis, start, end_value, to_end, shape[dim])
-                 for i, d in enumerate(dims))
+    return tuple(
+        d if i != dim else self_slice(self, node, axis, start, end_value, to_end, shape[dim])
+        for i, d in enumerate(dims)
+    )
 
 
 def self_slice(self: Follower, node: fx.Node, axis: Axis, start: Any, end: Any, to_end: bool, size: Any) -> Dim:
@@ -54,7 +58,7 @@ def self_slice(self: Follower, node: fx.Node, axis: Axis, start: Any, end: Any, 
         starts = [i for i, b in enumerate(borders) if equal(b, first)]
         ends = [len(axis.parts)] if to_end else [i for i, b in enumerate(borders) if equal(b, end)]
         if starts and ends and starts[0] < ends[0]:
-            picked = axis.parts[starts[0]:ends[0]]
+            picked = axis.parts[starts[0] : ends[0]]
             self.flow.slices[node] = (axis.parts[: starts[0]], picked, to_end)
             if not any(isinstance(p, Axis) for p in picked):
                 return plain(size)
@@ -66,8 +70,11 @@ def self_slice(self: Follower, node: fx.Node, axis: Axis, start: Any, end: Any, 
             return (Factor(size, self.tail(axis, start)),)
     if isinstance(start, int) and isinstance(end, int) and 0 <= start < end <= axis.prefix:
         return plain(size)
-    raise self.refuse(node, f"a slice [{start}:{'' if to_end else end}] of the token axis {axis} has its border among "
-                            "tokens that may be dropped; protect them, or cut later")
+    raise self.refuse(
+        node,
+        f"a slice [{start}:{'' if to_end else end}] of the token axis {axis} has its border among "
+        "tokens that may be dropped; protect them, or cut later",
+    )
 
 
 @rule(aten.select.int)
@@ -76,8 +83,12 @@ def _select(self: Follower, node: fx.Node) -> Any:
     dim, index = int(node.args[1]) % len(dims), node.args[2]  # type: ignore[arg-type]
     if is_token(dims[dim]):
         axis = dims[dim][0].axis
-        fits = len(dims[dim]) == 1 and isinstance(index, int) and axis is not None and (
-            0 <= index < axis.prefix or -axis.suffix <= index < 0)
+        fits = (
+            len(dims[dim]) == 1
+            and isinstance(index, int)
+            and axis is not None
+            and (0 <= index < axis.prefix or -axis.suffix <= index < 0)
+        )
         if not fits:
             raise self.refuse(node, f"token {index} is read, and it may be dropped")
     return tuple(d for i, d in enumerate(dims) if i != dim)
@@ -120,7 +131,7 @@ def _index(self: Follower, node: fx.Node) -> Any:
     if positions != list(range(positions[0], positions[0] + len(positions))):
         raise self.refuse(node, "indices with a gap are not followed")
     rank = max(len(shape_of(t)) for _, t in tensors)  # type: ignore[arg-type]
-    made = [plain(s) for s in shape_of(node)[positions[0]: positions[0] + rank]]
+    made = [plain(s) for s in shape_of(node)[positions[0] : positions[0] + rank]]
     batch = self.flow.batch
     for i, _ in tensors:
         if is_token(dims[i]):
@@ -133,7 +144,7 @@ def _index(self: Follower, node: fx.Node) -> Any:
                 raise self.refuse(node, "an index picks several tokens of a row, and some of them may be dropped")
             by_row = i - 1 in positions and any(f.axis is batch for f in dims[i - 1])
             self.flow.indices[node, i] = dims[i][0].axis, by_row  # type: ignore[assignment]
-    return (*dims[: positions[0]], *made, *dims[positions[-1] + 1:])
+    return (*dims[: positions[0]], *made, *dims[positions[-1] + 1 :])
 
 
 def held_rule(self: Follower, node: fx.Node) -> Any:

@@ -34,7 +34,8 @@ def pointwise(self: Follower, node: fx.Node) -> Any:
     flat = list(_nodes(node.args)) + list(_nodes(node.kwargs))
     for arg in flat:
         if isinstance(arg.meta.get("val"), (torch.SymInt, torch.SymFloat)) and (
-                self.token_symbols & arg.meta["val"].node.expr.free_symbols):
+            self.token_symbols & arg.meta["val"].node.expr.free_symbols
+        ):
             raise self.refuse(node, "the number of tokens is used as a number in arithmetic")
     table = self.align(node, [(arg, keys) for arg in flat])
     if several:
@@ -49,11 +50,54 @@ def _nodes(value: Any) -> list[fx.Node]:
 
 
 POINTWISE = overloads(
-    "to", "_to_copy", "clone", "contiguous", "alias", "detach", "detach_", "lift_fresh_copy", "dropout", "dropout_",
-    "native_dropout", "masked_fill", "masked_fill_", "where", "__and__", "__or__", "__xor__", "logical_and",
-    "logical_not", "type_as", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "softplus", "prelu",
-    "relu6", "leaky_relu", "hardtanh", "clamp", "clip", "square", "rsub", "add_", "mul_", "sub_", "div_", "copy",
-    "feature_dropout", "alpha_dropout", "nan_to_num", "conj", "resolve_conj", "float_power", "_conj", "gelu")
+    "to",
+    "_to_copy",
+    "clone",
+    "contiguous",
+    "alias",
+    "detach",
+    "detach_",
+    "lift_fresh_copy",
+    "dropout",
+    "dropout_",
+    "native_dropout",
+    "masked_fill",
+    "masked_fill_",
+    "where",
+    "__and__",
+    "__or__",
+    "__xor__",
+    "logical_and",
+    "logical_not",
+    "type_as",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+    "rand_like",
+    "softplus",
+    "prelu",
+    "relu6",
+    "leaky_relu",
+    "hardtanh",
+    "clamp",
+    "clip",
+    "square",
+    "rsub",
+    "add_",
+    "mul_",
+    "sub_",
+    "div_",
+    "copy",
+    "feature_dropout",
+    "alpha_dropout",
+    "nan_to_num",
+    "conj",
+    "resolve_conj",
+    "float_power",
+    "_conj",
+    "gelu",
+)
 rule(torch.Tag.pointwise, *POINTWISE)(pointwise)
 
 
@@ -71,7 +115,8 @@ def _prelu(self: Follower, node: fx.Node) -> Any:
     x, weight = node.args[:2]
     dims = self.known(x)  # type: ignore[arg-type]
     if any(is_token(d) for d in self._flat(weight)) or (  # type: ignore[arg-type]
-            len(dims) > 1 and is_token(dims[1]) and not equal(product(shape_of(weight)), 1)):  # type: ignore[arg-type]
+        len(dims) > 1 and is_token(dims[1]) and not equal(product(shape_of(weight)), 1)
+    ):  # type: ignore[arg-type]
         raise self.refuse(node, "prelu has one slope for each token")
     return dims
 
@@ -95,8 +140,18 @@ def _softmax(self: Follower, node: fx.Node) -> Any:
     return dims
 
 
-@rule(*overloads("layer_norm", "rms_norm", "native_layer_norm", "group_norm", "batch_norm", "normalize",
-                 "linalg_vector_norm", "norm"))
+@rule(
+    *overloads(
+        "layer_norm",
+        "rms_norm",
+        "native_layer_norm",
+        "group_norm",
+        "batch_norm",
+        "normalize",
+        "linalg_vector_norm",
+        "norm",
+    )
+)
 def _norm(self: Follower, node: fx.Node) -> Any:
     name = op_name(node)
     dims = self.known(node.args[0])
@@ -104,7 +159,7 @@ def _norm(self: Follower, node: fx.Node) -> Any:
         return _reduce(self, node)
     if name in ("layer_norm", "native_layer_norm", "rms_norm"):
         normalised = len(node.args[1])  # type: ignore[arg-type]
-        if any(is_token(d) for d in dims[len(dims) - normalised:]):
+        if any(is_token(d) for d in dims[len(dims) - normalised :]):
             raise self.refuse(node, "a norm runs over the token axis")
         if name == "native_layer_norm":
             stat = tuple(dims[: len(dims) - normalised]) + tuple(plain(1) for _ in range(normalised))
@@ -113,8 +168,23 @@ def _norm(self: Follower, node: fx.Node) -> Any:
     raise self.refuse(node, f"{name} mixes tokens")
 
 
-REDUCTIONS = overloads("sum", "mean", "amax", "amin", "max", "min", "var", "std", "prod", "any", "all", "logsumexp",
-                       "argmax", "argmin", "var_mean")
+REDUCTIONS = overloads(
+    "sum",
+    "mean",
+    "amax",
+    "amin",
+    "max",
+    "min",
+    "var",
+    "std",
+    "prod",
+    "any",
+    "all",
+    "logsumexp",
+    "argmax",
+    "argmin",
+    "var_mean",
+)
 
 
 @rule(*REDUCTIONS)
@@ -131,8 +201,11 @@ def _reduce(self: Follower, node: fx.Node) -> Any:
         if isinstance(which, bool):
             which = None
     rank = len(dims)
-    chosen = set(range(rank)) if which is None or which == [] else {
-        int(d) % rank for d in (which if isinstance(which, (list, tuple)) else [which])}  # type: ignore[arg-type]
+    chosen = (
+        set(range(rank))
+        if which is None or which == []
+        else {int(d) % rank for d in (which if isinstance(which, (list, tuple)) else [which])}
+    )  # type: ignore[arg-type]
     if any(is_token(dims[d]) for d in chosen):
         if name in ("argmax", "argmin") or (name in ("max", "min") and isinstance(node.meta["val"], (tuple, list))):
             raise self.refuse(node, f"{name} over the token axis gives a position in the unpruned sequence")
@@ -142,8 +215,23 @@ def _reduce(self: Follower, node: fx.Node) -> Any:
     return [out] * len(values) if isinstance(values, (tuple, list)) else out
 
 
-@rule(*overloads("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "flip", "roll", "sort", "argsort", "topk",
-                 "tril", "triu", "diff"))
+@rule(
+    *overloads(
+        "cumsum",
+        "cumprod",
+        "cummax",
+        "cummin",
+        "logcumsumexp",
+        "flip",
+        "roll",
+        "sort",
+        "argsort",
+        "topk",
+        "tril",
+        "triu",
+        "diff",
+    )
+)
 def _along(self: Follower, node: fx.Node) -> Any:
     dims = self.known(node.args[0])
     name = op_name(node)

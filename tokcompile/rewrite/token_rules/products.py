@@ -71,9 +71,15 @@ def _sdpa(self: Follower, node: fx.Node) -> Any:
     lead = [("b", i) for i in range(rank - 2)]
     heads_differ = bool(args.get("enable_gqa"))
     key_lead = [*lead[:-1], "h_kv"] if heads_differ else lead
-    table = self.align(node, [
-        (args["query"], [*lead, "q", "d"]), (args["key"], [*key_lead, "t", "d"]),
-        (args["value"], [*key_lead, "t", "v"]), (args.get("attn_mask"), [*lead, "q", "t"])])
+    table = self.align(
+        node,
+        [
+            (args["query"], [*lead, "q", "d"]),
+            (args["key"], [*key_lead, "t", "d"]),
+            (args["value"], [*key_lead, "t", "v"]),
+            (args.get("attn_mask"), [*lead, "q", "t"]),
+        ],
+    )
     query, key = table.get("q", plain(1)), table.get("t", plain(1))
     if args.get("is_causal") and (is_token(query) or is_token(key)) and not same_dim(query, key):
         raise self.refuse(node, "is_causal aligns queries with keys by position, and they are pruned differently")
@@ -87,8 +93,11 @@ def _packed(self: Follower, node: fx.Node) -> Any:
     lead = [("b", 0), ("b", 1)]
     table = self.align(node, [(arg, [*lead, "q", width]) for arg, width in zip(node.args, "ddv", strict=False)])
     if is_token(table.get("q", plain(1))):
-        raise self.refuse(node, "attention within pieces of one row of tokens (images or windows one behind the other) "
-                                "is divided where the pieces are, and tokens would leave them")
+        raise self.refuse(
+            node,
+            "attention within pieces of one row of tokens (images or windows one behind the other) "
+            "is divided where the pieces are, and tokens would leave them",
+        )
     return self.output(node, [*lead, "q", "v"], table)
 
 
@@ -115,9 +124,29 @@ def _cross_entropy(self: Follower, node: fx.Node) -> Any:
     return self.output(node, places, table) if shape_of(node) else ()
 
 
-@rule(*overloads("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose2d", "avg_pool2d", "max_pool2d", "pad",
-                 "constant_pad_nd", "unfold", "im2col", "interpolate", "upsample_bilinear2d", "upsample_bicubic2d",
-                 "adaptive_avg_pool1d", "adaptive_avg_pool2d", "pixel_shuffle", "pixel_unshuffle", "conv2d_padding"))
+@rule(
+    *overloads(
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "convolution",
+        "conv_transpose2d",
+        "avg_pool2d",
+        "max_pool2d",
+        "pad",
+        "constant_pad_nd",
+        "unfold",
+        "im2col",
+        "interpolate",
+        "upsample_bilinear2d",
+        "upsample_bicubic2d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "conv2d_padding",
+    )
+)
 def _grid(self: Follower, node: fx.Node) -> Any:
     name = op_name(node)
     dims = self.known(node.args[0])  # type: ignore[arg-type]
@@ -127,6 +156,9 @@ def _grid(self: Follower, node: fx.Node) -> Any:
         if not any(is_token(dims[d]) for d in touched):
             return tuple(plain(s) if i in touched else dims[i] for i, s in enumerate(shape_of(node)))
     if any(is_token(d) for d in dims):
-        raise self.refuse(node, f"{name} works on neighbouring tokens (a grid), so tokens cannot be removed above it; "
-                                "cut below this node, or leave this region dense")
+        raise self.refuse(
+            node,
+            f"{name} works on neighbouring tokens (a grid), so tokens cannot be removed above it; "
+            "cut below this node, or leave this region dense",
+        )
     return None

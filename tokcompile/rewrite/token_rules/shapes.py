@@ -20,8 +20,11 @@ aten = torch.ops.aten
 # .. shapes
 
 
-@rule(*overloads("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as",
-                 "reshape_as"))
+@rule(
+    *overloads(
+        "view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as"
+    )
+)
 def _view(self: Follower, node: fx.Node) -> Any:
     if node.target is aten.view.dtype:
         return self.known(node.args[0])
@@ -46,8 +49,11 @@ def _view(self: Follower, node: fx.Node) -> Any:
                 continue
             inverse = sympy.cancel(expr(factor.size) / rest)
             if factor.axis is not None and factor.axis.kind == "token":
-                raise self.refuse(node, f"a view splits the token axis of {factor.size} into {shape_of(node)}: tokens "
-                                        "are folded to a grid or to windows, so they cannot be removed above this node")
+                raise self.refuse(
+                    node,
+                    f"a view splits the token axis of {factor.size} into {shape_of(node)}: tokens "
+                    "are folded to a grid or to windows, so they cannot be removed above this node",
+                )
             if sympy.denom(inverse) != 1:
                 raise self.refuse(node, f"the sizes of a view cannot be followed ({shape_of(node)})")
             taken.append(Factor(_concrete(rest, size)))
@@ -67,8 +73,13 @@ def _concrete(value: sympy.Expr, like: Any) -> Any:
 
 
 #: Ops whose second argument is the list of new sizes.
-SIZED = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default,
-         aten.broadcast_to.default}
+SIZED = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.expand.default,
+    aten.broadcast_to.default,
+}
 #: Ops that name the new sizes in another way; with a token axis they become a reshape.
 RESIZED = {aten.unflatten.int, aten.view_as.default, aten.reshape_as.default}
 
@@ -77,8 +88,12 @@ RESIZED = {aten.unflatten.int, aten.view_as.default, aten.reshape_as.default}
 def _expand(self: Follower, node: fx.Node) -> Any:
     dims, shape = self.known(node.args[0]), shape_of(node)
     lead = len(shape) - len(dims)
-    out = tuple(plain(size) if i < lead or not is_tracked(dims[i - lead]) or not equal(
-        product(f.size for f in dims[i - lead]), size) else dims[i - lead] for i, size in enumerate(shape))
+    out = tuple(
+        plain(size)
+        if i < lead or not is_tracked(dims[i - lead]) or not equal(product(f.size for f in dims[i - lead]), size)
+        else dims[i - lead]
+        for i, size in enumerate(shape)
+    )
     if node.target is aten.expand_as.default:
         rank = len(shape)
         table = self.align(node, [(node.args[0], list(range(rank))), (node.args[1], list(range(rank)))])
@@ -88,8 +103,9 @@ def _expand(self: Follower, node: fx.Node) -> Any:
     return out
 
 
-@rule(*overloads("transpose", "permute", "t", "movedim", "moveaxis", "swapaxes", "swapdims", "numpy_T", "mT",
-                 "adjoint"))
+@rule(
+    *overloads("transpose", "permute", "t", "movedim", "moveaxis", "swapaxes", "swapdims", "numpy_T", "mT", "adjoint")
+)
 def _permute(self: Follower, node: fx.Node) -> Any:
     dims = self.known(node.args[0])
     rank, name = len(dims), op_name(node)
@@ -151,8 +167,13 @@ def _cat(self: Follower, node: fx.Node) -> Any:
             parts.append(label[0].axis)
         else:
             parts.append(shape_of(tensor)[dim])
-    if len(parts) > 1 and isinstance(parts[1], Axis) and parts[1].base is not None and isinstance(
-            parts[0], int) and parts[0] == parts[1].start:
+    if (
+        len(parts) > 1
+        and isinstance(parts[1], Axis)
+        and parts[1].base is not None
+        and isinstance(parts[0], int)
+        and parts[0] == parts[1].start
+    ):
         parts[:2] = [parts[1].base]  # protected tokens and what follows them, put together again
     if not any(isinstance(p, Axis) for p in parts):
         along = plain(shape[dim])

@@ -26,8 +26,9 @@ class Uniform(VisualSelection):
     name = "uniform"
 
     class Params(VisualParams):
-        offset: int = Field(0, ge=0, description="Shift of the first kept token.",
-                            json_schema_extra=about(unit="tokens"))
+        offset: int = Field(
+            0, ge=0, description="Shift of the first kept token.", json_schema_extra=about(unit="tokens")
+        )
 
     def score(self, tokens: Tensor, segment: Tensor, budget: Tensor) -> Tensor:
         size = segment_sizes(segment).clamp(min=1)

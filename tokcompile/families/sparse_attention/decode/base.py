@@ -43,19 +43,28 @@ class SparseDecodeParams(PassParams):
     """What every choice of keys has to be told."""
 
     budget: Budget = Field(description="Keys that a query attends to, sinks and recent ones included.")
-    sinks: int = Field(4, ge=0, description="First visible keys of a row, always attended to.",
-                       json_schema_extra=about(unit="tokens"))
-    recent: int = Field(1, ge=1, description="Last visible keys, always attended to; the last is the token itself.",
-                        json_schema_extra=about(unit="tokens"))
+    sinks: int = Field(
+        4, ge=0, description="First visible keys of a row, always attended to.", json_schema_extra=about(unit="tokens")
+    )
+    recent: int = Field(
+        1,
+        ge=1,
+        description="Last visible keys, always attended to; the last is the token itself.",
+        json_schema_extra=about(unit="tokens"),
+    )
     dense_below: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
-        "auto", description="Shorter caches are served by the dense attention; auto: those for which choosing and "
-                            "attending to the chosen is predicted to move as many bytes.",
-        json_schema_extra=about(unit="tokens"))
+        "auto",
+        description="Shorter caches are served by the dense attention; auto: those for which choosing and "
+        "attending to the chosen is predicted to move as many bytes.",
+        json_schema_extra=about(unit="tokens"),
+    )
 
     def model_post_init(self, context: Any) -> None:
         if self.budget.is_count and self.budget.num <= self.sinks + self.recent:
-            raise ValueError(f"budget {self.budget} leaves nothing to choose beside {self.sinks} sinks and "
-                             f"{self.recent} recent keys; raise it above {self.sinks + self.recent}")
+            raise ValueError(
+                f"budget {self.budget} leaves nothing to choose beside {self.sinks} sinks and "
+                f"{self.recent} recent keys; raise it above {self.sinks + self.recent}"
+            )
 
 
 class SparseDecode(Pass):
@@ -76,8 +85,9 @@ class SparseDecode(Pass):
         """
         return (), {}
 
-    def score(self, query: Tensor, key: Tensor, candidate: Tensor, scale: float, softcap: float, layer: int,
-              *more: Tensor) -> Tensor:
+    def score(
+        self, query: Tensor, key: Tensor, candidate: Tensor, scale: float, softcap: float, layer: int, *more: Tensor
+    ) -> Tensor:
         """Scores of keys: the higher, the sooner chosen. Traceable.
 
         Args:
@@ -100,8 +110,9 @@ class SparseDecode(Pass):
         sink = [] if form.sink is None else [form.sink]
         best, choice = self.choose(ctx, region, form, ends, more)
 
-        def attention(query: Tensor, key: Tensor, value: Tensor, best: Tensor, oldest: Tensor, newest: Tensor,
-                      *sink: Tensor) -> Tensor:
+        def attention(
+            query: Tensor, key: Tensor, value: Tensor, best: Tensor, oldest: Tensor, newest: Tensor, *sink: Tensor
+        ) -> Tensor:
             index = joined(best, oldest, newest)
             index = index.expand(query.shape[0], key.shape[1], index.shape[2])
             output, lse = token_list_attention(query, key, value, index, None, form.scale, False, form.softcap)
@@ -110,8 +121,9 @@ class SparseDecode(Pass):
         form.replace(ctx, attention, form.query, form.key, form.value, best, *ends[1:], *sink)
         return {"budget": str(self.params.budget), "dense_below": threshold, **details, **choice}
 
-    def choose(self, ctx: Context, region: Region, form: AttentionForm, ends: tuple[fx.Node, ...],
-               more: Sequence[fx.Node]) -> tuple[fx.Node, dict[str, Any]]:
+    def choose(
+        self, ctx: Context, region: Region, form: AttentionForm, ends: tuple[fx.Node, ...], more: Sequence[fx.Node]
+    ) -> tuple[fx.Node, dict[str, Any]]:
         """Node of the best candidates, int64 [B or 1, M, .], and details for the report.
 
         Args:
@@ -119,8 +131,9 @@ class SparseDecode(Pass):
         """
         layer = (ctx.layer(region) or (0, 0))[0]
 
-        def best(query: Tensor, key: Tensor, candidate: Tensor, oldest: Tensor, newest: Tensor,
-                 *more: Tensor) -> Tensor:
+        def best(
+            query: Tensor, key: Tensor, candidate: Tensor, oldest: Tensor, newest: Tensor, *more: Tensor
+        ) -> Tensor:
             scores = self.score(query, key, candidate, form.scale, form.softcap, layer, *more)
             return chosen(scores, candidate, self.params.budget.count(key.shape[2]) - width_of(oldest, newest))
 
@@ -139,13 +152,19 @@ class SparseDecode(Pass):
             raise UnprofitableError(
                 f"choosing keys and attending to {params.budget} of them is predicted to move as many bytes as dense "
                 "attention at any length; lower the budget, or set dense_below",
-                node=form.output.name, path=region.path, source=region.source)
+                node=form.output.name,
+                path=region.path,
+                source=region.source,
+            )
         threshold = max(threshold, least)
         if form.key.meta["val"].shape[2] < threshold:
             raise UnprofitableError(
                 f"the dense attention serves caches of less than {threshold} tokens, where choosing keys and attending "
                 f"to {params.budget} of them is not expected to pay (dense_below: {params.dense_below})",
-                node=form.output.name, path=region.path, source=region.source)
+                node=form.output.name,
+                path=region.path,
+                source=region.source,
+            )
         return threshold
 
     def _even(self, form: AttentionForm) -> int | None:
@@ -158,7 +177,8 @@ class SparseDecode(Pass):
         heads, kv_heads = form.heads
         size, width, value_width = key.element_size(), int(key.shape[3]), int(value.shape[3])
         scoring = (kv_heads * width * size if self.reads_keys else 0) + 12 * (
-            self.written[0] * kv_heads + self.written[1] * heads)
+            self.written[0] * kv_heads + self.written[1] * heads
+        )
         row = (1 if key.device.type == "cuda" else 3) * kv_heads * (width + value_width) * size
         saved = kv_heads * (width + value_width) * size - scoring
         budget, fixed = self.params.budget, FIXED["cuda" if key.device.type == "cuda" else "cpu"]
@@ -171,7 +191,9 @@ class SparseDecode(Pass):
 def _ends(ctx: Context, form: AttentionForm, visible: fx.Node | None, sinks: int, recent: int) -> tuple[fx.Node, ...]:
     """Nodes of :func:`ends`; once for all layers that see the same keys."""
     if visible is None:
-        return tuple(ctx.emit(lambda key: ends(None, key.shape[2], sinks, recent, key.device), form.key,
-                              before=form.output))
-    return tuple(ctx.emit_once(f"ends {sinks} {recent}", lambda v: ends(v, v.shape[1], sinks, recent, v.device),
-                               visible))
+        return tuple(
+            ctx.emit(lambda key: ends(None, key.shape[2], sinks, recent, key.device), form.key, before=form.output)
+        )
+    return tuple(
+        ctx.emit_once(f"ends {sinks} {recent}", lambda v: ends(v, v.shape[1], sinks, recent, v.device), visible)
+    )

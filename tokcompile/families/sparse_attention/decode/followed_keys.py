@@ -41,8 +41,11 @@ def followed_keys(ctx: Context, form: AttentionForm) -> Followed | None:
             if _expr(node.meta["val"].shape[axis]) != total:
                 return None
             grown, source = node, source[0]  # type: ignore[index]
-        elif op not in (TRIVIAL | LAYOUT) - {"roll"} and not (op in _WRITES and is_in_place(node)) and not (
-                op == "slice" and isinstance(source, fx.Node) and sizes_of(source) == sizes_of(node)):
+        elif (
+            op not in (TRIVIAL | LAYOUT) - {"roll"}
+            and not (op in _WRITES and is_in_place(node))
+            and not (op == "slice" and isinstance(source, fx.Node) and sizes_of(source) == sizes_of(node))
+        ):
             return None
         if not isinstance(source, fx.Node):
             return None

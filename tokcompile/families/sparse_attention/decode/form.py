@@ -40,8 +40,11 @@ def visible_keys(ctx: Context, form: AttentionForm) -> fx.Node | None:
     """
     mask = read_mask(ctx, form)
     if mask.rest is not None:
-        raise ctx.refuse(form.output, "the mask adds a bias to the scores (ALiBi, relative positions), or differs "
-                                      "between heads; the attention over listed keys knows only visible and hidden")
+        raise ctx.refuse(
+            form.output,
+            "the mask adds a bias to the scores (ALiBi, relative positions), or differs "
+            "between heads; the attention over listed keys knows only visible and hidden",
+        )
     window = mask.window
     if window is None:
         return mask.keys

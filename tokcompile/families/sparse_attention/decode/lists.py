@@ -17,8 +17,9 @@ def least_length(budget: Budget, sinks: int, recent: int) -> int:
     return (sinks + recent) * budget.den // budget.num + 1
 
 
-def ends(visible: Tensor | None, length: Any, sinks: int, recent: int,
-         device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def ends(
+    visible: Tensor | None, length: Any, sinks: int, recent: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """The keys that are always in the list, and those between them.
 
     Args:
@@ -31,7 +32,7 @@ def ends(visible: Tensor | None, length: Any, sinks: int, recent: int,
     position = torch.arange(length, device=device).unsqueeze(0)
     if visible is None:
         candidate = (position >= sinks) & (position < length - recent)
-        return candidate, position[:, :sinks], position[:, length - recent:]
+        return candidate, position[:, :sinks], position[:, length - recent :]
     newest = torch.topk(torch.where(visible, position, -1), recent, dim=1).values
     first = torch.where(newest < 0, length, newest).amin(1, keepdim=True)
     before = visible & (position < first)
@@ -58,8 +59,14 @@ def listed(scores: Tensor, candidate: Tensor, oldest: Tensor, newest: Tensor, co
 def joined(best: Tensor, oldest: Tensor, newest: Tensor) -> Tensor:
     """The list of the first keys, the best ones [B or 1, M, .] and the last ones, int64 [B or 1, M, .]."""
     rows, lists = best.shape[:2]
-    return torch.cat([oldest.unsqueeze(1).expand(rows, lists, oldest.shape[1]), best,
-                      newest.unsqueeze(1).expand(rows, lists, newest.shape[1])], 2)
+    return torch.cat(
+        [
+            oldest.unsqueeze(1).expand(rows, lists, oldest.shape[1]),
+            best,
+            newest.unsqueeze(1).expand(rows, lists, newest.shape[1]),
+        ],
+        2,
+    )
 
 
 def chosen(scores: Tensor, candidate: Tensor, count: Any) -> Tensor:
