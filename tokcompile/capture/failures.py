@@ -20,7 +20,7 @@ def explain_failure(error: BaseException) -> str:
     for line in head:
         if line.strip().startswith(("Explanation:", "Hint:", "Developer debug context:", "User Stack")):
             break
-        cause.append(line.strip())
+        cause.append(line.split(" (unhinted:")[0].strip())
     parts = [f"{type(error).__name__}: {_short(' '.join(cause))}"]
     place = _place(text)
     if place:

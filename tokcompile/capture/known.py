@@ -124,12 +124,17 @@ def _known(graph: fx.Graph, given: set[fx.Node], shared: _Shared) -> tuple[set[f
     while True:
         known = set(given)
         for node in graph.nodes:
-            if shared.root(node) not in spoilt and (node.op == "get_attr" or _can_be_known(node, known)):
+            if shared.root(node) not in spoilt and (_is_literal(node) or _can_be_known(node, known)):
                 known.add(node)
         more = {shared.root(target) for node, target in writes if node not in known} - spoilt
         if not more:
             return known, {shared.root(target) for _, target in writes}
         spoilt |= more
+
+
+def _is_literal(node: fx.Node) -> bool:
+    """Whether a constant of the graph was written out in the traced code; no tensor that something else holds."""
+    return node.op == "get_attr" and all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users)
 
 
 def _can_be_known(node: fx.Node, known: set[fx.Node]) -> bool:

@@ -1,4 +1,4 @@
-"""Attention within pieces of one row of tokens: images of a batch, or windows of an image, that lie one behind the other.
+"""Attention within pieces of one row of tokens: images, or windows of an image, that lie one behind the other.
 
 Model code cuts queries, keys and values up, calls attention for each piece, and joins the results::
 
@@ -65,7 +65,7 @@ def block_mask(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def pack(captured: Captured) -> int:
-    """Put :data:`PACKED`, or plain attention where there is one piece, for attentions piece by piece; returns how many."""
+    """Join attentions piece by piece to :data:`PACKED`, or to plain attention of one piece; returns how many."""
     count = 0
     for node in list(captured.graph.find_nodes(op="call_function", target=aten.cat.default)):
         count += _pack(captured, node)
@@ -178,7 +178,7 @@ def _options(attention: fx.Node) -> tuple[float | None, bool] | None:
 
 
 def _steps(branches: Sequence[_Branch], lengths: Sequence[int], dim: int) -> list[tuple[Any, tuple[Any, ...]]] | None:
-    """The layout of all pieces as layout of the whole; None where it is not one that leaves the tokens along ``dim``."""
+    """The layout of all pieces as layout of the whole; None where that does not leave the tokens along ``dim``."""
     if len({tuple(step.target for step in branch.steps) for branch in branches}) != 1:
         return None
     place, result = 2, list[tuple[Any, tuple[Any, ...]]]()
@@ -191,7 +191,7 @@ def _steps(branches: Sequence[_Branch], lengths: Sequence[int], dim: int) -> lis
             if _shape(step) == _shape(step.args[0]):
                 continue
             place, shape = shapes[0]
-            result.append((step.target, (shape[:place] + [sum(lengths)] + shape[place + 1 :],)))
+            result.append((step.target, ([*shape[:place], sum(lengths), *shape[place + 1 :]],)))
             continue
         if any(node.args[1:] != step.args[1:] or node.kwargs for node in same):
             return None

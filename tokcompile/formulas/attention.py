@@ -22,6 +22,7 @@ from torch import Tensor, fx
 
 from tokcompile.capture.graph import erase
 from tokcompile.capture.ops import TRIVIAL
+from tokcompile.capture.packed import block_mask
 from tokcompile.regions.flow import Flow
 from tokcompile.regions.model import Region
 from tokcompile.rewrite.context import Context

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from tokcompile.capture.by_values import ByValues, UntraceableError
+from tokcompile.capture.by_values import ByValues
 from tokcompile.capture.capture import DYNAMO_CONFIG
+from tokcompile.capture.known_trace import UntraceableError
 from tokcompile.errors import TokcompileError
 from tokcompile.runtime.session import Session
 

@@ -64,7 +64,7 @@ class Stages:
             marked = None if scores is None else torch.ops.tokcompile.visual_scores(scores)
             return original(model, **kwargs), None, marked
 
-        self.plain = compile_stage(plain, session)
+        self.plain = compile_stage(plain, session, by_values=not self.cache_name)
         self.decode = compile_stage(plain, session, dynamic=True)  # no two decode steps have one length
         self.tracked = compile_stage(tracked, session)
         self.uncached = compile_stage(uncached, session)
