@@ -1,5 +1,5 @@
 # Set-up and run, from nothing but Python 3.11+ and make. A second run skips what is already there.
-#   make demo    the demonstration       make test    the fast tests      make check   lint, types and tests
+#   make demo    the demonstration       make test    the fast tests      make check   lint, layers, types and tests
 #   make bench   the benchmarks          make docs    the documentation, into build/docs
 #   make bench-kernels     each kernel against its dense operation, on the GPU where there is one
 #   make quality quality on real weights, short version   make quality-full    all of it, hours, with resume
@@ -15,7 +15,7 @@ JOBS   ?= 2
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check lint types bench bench-kernels quality quality-full docs clean
+.PHONY: demo test check lint layers types bench bench-kernels quality quality-full docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -24,12 +24,18 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(PY) -m pytest -n $(JOBS) $(ARGS)
 
-check: lint types test
+check: lint layers types test
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
-# passes/, kernels/ and recipes/ become tokcompile.* only when installed, so types are checked on an installed copy
+# passes/, kernels/ and recipes/ become tokcompile.* only when installed, so imports and types are checked on a copy
+layers: $(VENV)/.dev
+	rm -rf build/layers
+	$(PY) tests/house.py build/layers
+	cd build/layers && $(CURDIR)/$(VENV)/bin/lint-imports --no-cache $(CURDIR)/pyproject.toml
+
 types: $(VENV)/.dev
 	rm -rf build/types build/lib
 	$(PIP) --no-deps --target build/types .

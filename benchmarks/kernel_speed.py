@@ -446,7 +446,7 @@ def decoding(s: Sizes, length: int, name: str, budget: int = 256) -> Case:
 
     def run(query: Tensor, key: Tensor, value: Tensor, planes: Tensor) -> Tensor:
         candidate, oldest, newest = ends(None, length, 4, 1, query.device)
-        scores = method.score(query, key, candidate, scale, 0.0, 0, planes)
+        scores = method.score(query, key, candidate, scale, 0.0, 0, planes).values
         index = choose(scores, candidate, oldest, newest, budget).expand(1, s.kv_heads, budget)
         return token_list_attention(query, key, value, index)[0]
 

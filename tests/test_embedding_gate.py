@@ -266,7 +266,7 @@ def test_on_a_gpu(dtype, fallback):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_where_under_autocast_keeps_the_type_of_its_input(dtype):
-    from tokcompile.kernels.embedding_gate import linear_where
+    from tokcompile.kernels.linear_where import linear_where
 
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, 5, 8, generator=g).to(dtype).requires_grad_()

@@ -451,7 +451,7 @@ def test_every_kernel_says_how_it_lowers() -> None:
     # folders that hold several operations, or one of another name
     several = {
         "gather_rows": {"gather_rows", "scatter_rows"},
-        "embedding_gate": {"embedding_gate", "linear_where"},
         "host_rows": {"unique_ids", "fetch_rows", "await_rows"},
+        "token_sparse_attention": set(),  # not exported: a recipe with this pass is refused there
     }
     assert found == {f"tokcompile.{op}.default" for name in kernels for op in several.get(name, {name})}

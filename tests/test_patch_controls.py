@@ -13,6 +13,7 @@ from transformers import ViTConfig, ViTModel
 
 import tokcompile
 from tokcompile.families.pruning.patches import PatchParams
+from tokcompile.families.scores import Scores
 from tokcompile.measure.evaluate import Measure, Task, controls, evaluate
 from tokcompile.measure.paired import mean_percent
 from tokcompile.passes.pruning.class_attention import ClassAttention
@@ -33,8 +34,9 @@ class MaybeInverted(ClassAttention):
 
     def score(
         self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int, *inputs: Tensor
-    ) -> Tensor:
-        return self.params.sign * super().score(tokens, segment, budget, prefix, stage, *inputs)
+    ) -> Scores:
+        scores = super().score(tokens, segment, budget, prefix, stage, *inputs)
+        return Scores(self.params.sign * scores.values)
 
 
 def recipe(name: str, **params: Any) -> dict[str, Any]:

@@ -123,6 +123,10 @@ def test_an_empty_report():
 def test_status_is_one_of_the_known():
     for status in STATUSES:
         StepReport("todre", status)
+        given = StepReport("todre", str(status))
+        assert given.status is status
+        assert given.status == str(status)
+        assert type(Report(steps=[given]).to_dict()["steps"][0]["status"]) is str
     with pytest.raises(ValueError, match="structure_miss"):
         StepReport("todre", "fine")
 

@@ -113,11 +113,11 @@ def test_layers_without_attention_or_shapes() -> None:
         0,
         0,
     )
-    assert "no attention" in page(Report(layers=[entry]))
+    assert "no attention" in page(Report(layers=[entry]).to_dict())
 
 
 def test_everything_is_on_the_page(report: Report) -> None:
-    found = Checker(page(report, bench=measured(), pictures={"a cat": picture()}))
+    found = Checker(page(report.to_dict(), bench=measured(), pictures={"a cat": picture()}))
     for part in (
         "LlavaForConditionalGeneration",
         "recipe vlm_prune_90",
@@ -155,7 +155,7 @@ def test_why_not_is_on_the_page() -> None:
             "score": 0.5,
         }
     ]
-    text = Checker(page(report)).text
+    text = Checker(page(report.to_dict())).text
     for part in (
         "structure_miss",
         "no such region",
@@ -164,7 +164,7 @@ def test_why_not_is_on_the_page() -> None:
         "nearly a merge_point: scatter without mask [node n, p, f.py:3]",
     ):
         assert part in text, part
-    assert "No region found." in Checker(page(Report())).text
+    assert "No region found." in Checker(page(Report().to_dict())).text
 
 
 def test_text_is_escaped_and_nothing_comes_from_outside(report: Report) -> None:
@@ -175,11 +175,11 @@ def test_text_is_escaped_and_nothing_comes_from_outside(report: Report) -> None:
         stages=[StageReport(EVIL, False, EVIL)],
         recipe=EVIL,
     )
-    text = page(evil, pictures={EVIL: picture()})
+    text = page(evil.to_dict(), pictures={EVIL: picture()})
     found = Checker(text)
     assert not any(tag == "script" for tag, _ in found.tags)
     assert found.text.count('alert("x")') >= 8
-    for one in (text, page(report, bench=measured())):
+    for one in (text, page(report.to_dict(), bench=measured())):
         assert not re.search(r"https?:|//[a-z]|url\(|@import|<link|<script|<iframe", one)
         for _, attributes in Checker(one).tags:
             assert not {"href", "srcset", "onclick", "onload"} & set(attributes)
@@ -189,11 +189,11 @@ def test_text_is_escaped_and_nothing_comes_from_outside(report: Report) -> None:
 
 def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(picture())
-    assert "image/png" in page(Report(), pictures={"a": tmp_path / "a.png"})
-    assert "image/jpeg" in page(Report(), pictures={"a": b"\xff\xd8\xff\xe0"})
+    assert "image/png" in page(Report().to_dict(), pictures={"a": tmp_path / "a.png"})
+    assert "image/jpeg" in page(Report().to_dict(), pictures={"a": b"\xff\xd8\xff\xe0"})
     for wrong, message in ((b"GIF89a", "neither PNG nor JPEG"), (3, "found int")):
         with pytest.raises(TokcompileError, match=message):
-            page(Report(), pictures={"a": wrong})
+            page(Report().to_dict(), pictures={"a": wrong})
 
 
 # --------------------------------------------------------------------------------------------------- in a browser

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from tokcompile.version import __version__
+
 if TYPE_CHECKING:
     from tokcompile import stem
     from tokcompile.api import explain, optimize, record, report
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
     from tokcompile.reporting.report import Report
     from tokcompile.save.load import load, restore_dense
     from tokcompile.save.save import save_pretrained
-
-__version__ = "0.1.0"
 
 #: Public name -> the module that has it, imported when the name is first used.
 _EXPORTS = {
@@ -84,6 +84,7 @@ __all__ = [
     "Report",
     "SavedModelError",
     "TokcompileError",
+    "__version__",
     "bench",
     "calibrate",
     "evaluate",

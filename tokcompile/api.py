@@ -87,17 +87,24 @@ def explain(
     inputs: Mapping[str, Any],
     recipe: RecipeLike | None = None,
     *,
-    calibration: PreparedState | None = None,
+    calibration: Any = None,
 ) -> Report:
     """What tokcompile finds in ``model`` on ``inputs`` and what ``recipe`` would change; changes nothing.
 
-    Runs the model once (eagerly lowered), like ``optimize(..., inputs=inputs)`` does.
+    Runs the model once (eagerly lowered), like ``optimize(..., inputs=inputs)`` does; a model that generates makes
+    two tokens where the recipe acts in decode steps. What is planned before anything is rewritten is in
+    :attr:`Report.plans`, for each stage.
+
+    Args:
+        calibration: as for :func:`optimize`.
     """
     loaded = None if recipe is None else Recipe.load(recipe)
+    if loaded is not None and calibration is not None and not isinstance(calibration, PreparedState):
+        calibration = calibrate(model, loaded, calibration)
     session = Session(loaded, lowering="eager", on_no_match="ignore", model=type(model).__name__, state=calibration)
     clone = share(model)
     install(clone, session)
-    run_once(clone, inputs)
+    run_once(clone, inputs, decode=any(method.stage == "decode" for _, method in session.passes))
     session.check_matches(None)  # into report.problems
     return session.report
 

@@ -26,8 +26,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from tokcompile import __version__
 from tokcompile.errors import CaptureError, NoMatchError, RecipeError, TokcompileError
+from tokcompile.version import __version__
 
 OK, DEFECT, USAGE, RECIPE, NO_MATCH, MISSING, REFUSED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
 

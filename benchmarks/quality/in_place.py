@@ -21,7 +21,8 @@ from tokcompile.families.moe import experts
 from tokcompile.families.sparse_attention.decode.base import SparseDecode
 from tokcompile.families.sparse_attention.decode.lists import ends, joined, listed
 from tokcompile.families.stem import token_table
-from tokcompile.kernels.embedding_gate import embedding_gate, linear_where, rows
+from tokcompile.kernels.embedding_gate import embedding_gate, rows
+from tokcompile.kernels.linear_where import linear_where
 from tokcompile.kernels.token_list_attention import token_list_attention
 from tokcompile.kernels.token_sparse_attention import (  # noqa: F401  sparse_prefill registers its operation
     op as sparse_prefill,
@@ -255,7 +256,7 @@ def sparse_decode_of(
         candidate, oldest, newest = ends(None, key.shape[2], p.sinks, p.recent, key.device)
         more = () if state is None else (state[layer],)
         if getattr(p, "reuse", None) is None:
-            scores = method.score(query, key, candidate, scale, 0.0, layer, *more)
+            scores = method.score(query, key, candidate, scale, 0.0, layer, *more).values
             index = listed(scores, candidate, oldest, newest, p.budget.count(key.shape[2]))
         else:
             length, before, kept = memory.get(layer, (0, None, None))

@@ -3,7 +3,6 @@
 Importing the package registers ``torch.ops.tokcompile.embedding_gate``.
 """
 
-from .missing import linear_where
 from .onnx import decompose
 from .op import embedding_gate, embedding_gate_host, supports
 from .reference import embedding_gate_reference, rows
@@ -13,7 +12,6 @@ __all__ = [
     "embedding_gate",
     "embedding_gate_host",
     "embedding_gate_reference",
-    "linear_where",
     "rows",
     "supports",
 ]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..activation import activate
-from . import missing
 from .reference import rows
 
 
@@ -28,5 +27,4 @@ def decompose(
     return activate(gate, activation) * torch.where((place < 0).unsqueeze(-1), other, value)
 
 
-# tokens without a row: the dense layer multiplies all tokens here, so such a file saves nothing by the table
-DECOMPOSITIONS = {"embedding_gate": decompose, "linear_where": missing.decompose}
+DECOMPOSITIONS = {"embedding_gate": decompose}

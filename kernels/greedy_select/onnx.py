@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops.while_loop import while_loop
 
-from tokcompile.rewrite.selection import segment_positions, segment_sizes
+from tokcompile.kernels.segments import segment_positions, segment_sizes
 
 from .reference import check_criterion, mean_in_segment, quantise
 from .triton import first_choices
@@ -43,7 +43,7 @@ def decompose(
 
     Args:
         features: float [B, S, D].
-        segment: int64 [B, S], see ``tokcompile.selection.segments``.
+        segment: int64 [B, S], see ``tokcompile.kernels.segments.segments``.
         budget: int64 [B, S].
         criterion: "max_sum", "k_center" or "herding".
         pivot: float [B, S] or None.

@@ -14,7 +14,7 @@ import os
 import torch
 from torch import Tensor
 
-from tokcompile.rewrite.selection import rank_in_segment, segment_positions, segment_sizes
+from tokcompile.kernels.segments import rank_in_segment, segment_positions, segment_sizes
 
 from .reference import mean_in_segment, quantise
 

@@ -13,6 +13,7 @@ from tokcompile.kernels.attention_rows import attention_rows
 from tokcompile.kernels.attention_rows.reference import hidden_keys
 from tokcompile.kernels.block_list_attention import block_list_attention
 from tokcompile.kernels.gather_rows import gather_rows, scatter_rows
+from tokcompile.kernels.hidden import is_visible
 
 #: Rows of a tile of the attention under an arbitrary mask.
 _TILE = 128
@@ -76,7 +77,7 @@ def select(
     else:
         weight = _rows(last, key, mask[..., prefix:, :], scale, softcap, position, sliding, causal)
         scores = weight.sum(2)
-        seen = _visible(mask[..., prefix:, :])
+        seen = is_visible(mask[..., prefix:, :])
         real = seen.any(2).any(1)[:, :prefix].expand(batch, prefix)
     scores = scores[:, :, :prefix] / window
     if seed >= 0:
@@ -97,10 +98,6 @@ def select(
     chosen = torch.where(real[:, None].expand(-1, heads, -1).gather(2, chosen), chosen, -1).sort(-1).values
     tail = torch.arange(prefix, length, device=query.device).expand(batch, heads, window)
     return torch.cat([chosen, tail], -1)
-
-
-def _visible(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else mask > -1e4
 
 
 def _rows(

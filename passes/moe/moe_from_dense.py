@@ -38,7 +38,9 @@ from tokcompile.families.moe import experts
 from tokcompile.families.moe import split as moe_split
 from tokcompile.formulas import feed_forward as ffn
 from tokcompile.plan.pass_base import Pass, Seen
+from tokcompile.plan.plan import Taken
 from tokcompile.regions.model import Region
+from tokcompile.regions.places import layers_meant
 from tokcompile.registry import PassParams, about, register
 from tokcompile.rewrite.context import Context
 
@@ -156,7 +158,7 @@ class MoeFromDense(Pass):
             with torch.no_grad():
                 made[key] = self._convert(layer, self.params.seed + number)
         ranked = sorted(made, key=lambda key: (made[key][1]["error"], seen[key].layer or 0))
-        chosen = set(ranked[: experts.layers_meant(self.params.convert, len(ranked))])
+        chosen = set(ranked[: layers_meant(self.params.convert, len(ranked))])
         for key, (_, facts) in made.items():
             facts |= {"converted": key in chosen, "of": len(chosen)}
         return {key: (tensors if key in chosen else {}, facts) for key, (tensors, facts) in made.items()}
@@ -196,9 +198,13 @@ class MoeFromDense(Pass):
             }
         return {name: nn.Parameter(value) for name, value in t.items()}, facts
 
-    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
-        formula = self._formula(ctx, region)
-        state, facts = ctx.state(self.name, region)
+    def plan(self, ctx: Context, region: Region) -> Taken:
+        self._check_converted(ctx, region, self._formula(ctx, region))
+        return Taken()
+
+    def _check_converted(self, ctx: Context, region: Region, formula: ffn.Formula) -> None:
+        """Refuse a layer that calibration left dense, or where experts were measured to be slower."""
+        facts = ctx.facts(self.name, region)
         where = {"node": formula.up.node.name, "path": region.path, "source": region.source}
         if not facts["converted"]:
             raise UnprofitableError(
@@ -214,6 +220,11 @@ class MoeFromDense(Pass):
                 "the layer all the same",
                 **where,
             )
+
+    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+        formula = self._formula(ctx, region)
+        self._check_converted(ctx, region, formula)
+        state, facts = ctx.state(self.name, region)
         down, x = formula.down, formula.up.input
         rank = down.node.meta["val"].dim()
         size = (

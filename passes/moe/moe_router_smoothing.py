@@ -27,6 +27,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from tokcompile.capture.ops import LAYOUT, SOFTMAX, TRIVIAL
+from tokcompile.capture.sizes import dims_of, equal
 from tokcompile.formulas.attention import AttentionForm, read_attention
 from tokcompile.plan.pass_base import Pass
 from tokcompile.regions.flow import Flow
@@ -89,10 +90,10 @@ class MoeRouterSmoothing(Pass):
                 return True
             if flow.op[node] not in TRIVIAL | LAYOUT or len(flow.inputs[node]) != 1:  # type: ignore[index]
                 raise ctx.refuse(
-                    node,
-                    "expected a choice among logits of the router or their softmax, found "  # type: ignore[arg-type]
+                    node,  # type: ignore[arg-type]
+                    "expected a choice among logits of the router or their softmax, found "
                     f"{flow.op[node]} in between (sigmoid scores, a bias, groups)",
-                )  # type: ignore[index]
+                )
             node = flow.inputs[node][0]  # type: ignore[index]
         return False
 
@@ -109,11 +110,11 @@ class MoeRouterSmoothing(Pass):
     def _check(self, ctx: Context, form: AttentionForm, region: Region) -> None:
         x, node = region.roles["input"], region.roles["router"]
         batch, length = form.query.meta["val"].shape[0], form.query.meta["val"].shape[2]
-        if _exprs(form.key.meta["val"].shape[2]) != _exprs(length):
+        if not equal(form.key.meta["val"].shape[2], length):
             raise ctx.refuse(
                 node, "the attention reads keys of a cache, whose routing is not kept; this call routes as before"
             )
-        if x.meta["val"].dim() != 3 or _exprs(*x.meta["val"].shape[:2]) != _exprs(batch, length):
+        if x.meta["val"].dim() != 3 or dims_of(x.meta["val"].shape[:2]) != dims_of((batch, length)):
             raise ctx.refuse(node, f"expected tokens [B, S, D] as in the attention, found {tuple(x.meta['val'].shape)}")
         if form.sink is not None:
             raise ctx.refuse(node, "attention sinks take a part of the weights")
@@ -147,7 +148,3 @@ def coupled(
         found = functional.scaled_dot_product_attention(query, key, values, mask, is_causal=causal, scale=scale)
     mean = found.mean(1)
     return torch.where(mean.sum(-1, keepdim=True) > 0.5, mean, own)
-
-
-def _exprs(*sizes: Any) -> list[Any]:
-    return [s.node.expr if isinstance(s, torch.SymInt) else int(s) for s in sizes]

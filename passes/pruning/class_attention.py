@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from tokcompile.families.pruning.patches import PatchParams, PatchSelection
-from tokcompile.formulas.attention_rows import attention_rows
+from tokcompile.families.scores import Scores
+from tokcompile.formulas.attention_rows import attention_rows, rows_source
 from tokcompile.regions.model import Layer
 from tokcompile.registry import register
 from tokcompile.rewrite.context import Context
@@ -33,23 +34,23 @@ class ClassAttention(PatchSelection):
         pass
 
     def check_layer(self, ctx: Context, layer: Layer) -> None:
-        if layer.attention is None:
-            raise ctx.refuse(layer.output, f"layer {layer.index} has no attention to score with")
-
-    def inputs(self, ctx: Context, layer: Layer, prefix: int) -> list[fx.Node]:
+        rows_source(ctx, layer)
         assert layer.attention is not None
         context = layer.attention.roles["output"]
         if context.meta["val"].dim() != 4:
             raise ctx.refuse(context, "attention with batch and heads flattened together cannot be scored")
-        return [context, attention_rows(ctx, layer, 1 if prefix else None)]
+
+    def inputs(self, ctx: Context, layer: Layer, prefix: int) -> list[fx.Node]:
+        assert layer.attention is not None
+        return [layer.attention.roles["output"], attention_rows(ctx, layer, 1 if prefix else None)]
 
     def score(
         self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int, *inputs: Tensor
-    ) -> Tensor:
+    ) -> Scores:
         context, rows = inputs
         weights = rows.mean(2)[:, :, prefix:]  # [B, H, patches]
         if prefix:
             norm = torch.linalg.vector_norm(context[:, :, prefix:].to(torch.float32), dim=-1)
             weights = weights * (norm / (norm.sum(1, keepdim=True) + 1e-8))
         scores = weights.sum(1)
-        return torch.cat([scores.new_zeros(tokens.shape[0], prefix), scores], 1)
+        return Scores(torch.cat([scores.new_zeros(tokens.shape[0], prefix), scores], 1))

@@ -17,7 +17,7 @@ Source: bipartite matching and proportional attention of "Token Merging: Your Vi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, fx
 
 from tokcompile.families.pruning.patches import PatchParams, PatchSelection
+from tokcompile.families.scores import Scores
 from tokcompile.formulas.attention import AttentionForm, read_attention
 from tokcompile.regions.model import Layer, Region
 from tokcompile.registry import about, register
@@ -89,12 +90,17 @@ class PatchMerge(PatchSelection):
 
     def score(
         self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int, *inputs: Tensor
-    ) -> tuple[Tensor, ...]:
+    ) -> Scores:
         key, *sizes = inputs
-        return merged(tokens, key.to(torch.float32).mean(1), segment, budget, *sizes, reach=self.params.reach)
+        like = key.to(torch.float32).mean(1)
+        means, values, into, members = merged(tokens, like, segment, budget, *sizes, reach=self.params.reach)
+        return Scores(values, tokens=means, carried={"sizes": members}, into=into)
 
-    def below(self, ctx: Context, region: Region, layers: Sequence[Layer], kept: fx.Node, *values: fx.Node) -> None:
-        sizes = ctx.emit(lambda size, index: size.gather(1, index), *values, kept, before=ctx.after(*values, kept))
+    def below(
+        self, ctx: Context, region: Region, layers: Sequence[Layer], kept: fx.Node, carried: Mapping[str, fx.Node]
+    ) -> None:
+        sizes = carried["sizes"]
+        sizes = ctx.emit(lambda size, index: size.gather(1, index), sizes, kept, before=ctx.after(sizes, kept))
         ctx.shared[self, layers[-1].output] = (sizes,)  # the next stage goes on from these
         for layer in layers:
             if self.params.size_bias and layer.attention is not None:

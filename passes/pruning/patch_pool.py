@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tokcompile.families.pruning.patches import PatchParams, PatchSelection
+from tokcompile.families.scores import Scores
 from tokcompile.registry import register
 from tokcompile.rewrite.selection import pooled
 
@@ -28,5 +29,6 @@ class PatchPool(PatchSelection):
 
     def score(
         self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int, *inputs: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return pooled(tokens, segment, budget)
+    ) -> Scores:
+        means, middle, into = pooled(tokens, segment, budget)
+        return Scores(middle, tokens=means, into=into)

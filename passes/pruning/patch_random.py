@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tokcompile.families.pruning.patches import PatchParams, PatchSelection
+from tokcompile.families.scores import Scores
 from tokcompile.registry import register
 from tokcompile.rewrite.selection import random_scores
 
@@ -25,5 +26,5 @@ class PatchRandom(PatchSelection):
 
     def score(
         self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int, *inputs: Tensor
-    ) -> Tensor:
-        return random_scores(segment, self.params.seed * 1000 + stage)  # another draw at each stage
+    ) -> Scores:
+        return Scores(random_scores(segment, self.params.seed * 1000 + stage))  # another draw at each stage

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tokcompile.families.pruning.visual import VisualParams, VisualSelection
+from tokcompile.families.scores import Scores
 from tokcompile.recipes import Budget
 from tokcompile.registry import register
 from tokcompile.rewrite.selection import pooled
@@ -26,5 +27,6 @@ class Pool(VisualSelection):
     class Params(VisualParams):
         keep: Budget = Field(description="Groups of each image: a ratio of its tokens in (0, 1], or a count.")
 
-    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
-        return pooled(tokens, segment, budget)[:2]
+    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor) -> Scores:
+        means, middle, _ = pooled(tokens, segment, budget)
+        return Scores(middle, tokens=means)

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tokcompile.families.pruning.visual import VisualParams, VisualSelection
+from tokcompile.families.scores import Scores
 from tokcompile.registry import register
 from tokcompile.rewrite.selection import random_scores
 
@@ -25,5 +26,5 @@ class Random(VisualSelection):
     class Params(VisualParams):
         seed: int = Field(0, ge=0, lt=2**31, description="Seed of the draw.")
 
-    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor) -> Tensor:
-        return random_scores(segment, self.params.seed)
+    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor) -> Scores:
+        return Scores(random_scores(segment, self.params.seed))

@@ -22,10 +22,13 @@ from pydantic import Field
 from torch import Tensor
 
 from tokcompile.families.pruning.drop import drop_visual
-from tokcompile.families.pruning.visual import VisualParams, VisualSelection
+from tokcompile.families.pruning.visual import VisualParams, VisualSelection, visual_tokens
+from tokcompile.families.scores import Scores
 from tokcompile.kernels.greedy_select import op as _op  # noqa: F401  registers the operator
+from tokcompile.plan.plan import LayerCut
 from tokcompile.recipes import Budget
 from tokcompile.regions.model import Region
+from tokcompile.regions.places import stack_below
 from tokcompile.registry import about, register
 from tokcompile.rewrite.context import Context
 
@@ -53,24 +56,40 @@ class ToDRE(VisualSelection):
             json_schema_extra=about(unit="fraction of the depth, or layer number from 0", source="paper: 7/8"),
         )
 
-    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor) -> Tensor:
+    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor) -> Scores:
         order = torch.ops.tokcompile.greedy_select(tokens, segment, budget, self.params.criterion)
-        return -order.to(torch.float32)
+        return Scores(-order.to(torch.float32))
+
+    def late_layer(self, depth: int) -> int | None:
+        """The layer behind which no visual token is left; None: they stay to the end."""
+        at = self.params.drop_layer
+        return int(at * depth) if isinstance(at, float) else at
+
+    def cut_layers(self, depth: int) -> list[int]:
+        layer = self.late_layer(depth)
+        return [0] if layer is None or layer >= depth - 1 else [0, layer + 1]
+
+    def cuts(self, ctx: Context, region: Region, stack: Region | None) -> tuple[LayerCut, ...]:
+        found = super().cuts(ctx, region, stack)
+        layer = None if stack is None else self.late_layer(len(stack.layers))
+        if stack is None or layer is None:
+            return found
+        depth = len(stack.layers)
+        if layer >= depth - 1:
+            if isinstance(self.params.drop_layer, int):
+                raise ctx.refuse(
+                    region.roles["output"],
+                    f"drop_layer {layer}: the decoder has {depth} layers, so at most "
+                    f"{depth - 2} leaves a layer after the drop; or give a fraction",
+                )
+            return found
+        ctx.check(stack.layers[layer].output, suffix=1)  # both stages, or none
+        visual, tokens = visual_tokens(region)
+        return (*found, LayerCut(layer + 1, None if visual is None else tokens - visual))
 
     def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
-        merged = region.roles["output"]
-        stack, at = ctx.stack_below(merged), self.params.drop_layer
-        layer = None
-        if at is not None and stack is not None:
-            layer = int(at * len(stack.layers)) if isinstance(at, float) else at
-            if isinstance(at, int) and layer >= len(stack.layers) - 1:
-                raise ctx.refuse(
-                    merged,
-                    f"drop_layer {layer}: the decoder has {len(stack.layers)} layers, so at most "
-                    f"{len(stack.layers) - 2} leaves a layer after the drop; or give a fraction",
-                )
-            if layer < len(stack.layers) - 1:
-                ctx.check(stack.layers[layer].output, suffix=1)  # both stages, or none
+        stack = stack_below(ctx.regions, region.roles["output"])
+        layer = None if stack is None else self.late_layer(len(stack.layers))
         details = super().apply(ctx, region)
         if stack is None or layer is None:
             return details

@@ -20,12 +20,14 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from tokcompile.capture.graph import ancestors
-from tokcompile.families.pruning.visual import VisualParams, VisualSelection
+from tokcompile.families.pruning.visual import VisualParams, VisualSelection, check_rows
+from tokcompile.families.scores import Scores
 from tokcompile.formulas.attention_rows import class_row
 from tokcompile.recipes import Budget
 from tokcompile.regions.model import Region
 from tokcompile.registry import about, register
 from tokcompile.rewrite.context import Context
+from tokcompile.rewrite.visual_mask import feature_mask
 
 
 @register
@@ -57,7 +59,7 @@ class VtcCls(VisualSelection):
                 "the vision encoder has no class token to score patches with; "
                 "use todre, or another selection without one",
             )
-        ctx.check_rows(encoder, features)
+        check_rows(ctx, encoder, features)
         above = ancestors([features])
         layers = [layer for layer in encoder.layers if layer.output in above]
         first = min(len(layers) - 1, math.ceil(self.params.first_layer * len(layers) - 0.01))
@@ -87,7 +89,7 @@ class VtcCls(VisualSelection):
                 "the image encoder gave no scores: it was not captured, has no "
                 "class token, or its features are not one for each patch",
             )
-        mask = ctx.feature_mask(region)
+        mask = feature_mask(ctx, region)
         scores = ctx.emit(
             lambda m, s: torch.zeros(m.shape, dtype=s.dtype, device=s.device).masked_scatter(m, s),
             mask,
@@ -96,5 +98,5 @@ class VtcCls(VisualSelection):
         )
         return self.select(ctx, region, scores)
 
-    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        return scores
+    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor, scores: Tensor) -> Scores:  # type: ignore[override]
+        return Scores(scores)

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from tokcompile.families.scores import Scores
 from tokcompile.families.sparse_attention.decode.base import SparseDecode, SparseDecodeParams
 from tokcompile.registry import register
 
@@ -33,12 +34,12 @@ class DecodeControl(SparseDecode):
 
     def score(
         self, query: Tensor, key: Tensor, candidate: Tensor, scale: float, softcap: float, layer: int, *more: Tensor
-    ) -> Tensor:
+    ) -> Scores:
         length = key.shape[2]
         position = torch.arange(length, device=key.device)
         if self.params.choose == "window":
-            return position.to(torch.float32)[None, None]
+            return Scores(position.to(torch.float32)[None, None])
         number = position * 2654435761 + length * 2246822519 + (layer * 1000003 + self.params.seed * 3266489917)
         for factor in (73244475, 668265263):  # integers only: the same keys in every runtime
             number = ((number & 0xFFFFFFFF) ^ ((number & 0xFFFFFFFF) >> 16)) * factor
-        return ((number & 0xFFFFFFFF) >> 8).to(torch.float32)[None, None]
+        return Scores(((number & 0xFFFFFFFF) >> 8).to(torch.float32)[None, None])

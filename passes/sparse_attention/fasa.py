@@ -25,8 +25,10 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from tokcompile.errors import CalibrationError
+from tokcompile.families.scores import Scores
 from tokcompile.families.sparse_attention.decode.base import SparseDecode, SparseDecodeParams
-from tokcompile.formulas.attention import HIDDEN, AttentionForm, read_attention
+from tokcompile.formulas.attention import AttentionForm, read_attention
+from tokcompile.formulas.mask import is_visible
 from tokcompile.formulas.rope import read_rope
 from tokcompile.plan.pass_base import Seen
 from tokcompile.regions.model import Region
@@ -71,7 +73,7 @@ class Fasa(SparseDecode):
             length, new = key.shape[2], query.shape[2]
             visible = torch.ones(new, length, dtype=torch.bool, device=key.device).tril(length - new)[None, None]
             for mask in masks:
-                visible = mask if mask.dtype == torch.bool else mask > HIDDEN
+                visible = is_visible(mask)
             visible = visible.expand(query.shape[0], -1, new, length)
             rows = torch.linspace(new // 2, new - 1, min(self.params.queries, new)).round().long().unique()
             for row in rows.tolist():
@@ -140,7 +142,7 @@ class Fasa(SparseDecode):
 
     def score(
         self, query: Tensor, key: Tensor, candidate: Tensor, scale: float, softcap: float, layer: int, *more: Tensor
-    ) -> Tensor:
+    ) -> Scores:
         groups = query.unflatten(1, (key.shape[1], -1)).sum(2)  # scores add up over the heads that share a key head
         masked = groups * more[0].to(query.dtype).unsqueeze(1)
-        return torch.matmul(masked, key.transpose(-1, -2)).squeeze(2).float()
+        return Scores(torch.matmul(masked, key.transpose(-1, -2)).squeeze(2).float())

@@ -20,12 +20,15 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, fx
 
+from tokcompile.capture.sizes import equal
 from tokcompile.errors import CalibrationError, UnprofitableError
-from tokcompile.formulas.attention import read_attention
-from tokcompile.formulas.mask import read_mask
+from tokcompile.formulas.attention import AttentionForm, read_attention
+from tokcompile.formulas.mask import MaskForm, read_mask
 from tokcompile.kernels.token_sparse_attention import op as _ops  # noqa: F401  registers the operation
 from tokcompile.plan.pass_base import Pass, Seen
+from tokcompile.plan.plan import Taken
 from tokcompile.regions.model import Layer, Region
+from tokcompile.regions.places import layers_meant
 from tokcompile.registry import PassParams, about, register
 from tokcompile.rewrite.context import Context
 
@@ -145,7 +148,16 @@ class TokenSparse(Pass):
         limit = float(torch.tensor(list(drift.values()), dtype=torch.float64).quantile(self.params.calm))
         return {key: ({}, {"drift": value, "limit": limit}) for key, value in drift.items()}
 
-    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+    def plan(self, ctx: Context, region: Region) -> Taken:
+        self._checked(ctx, region)
+        return Taken()
+
+    def _checked(self, ctx: Context, region: Region) -> tuple[AttentionForm, MaskForm, int, float | None]:
+        """The attention, its mask, the length from which on it runs sparse, and the drift of its layer.
+
+        Raises:
+            NarrowError, UnprofitableError: it stays dense.
+        """
         output = region.roles["output"]
         if region.variant["cross"] == "cross" or not _is_prefill(ctx, region):
             raise ctx.refuse(
@@ -177,6 +189,10 @@ class TokenSparse(Pass):
                 path=region.path,
                 source=region.source,
             )
+        return form, shape, least, drift
+
+    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+        p, (form, shape, least, drift) = self.params, self._checked(ctx, region)
         settings = (
             form.scale,
             form.softcap,
@@ -215,7 +231,7 @@ class TokenSparse(Pass):
                 )
             return float(facts["drift"])
         place = ctx.layer(region)
-        if place is not None and place[0] < place[1] - max(1, math.floor(self.params.calm * place[1] + 0.5)):
+        if place is not None and place[0] < place[1] - layers_meant(self.params.calm, place[1]):
             raise UnprofitableError(
                 f"layer {place[0]} of {place[1]} is not among the upper {self.params.calm:g}, "
                 "which become sparse without calibration; it stays dense",
@@ -234,9 +250,8 @@ def _layer(ctx: Context, region: Region) -> Layer | None:
 
 def _is_prefill(ctx: Context, region: Region) -> bool:
     """As many queries as keys, and more than one."""
-    sizes = [region.shapes["S"], region.shapes["T"]]
-    one, other = (s.node.expr if isinstance(s, torch.SymInt) else s for s in sizes)
-    return bool(one == other) and one != 1
+    queries, keys = region.shapes["S"], region.shapes["T"]
+    return equal(queries, keys) and not equal(queries, 1)
 
 
 def _under_pruning(ctx: Context, region: Region) -> bool:
@@ -245,4 +260,4 @@ def _under_pruning(ctx: Context, region: Region) -> bool:
     from tokcompile.regions.flow import Flow
 
     mask: fx.Node | None = region.roles.get("mask")
-    return bool(ctx.kept) and mask is not None and is_causal(Flow(ctx.captured.graph), region)
+    return bool(ctx.cuts.kept) and mask is not None and is_causal(Flow(ctx.captured.graph), region)

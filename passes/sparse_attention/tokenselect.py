@@ -31,6 +31,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
+from tokcompile.families.scores import Scores
 from tokcompile.families.sparse_attention.decode.base import SparseDecode, SparseDecodeParams
 from tokcompile.families.sparse_attention.decode.followed_keys import followed_keys
 from tokcompile.families.sparse_attention.decode.lists import chosen
@@ -72,15 +73,15 @@ class TokenSelect(SparseDecode):
 
     def score(
         self, query: Tensor, key: Tensor, candidate: Tensor, scale: float, softcap: float, layer: int, *more: Tensor
-    ) -> Tensor:
-        return votes(query, key, candidate, *self._factors(scale, softcap)).unsqueeze(1)
+    ) -> Scores:
+        return Scores(votes(query, key, candidate, *self._factors(scale, softcap)).unsqueeze(1))
 
     def choose(
         self, ctx: Context, region: Region, form: AttentionForm, ends: tuple[fx.Node, ...], more: Sequence[fx.Node]
     ) -> tuple[fx.Node, dict[str, Any]]:
         if self.params.reuse is None:
             return super().choose(ctx, region, form, ends, more)
-        followed = followed_keys(ctx, form) if ctx.memories is not None else None
+        followed = followed_keys(ctx, form) if ctx.added.memories is not None else None
         if followed is None:
             node, _ = super().choose(ctx, region, form, ends, more)
             return node, {"reuse": "off: this layer does not hand all its keys on to the next step (a sliding window)"}

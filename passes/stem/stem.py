@@ -38,10 +38,13 @@ from tokcompile.families.stem import token_table
 from tokcompile.formulas import feed_forward as ffn
 from tokcompile.formulas.token_ids import first_for, ids_for
 from tokcompile.kernels.activation import activate
-from tokcompile.kernels.embedding_gate import embedding_gate, linear_where, rows
+from tokcompile.kernels.embedding_gate import embedding_gate, rows
 from tokcompile.kernels.host_rows import await_rows, fetch_rows, unique_ids
+from tokcompile.kernels.linear_where import linear_where
 from tokcompile.plan.pass_base import Pass, Seen
+from tokcompile.plan.plan import Taken
 from tokcompile.regions.model import Region
+from tokcompile.regions.places import layers_meant
 from tokcompile.registry import PassParams, about, register
 from tokcompile.rewrite.context import Context
 
@@ -137,7 +140,7 @@ class Stem(Pass):
             except ValueError as error:
                 raise CalibrationError(f"stem: {key}: {error}; calibrate with text that runs through it") from error
         ranked = sorted(fitted, key=lambda key: (-_score(fitted[key]), seen[key].layer or 0))
-        chosen = set(ranked[: _count(self.params.convert, len(ranked))])
+        chosen = set(ranked[: layers_meant(self.params.convert, len(ranked))])
         result: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
         for key, table in fitted.items():
             like = seen[key].weights["up"]
@@ -163,10 +166,13 @@ class Stem(Pass):
             result[key] = tensors, facts
         return result
 
-    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
-        formula = self._formula(ctx, region)
-        ids, embedding, visual = self._ids(ctx, region, formula)
-        state, facts = ctx.state(self.name, region)
+    def plan(self, ctx: Context, region: Region) -> Taken:
+        self._check_converted(ctx, region, self._formula(ctx, region))
+        return Taken()
+
+    def _check_converted(self, ctx: Context, region: Region, formula: ffn.Formula) -> None:
+        """Refuse a layer that calibration left dense."""
+        facts = ctx.facts(self.name, region)
         if not facts["converted"]:
             raise UnprofitableError(
                 f"not among the {facts['of']} layers whose tables explain most of the up-projection (this one explains "
@@ -175,6 +181,12 @@ class Stem(Pass):
                 path=region.path,
                 source=region.source,
             )
+
+    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+        formula = self._formula(ctx, region)
+        ids, embedding, visual = self._ids(ctx, region, formula)
+        self._check_converted(ctx, region, formula)
+        state, facts = ctx.state(self.name, region)
         width, vocabulary = state["table"].meta["val"].shape[1], state["remap"].meta["val"].shape[0]
         if vocabulary != embedding.meta["val"].shape[0] or width != formula.width:
             raise ctx.refuse(
@@ -276,8 +288,3 @@ def _without(ids: Tensor, first: Tensor) -> Tensor:
 
 def _score(table: token_table.Table) -> float:
     return -math.inf if math.isnan(table.score) else table.score
-
-
-def _count(convert: float | int, layers: int) -> int:
-    """How many layers ``convert`` means: at least one."""
-    return min(convert, layers) if isinstance(convert, int) else max(1, math.floor(convert * layers + 0.5))

@@ -8,25 +8,14 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
+from tokcompile.capture.ops import sdpa_arguments
+from tokcompile.capture.sizes import hint, product
+
 aten = torch.ops.aten
 
 
 def _hints(value: Any) -> list[int]:
-    return [
-        int(s.node.hint)
-        if isinstance(s, torch.SymInt) and s.node.hint is not None
-        else int(s)
-        if isinstance(s, int)
-        else 0
-        for s in value.shape
-    ]
-
-
-def _numel(sizes: list[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
+    return [hint(size, 0) for size in value.shape]
 
 
 def node_flops(node: fx.Node) -> int:
@@ -40,17 +29,17 @@ def node_flops(node: fx.Node) -> int:
     target = node.target
     if target in (aten.linear.default, aten.matmul.default):
         inner = _hints(node.args[0].meta["val"])[-1]  # type: ignore[union-attr]
-        return 2 * _numel(_hints(value)) * inner
+        return 2 * product(_hints(value)) * inner
     if target is aten.scaled_dot_product_attention.default:
-        query = _hints(node.args[0].meta["val"])  # type: ignore[union-attr]
-        keys = _hints(node.args[1].meta["val"])[-2]  # type: ignore[union-attr]
-        return 2 * _numel(query) * keys + 2 * _numel(_hints(value)) * keys
+        given = sdpa_arguments(node)
+        query, keys = _hints(given.query.meta["val"]), _hints(given.key.meta["val"])[-2]
+        return 2 * product(query) * keys + 2 * product(_hints(value)) * keys
     if target in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default):
         weight = _hints(node.args[1].meta["val"])  # type: ignore[union-attr]
-        return 2 * _numel(_hints(value)) * _numel(weight[1:])
+        return 2 * product(_hints(value)) * product(weight[1:])
     if target in (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input):
-        given, weight = (_hints(n.meta["val"]) for n in node.args[:2])  # type: ignore[union-attr]
-        return 2 * _numel(given) * _numel(weight[1:])
+        inputs, weight = (_hints(n.meta["val"]) for n in node.args[:2])  # type: ignore[union-attr]
+        return 2 * product(inputs) * product(weight[1:])
     formula = flop_registry.get(getattr(target, "overloadpacket", None))
     if formula is None:
         return 0

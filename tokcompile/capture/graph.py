@@ -9,6 +9,7 @@ from torch import fx
 
 from tokcompile.capture.captured import Captured
 from tokcompile.capture.ops import is_in_place
+from tokcompile.errors import NarrowError
 
 
 def erase(node: fx.Node) -> None:
@@ -70,3 +71,8 @@ def source_line(node: fx.Node) -> str:
     """``file:line`` of the model code that made ``node``, the innermost frame ("" if unknown)."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
+
+
+def refuse(node: fx.Node, reason: str) -> NarrowError:
+    """The error, to be raised, that says why ``node`` is left as it is and which line of the model makes it."""
+    return NarrowError(reason, node=node.name, path=module_path(node), source=source_line(node))

@@ -5,7 +5,10 @@ Names are those of the overload packet without the trailing underscore of in-pla
 
 from __future__ import annotations
 
+import math
 import operator
+from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 from torch._ops import OpOverload
@@ -218,3 +221,55 @@ def is_in_place(node: fx.Node) -> bool:
         return False
     name = node.target.overloadpacket.__name__
     return name.endswith("_") and not name.startswith("__")
+
+
+@dataclass(frozen=True)
+class SdpaArguments:
+    """What a ``scaled_dot_product_attention`` node is called with, by position or by name.
+
+    Attributes:
+        query: [..., H, S, D]. key: [..., Hkv, T, D]. value: [..., Hkv, T, Dv].
+        mask: broadcasts to [..., H, S, T], bool (True: visible) or float (added to the logits); None.
+        dropout: share of the weights that is dropped.
+        is_causal: query i sees keys up to i, counted from the start of both.
+        scale: as given; None: 1 / sqrt(D), see :attr:`factor`.
+        enable_gqa: query head h reads key head ``h // (H / Hkv)``.
+    """
+
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    mask: fx.Node | None = None
+    dropout: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    @property
+    def factor(self) -> float:
+        """What the products of queries and keys are multiplied with."""
+        return 1 / math.sqrt(int(self.query.meta["val"].shape[-1])) if self.scale is None else float(self.scale)
+
+    def write(self, node: fx.Node) -> None:
+        """Make these the arguments of ``node``."""
+        node.args = (self.query, self.key, self.value, self.mask, self.dropout, self.is_causal)
+        named = {"scale": self.scale, "enable_gqa": self.enable_gqa or None}
+        node.kwargs = {name: value for name, value in named.items() if value is not None}
+
+
+_SDPA_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+def sdpa_arguments(node: fx.Node) -> SdpaArguments:
+    """The arguments of a ``scaled_dot_product_attention`` node."""
+    given: dict[str, Any] = {**dict(zip(_SDPA_NAMES, node.args, strict=False)), **node.kwargs}
+    return SdpaArguments(
+        given["query"],
+        given["key"],
+        given["value"],
+        given.get("attn_mask"),
+        float(given.get("dropout_p") or 0),
+        bool(given.get("is_causal")),
+        given.get("scale"),
+        bool(given.get("enable_gqa")),
+    )

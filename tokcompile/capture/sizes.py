@@ -10,9 +10,18 @@ import torch
 from torch import fx
 
 
-def hint(size: Any) -> int:
+def hint(size: Any, unknown: int | None = None) -> int:
+    """The size, or the node that holds it, in the call that was captured.
+
+    Args:
+        unknown: what a size is taken for that is read off data, so that no call tells it.
+
+    Raises:
+        TypeError: it is such a size, and ``unknown`` is not given.
+    """
     size = size.meta["val"] if isinstance(size, fx.Node) else size
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    known = size.node.hint if isinstance(size, torch.SymInt) else size
+    return int(unknown if known is None else known)  # type: ignore[arg-type]
 
 
 MAX_INT = 2**63 - 1
@@ -38,11 +47,18 @@ def guarded_equal(a: Any, b: Any) -> bool:
     return equal(a, b) or bool(a == b)
 
 
+def dims_of(sizes: Iterable[Any]) -> tuple[Any, ...]:
+    """Sizes as ints and symbolic expressions: to compare and to look up, which never adds a guard."""
+    return tuple(s.node.expr if isinstance(s, torch.SymInt) else int(s) for s in sizes)
+
+
 def shape_of(node: Any) -> list[Any]:
+    """The sizes of the tensor that a node computes, ints and SymInts."""
     return list(node.meta["val"].shape)
 
 
 def product(sizes: Iterable[Any]) -> Any:
+    """The number of elements that sizes give."""
     total: Any = 1
     for size in sizes:
         total = total * size

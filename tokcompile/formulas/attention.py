@@ -21,14 +21,13 @@ import torch
 from torch import Tensor, fx
 
 from tokcompile.capture.graph import erase
-from tokcompile.capture.ops import TRIVIAL
+from tokcompile.capture.ops import TRIVIAL, sdpa_arguments
 from tokcompile.capture.packed import block_mask
+from tokcompile.capture.sizes import equal
+from tokcompile.kernels.hidden import hides
 from tokcompile.regions.flow import Flow
 from tokcompile.regions.model import Region
 from tokcompile.rewrite.context import Context
-
-#: A number added to a logit, or put in its place, at or below which the key counts as hidden: exp() of it is 0.
-HIDDEN = -1e4
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class AttentionForm:
         query: [B, H, S, D], after norms and RoPE. key: [B, Hkv, T, D]. value: [B, Hkv, T, Dv]. Query head h reads head
             ``h // (H / Hkv)``: copies of key heads are taken off where they are such copies.
         scale, softcap: see the module.
-        causal: query i sees keys up to i (the flag; a mask may say it too, see :mod:`tokcompile.mask_form`). S is T.
+        causal: query i sees keys up to i (the flag; a mask may say it too: :mod:`tokcompile.formulas.mask`). S is T.
         mask: broadcasts to [B, H, S, T]: bool (True: visible), or float and added; None.
         sink: float [B or 1, H, S or 1, 1] or None.
         output: the node that is computed, of whatever layout.
@@ -142,23 +141,19 @@ class _Reader:
 
     def _sdpa(self) -> AttentionForm:
         node = self.output
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        if given.get("dropout_p") and not self.dropout:
-            raise self._refuse(node, f"dropout of {given['dropout_p']} on the attention weights; call model.eval()")
-        query, key, value = given["query"], given["key"], given["value"]
-        rank, width = query.meta["val"].dim(), query.meta["val"].shape[-1]
+        given = sdpa_arguments(node)
+        if given.dropout and not self.dropout:
+            raise self._refuse(node, f"dropout of {given.dropout} on the attention weights; call model.eval()")
+        query, key, value, mask = given.query, given.key, given.value, given.mask
+        rank = query.meta["val"].dim()
         if rank not in (3, 4):
             raise self._refuse(node, f"expected operands [B, H, S, D], found {rank} axes")
-        causal = bool(given.get("is_causal", False))
-        if causal and not self._same(query.meta["val"].shape[-2], key.meta["val"].shape[-2]):
+        if given.is_causal and not equal(query.meta["val"].shape[-2], key.meta["val"].shape[-2]):
             raise self._refuse(
                 node,
                 "is_causal with more keys than queries aligns both at their start; no pass can "
                 "tell which keys are later",
             )
-        scale = given.get("scale")
-        mask = given.get("attn_mask")
         if rank == 3:  # one head
             query, key, value = (self._emit(lambda t: t.unsqueeze(1), n) for n in (query, key, value))
             if mask is not None and mask.meta["val"].dim() == 3:
@@ -168,9 +163,9 @@ class _Reader:
             query,
             key,
             value,
-            1 / math.sqrt(int(width)) if scale is None else float(scale),
+            given.factor,
             0.0,
-            causal,
+            given.is_causal,
             mask,
             None,
             node,
@@ -269,7 +264,7 @@ class _Reader:
             and len(args[0]) == 2
             and args[0][0] is node
             and (  # type: ignore
-                args[1] in (-1, 3) and self._same(args[0][1].meta["val"].shape[-1], 1)
+                args[1] in (-1, 3) and equal(args[0][1].meta["val"].shape[-1], 1)
             )
         ):  # type: ignore
             chain.sink = args[0][1]  # type: ignore
@@ -315,7 +310,7 @@ class _Reader:
         def unfold(t: Tensor) -> Tensor:
             return t.unflatten(0, (t.shape[0] // heads, heads))
 
-        if any(not self._same(n.meta["val"].shape[0], query.meta["val"].shape[0]) for n in (key, value)):
+        if any(not equal(n.meta["val"].shape[0], query.meta["val"].shape[0]) for n in (key, value)):
             raise self._refuse(scores, "queries and keys are folded into their leading axis in different ways")
         return (*(self._emit(unfold, n) for n in (query, key, value)), lambda t: t.flatten(0, 1))  # type: ignore
 
@@ -372,7 +367,7 @@ class _Reader:
     def _single(self, key: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node]:
         """Keys and values before each head was copied for the query heads that share it."""
         one, other = self._source(key), self._source(value)
-        if one is not None and other is not None and self._same(one.meta["val"].shape[1], other.meta["val"].shape[1]):
+        if one is not None and other is not None and equal(one.meta["val"].shape[1], other.meta["val"].shape[1]):
             return one, other
         return key, value
 
@@ -407,7 +402,7 @@ class _Reader:
     def _by_head(self, node: fx.Node, rows: Any, heads: int) -> fx.Node:
         """A mask in the layout [B, H, S, T] where it has that of folded scores [B * H, S, T]."""
         shape = node.meta["val"].shape
-        if len(shape) != 3 or self._same(shape[0], 1) or self.output.meta["val"].dim() != 3:
+        if len(shape) != 3 or equal(shape[0], 1) or self.output.meta["val"].dim() != 3:
             return node
         return self._emit(lambda t: t.unflatten(0, (t.shape[0] // heads, heads)), node)
 
@@ -455,16 +450,11 @@ class _Reader:
 
     def _hides(self, value: Any) -> bool:
         number = self._number(value)
-        return number is not None and number <= HIDDEN
+        return number is not None and hides(number)
 
     def _check_dropout(self, node: fx.Node) -> None:
         if not self.dropout and "dropout" in self.flow.op[node] and node.args[1] and node.args[2]:
             raise self._refuse(node, f"dropout of {node.args[1]} on the attention weights; call model.eval()")
-
-    def _same(self, one: Any, other: Any) -> bool:
-        """Whether two sizes are equal for all inputs; puts no guard on them."""
-        values = [s.node.expr if isinstance(s, torch.SymInt) else int(s) for s in (one, other)]
-        return bool(values[0] == values[1])
 
     def _emit(self, function: Callable[..., Tensor], *nodes: fx.Node) -> fx.Node:
         written = any(n in self.flow.position and self.flow.written(n) for n in nodes)

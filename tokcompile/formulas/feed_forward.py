@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tokcompile.capture.sizes import hint
 from tokcompile.kernels.activation import ACTIVATIONS, activate
 from tokcompile.regions.flow import Flow
 from tokcompile.regions.model import Region
@@ -194,5 +195,5 @@ def _value(node: fx.Node, values: Mapping[fx.Node, Any], ones: bool) -> Any:
 
 def _number(size: Any, ones: bool) -> Any:
     if isinstance(size, torch.SymInt):
-        return 1 if ones else int(size.node.hint)
+        return 1 if ones else hint(size)
     return size

@@ -16,7 +16,11 @@ import torch
 from torch import Tensor, fx
 
 from tokcompile.capture.ops import TRIVIAL, op_name
-from tokcompile.formulas.attention import HIDDEN, AttentionForm
+from tokcompile.capture.sizes import dims_of, expr, shape_of
+from tokcompile.formulas.attention import AttentionForm
+from tokcompile.kernels.hidden import hides as hides
+from tokcompile.kernels.hidden import is_hidden as is_hidden
+from tokcompile.kernels.hidden import is_visible as is_visible
 from tokcompile.regions.flow import Flow
 from tokcompile.rewrite.context import Context
 
@@ -77,8 +81,7 @@ _LESS = {"le": (1, 0), "lt": (1, 1), "ge": (-1, 0), "gt": (-1, 1)}
 class _Masks:
     def __init__(self, ctx: Context, form: AttentionForm) -> None:
         self.ctx, self.flow, self.output = ctx, Flow(ctx.captured.graph), form.output
-        sizes = [form.query.meta["val"].shape[2], form.key.meta["val"].shape[2]]
-        queries, keys = (s.node.expr if isinstance(s, torch.SymInt) else sympy.Integer(s) for s in sizes)
+        queries, keys = (expr(shape_of(n)[2]) for n in (form.query, form.key))
         self.ahead = sympy.expand(keys - queries)  # of the first query, that many keys are earlier
 
     def parts(self, node: fx.Node) -> list[MaskForm]:
@@ -240,10 +243,8 @@ class _Masks:
         if not isinstance(value, fx.Node):
             return None
         known = value.meta["val"]
-        if isinstance(known, torch.SymInt):
-            return _Line(0, 0, known.node.expr)
-        if isinstance(known, int):
-            return _Line(0, 0, sympy.Integer(known))
+        if isinstance(known, (int, torch.SymInt)):
+            return _Line(0, 0, expr(known))
         if not isinstance(known, Tensor) or known.is_floating_point():
             return None
         op, args = self._op(value), value.args
@@ -278,7 +279,7 @@ class _Masks:
         if self._op(value) == "unsqueeze":
             place = int(value.args[1]) % len(new)  # type: ignore[arg-type]
         else:
-            places = [i for i, one in enumerate(ones) if one and _exprs(new[:i] + new[i + 1 :]) == _exprs(old)]
+            places = [i for i, one in enumerate(ones) if one and dims_of(new[:i] + new[i + 1 :]) == dims_of(old)]
             if len(places) != 1:
                 return None
             place = places[0]
@@ -292,10 +293,10 @@ class _Masks:
         op, source = self._op(node), self._input(node)
         if op == "slice":
             return (node.args[2] if len(node.args) > 2 else None) in (0, None) and (
-                _exprs(node.meta["val"].shape) == _exprs(source.meta["val"].shape)
+                dims_of(node.meta["val"].shape) == dims_of(source.meta["val"].shape)
             )
         if op in ("unsqueeze", "view"):
-            new, old = _exprs(node.meta["val"].shape), _exprs(source.meta["val"].shape)
+            new, old = dims_of(node.meta["val"].shape), dims_of(source.meta["val"].shape)
             return (
                 len(new) >= len(old)
                 and new[len(new) - len(old) :] == old
@@ -304,7 +305,7 @@ class _Masks:
         return True
 
     def _square(self, node: fx.Node) -> bool:
-        rows, columns = _exprs(node.meta["val"].shape[-2:])
+        rows, columns = dims_of(node.meta["val"].shape[-2:])
         return bool(rows == columns) and self.ahead == 0
 
     def _value(self, value: Any) -> float | None:
@@ -336,8 +337,4 @@ class _Masks:
 
     def _hides(self, value: Any) -> bool:
         number = self._value(value)
-        return number is not None and number <= HIDDEN
-
-
-def _exprs(sizes: Any) -> list[Any]:
-    return [s.node.expr if isinstance(s, torch.SymInt) else int(s) for s in sizes]
+        return number is not None and hides(number)

@@ -8,13 +8,15 @@ import torch
 from torch import fx
 
 from tokcompile.capture.ops import LAYOUT, TRIVIAL
+from tokcompile.capture.sizes import dims_of, shape_of
 from tokcompile.errors import NarrowError
-from tokcompile.formulas.attention import HIDDEN, AttentionForm, read_attention
-from tokcompile.formulas.mask import MaskForm, read_mask
+from tokcompile.formulas.attention import AttentionForm, read_attention
+from tokcompile.formulas.mask import MaskForm, is_visible, read_mask
 from tokcompile.regions.causal import is_causal
 from tokcompile.regions.flow import Flow
 from tokcompile.regions.model import Layer, Region
 from tokcompile.rewrite.context import Context
+from tokcompile.rewrite.visual_mask import feature_mask
 
 
 def layer_with(ctx: Context, region: Region) -> tuple[Region, Layer] | None:
@@ -77,14 +79,14 @@ def ids_for(ctx: Context, region: Region, like: fx.Node) -> tuple[fx.Node, fx.No
     stack, layer = layer_with(ctx, region)  # type: ignore[misc]
     flow = Flow(ctx.captured.graph)
     visual = [
-        ctx.feature_mask(m)
+        feature_mask(ctx, m)
         for m in ctx.regions.of("merge_point")
         if flow.reaches(m.roles["output"], stack.layers[0].input)
     ]
     parts = [ids, *visual]
     masked = ctx.emit(_masked, *parts, before=ctx.after(*parts)) if visual else ids
     sizes = flow.dims(layer.input)
-    kept = [None, *(k.node for k in ctx.kept)]
+    kept = [None, *(k.node for k in ctx.cuts.kept)]
     fitting = [k for k in kept if _dims(k or masked) == (None if sizes is None else sizes[:2])]
     if not fitting:
         raise ctx.refuse(
@@ -169,7 +171,7 @@ def _seen(ctx: Context, form: AttentionForm, mask: MaskForm, tokens: fx.Node, co
         )
         position = torch.arange(length - queries, length, device=device)
         if "rest" in v:
-            rest = v["rest"] if v["rest"].dtype == torch.bool else v["rest"] > HIDDEN
+            rest = is_visible(v["rest"])
             visible = rest[(None,) * (4 - rest.ndim)].any(1)
             if mask.causal:
                 visible = visible & (torch.arange(length, device=device) <= position.unsqueeze(1))
@@ -194,4 +196,4 @@ def _left(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 def _dims(node: fx.Node) -> tuple[Any, ...]:
-    return tuple(s.node.expr if isinstance(s, torch.SymInt) else int(s) for s in node.meta["val"].shape)
+    return dims_of(shape_of(node))

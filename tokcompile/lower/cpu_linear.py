@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from tokcompile.capture.captured import Captured
+from tokcompile.capture.sizes import hint, product
 
 aten = torch.ops.aten
 
@@ -82,9 +83,7 @@ def _shape(node: fx.Node) -> tuple[int, int, int] | None:
     x, weight = (n.meta["val"] for n in node.args[:2])  # type: ignore[union-attr]
     if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.device.type != "cpu" or weight.dim() != 2:
         return None
-    rows = 1
-    for size in x.shape[:-1]:
-        rows *= int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    rows = product(hint(size) for size in x.shape[:-1])
     if not all(isinstance(s, int) for s in weight.shape) or not weight.is_contiguous():
         return None
     return rows, *weight.shape

@@ -409,9 +409,9 @@ def _rows(
                 reason=found.reason,
                 ms=found.ms,
                 load=found.load,
-                **found.facts,
+                **found.facts,  # type: ignore[arg-type]
                 **origin,
-            )  # type: ignore[arg-type]
+            )
             rows.append(row)
             mine = stats(key)
             if mine is None:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from tokcompile.version import __version__
+
 #: Called after each step with what is being done, steps done, and steps in all.
 Progress = Callable[[str, int, int], None]
 
@@ -75,12 +77,10 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], repeats: int, warmup: in
 
 def versions() -> dict[str, Any]:
     """What the figures hang on."""
-    import tokcompile
-
     return {
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
-        "tokcompile": tokcompile.__version__,
+        "tokcompile": __version__,
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
     }

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokcompile.api import RecipeLike, optimize, session_of
+from tokcompile.api import RecipeLike, optimize
+from tokcompile.capture.sizes import hint
 from tokcompile.errors import ExportError
 from tokcompile.onnx_export import parity
 from tokcompile.onnx_export.files import (
@@ -38,6 +39,7 @@ from tokcompile.onnx_export.generative import (
 from tokcompile.onnx_export.lowering import TARGETS, Lowered, Stage, capture, doubled, lower, rewrite
 from tokcompile.onnx_export.serving import FORMAT, FORMAT_VERSION, OnnxModel
 from tokcompile.onnx_export.single import single_stage
+from tokcompile.plan.plan import CutPlan
 from tokcompile.prepare.calibrate import calibrate, check_prepared
 from tokcompile.recipes import Recipe
 from tokcompile.runtime.install import SESSION
@@ -236,7 +238,8 @@ class _Job:
         if problems:
             raise ExportError("\n".join(problems))
 
-    def _stage(self, role: str, path: str, stage: Stage, name: str, passes: bool = True) -> None:
+    def _stage(self, role: str, path: str, stage: Stage, name: str, passes: bool = True) -> list[int]:
+        """Capture, rewrite and convert one stage; the first layers below the cuts that were made."""
         found = capture(stage)
         ctx = None
         if self.recipe is not None and passes:
@@ -246,6 +249,7 @@ class _Job:
             self.session.check_matches(name)
         self.lowered[role] = lower(found, ctx, opset=self.opset, target=self.target)
         self.paths[role] = path
+        return sorted({kept.layer for kept in ctx.cuts.kept}) if ctx is not None else []
 
     def _generative(self) -> None:
         model, session = self.model, self.session
@@ -286,15 +290,15 @@ class _Job:
             "token": token,
         }
         self._check_split(ids, mask, rest, features, token)
-        groups = (
-            self._groups(ids, mask, rest)
-            if any(m.regions in ("merge_point", "decoder_stack") for _, m in session.passes)
-            else []
-        )
+        groups = self._groups()
+        path, described = "onnx/decoder_model_merged.onnx" if images else "model.onnx", len(self.kept)
         stage = decoder_stage(model, ids, mask, groups=groups, **common)
-        path = "onnx/decoder_model_merged.onnx" if images else "model.onnx"
-        self._stage("decoder", path, stage, "prefill")
-        self._describe(groups, token, ids.shape[1])
+        made = self._stage("decoder", path, stage, "prefill")
+        if made != [group[0] for group in groups]:  # a step that may stay without a region did
+            groups = CutPlan(tuple(made)).groups(len(kv_shapes(model)))
+            del self.kept[described:]
+            self._stage("decoder", path, decoder_stage(model, ids, mask, groups=groups, **common), "prefill")
+        self._describe(groups, token)
 
     @functools.cached_property
     def reference(self) -> nn.Module:
@@ -303,23 +307,11 @@ class _Job:
             return self.model
         return optimize(self.model, self.recipe, calibration=self.calibration, lowering="eager")
 
-    def _groups(self, ids: Tensor, mask: Tensor, rest: dict[str, Tensor]) -> list[list[int]]:
-        """Which layers are cut alike: seen on a prefill of the optimized model, which the check compiles anyway."""
-        with torch.no_grad(), _fixed_sizes():
-            self.reference.generate(  # type: ignore[operator]
-                input_ids=ids, attention_mask=mask, **rest, max_new_tokens=1, do_sample=False, num_beams=1
-            )
-        starts = sorted(
-            {
-                kept.layer
-                for graph in session_of(self.reference).graphs
-                if graph.stage == "prefill"
-                for variant in graph.variants
-                for kept in variant.kept
-            }
-        )
-        layers = len(kv_shapes(self.model))
-        return [list(range(a, b)) for a, b in zip(starts, [*starts[1:], layers], strict=False) if b > a]
+    def _groups(self) -> list[list[int]]:
+        """Which layers of the language model are cut alike, as the recipe plans it."""
+        depth = len(kv_shapes(self.model))
+        starts = {layer for _, method in self.session.passes for layer in method.cut_layers(depth)}
+        return CutPlan(tuple(sorted(starts))).groups(depth)
 
     def _check_split(
         self, ids: Tensor, mask: Tensor, rest: dict[str, Tensor], features: Tensor | None, token: int | None
@@ -367,28 +359,34 @@ class _Job:
     # .. what is said about it
 
     def _note_kept(self, name: str, ctx: Any) -> None:
+        before = {
+            layer["stack_path"]: layer["tokens_before"]
+            for layer in self.session.report.layers
+            if layer["stage"] == name and layer["index"] == 0
+        }
         for region in ctx.regions.stacks:
             path = region.path or name
             cuts = {
                 k.layer: k
-                for k in ctx.kept
+                for k in ctx.cuts.kept
                 if not region.layers or any(k.path == layer.path for layer in region.layers)
             }
             if not cuts:
                 continue
-            tokens: Any = region.layers[0].input.meta["val"].shape[1]
             starts = sorted(cuts)
             for start, end in zip(starts, [*starts[1:], len(region.layers)], strict=True):
                 kept = cuts[start].node.meta["val"].shape[1]
                 self.kept.append(
-                    {"stack": path, "layers": list(range(start, end)), "tokens": _number(kept), "of": _number(tokens)}
+                    {
+                        "stack": path,
+                        "layers": list(range(start, end)),
+                        "tokens": hint(kept),
+                        "of": before[region.path],
+                    }
                 )
 
-    def _describe(self, groups: list[list[int]], token: int | None, length: int) -> None:
+    def _describe(self, groups: list[list[int]], token: int | None) -> None:
         config: Any = getattr(self.model, "generation_config", None)
-        for item in self.kept:
-            if item["of"] != length and item["layers"] and self.kind != "single" and groups:
-                item["of"] = item["of"] if "vision" in item["stack"] else length
         self.generation = {
             "layers": len(kv_shapes(self.model)),
             "logits": "last" if self.last else "all",
@@ -508,11 +506,7 @@ def plain(value: Any) -> Any:
     return (
         value
         if isinstance(value, (str, int, float, bool, type(None)))
-        else _number(value)
+        else hint(value)
         if isinstance(value, torch.SymInt)
         else str(value)
     )
-
-
-def _number(size: Any) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)

@@ -45,6 +45,7 @@ from tokcompile.errors import ExportError
 from tokcompile.onnx_export.repairs import REPAIRS, WAYS_OUT
 from tokcompile.onnx_export.simplify import simplify
 from tokcompile.regions.model import Regions
+from tokcompile.rewrite.added_inputs import AddedInputs
 from tokcompile.rewrite.context import Context
 from tokcompile.rewrite.graph_inputs import HostSize, StateInput
 from tokcompile.runtime.session import Session
@@ -120,7 +121,7 @@ class Lowered:
         """The data-dependent sizes for real ``inputs``."""
         stage = dataclasses.replace(self.found.stage, inputs={n: inputs[n] for n in self.inputs})
         args = dataclasses.replace(self.found, stage=stage).args
-        return [size(args)[0] for size in (self.context.sizes if self.context else ())]
+        return [size(args)[0] for size in (self.context.added.sizes if self.context else ())]
 
     @property
     def nodes(self) -> int:
@@ -292,7 +293,8 @@ def _read_value(error: BaseException) -> fx.Node | None:
 
 def rewrite(found: CapturedStage, session: Session, name: str) -> Context:
     """Apply the passes; sizes that depend on data stay open, and rows may always keep different numbers of tokens."""
-    ctx = Context(found.captured, Regions(), found.args, always_ragged=True, prepared=session.prepared)
+    added = AddedInputs(found.captured, session.prepared, always_ragged=True)
+    ctx = Context(found.captured, Regions(), found.args, added=added)
     session.rewrite(ctx, name)
     return ctx
 
@@ -315,7 +317,7 @@ def lower(
     output = captured.graph.output_node()
     results = [*output.args[0], *(extra_outputs or {}).values()]  # type: ignore[misc]
     sizes: dict[str, str] = {}
-    added = ctx.inputs if ctx else {}
+    added = ctx.added.of if ctx else {}
     for node, item in added.items():
         if isinstance(item, HostSize):  # the graph computes the number that the host reads off the mask elsewhere
             sizes[node.name] = f"{node.name}_value"
@@ -462,7 +464,7 @@ def _program(found: CapturedStage, ctx: Context | None) -> ExportedProgram:
         if i < len(specs):
             specs[i] = InputSpec(specs[i].kind, kind(node.name), specs[i].target, specs[i].persistent)
             continue
-        item = ctx.inputs[node] if ctx else None
+        item = ctx.added.of[node] if ctx else None
         if isinstance(item, StateInput):
             assert ctx is not None
             assert ctx.prepared is not None

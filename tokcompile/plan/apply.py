@@ -23,6 +23,7 @@ from tokcompile.regions import find_regions
 from tokcompile.regions.model import Region
 from tokcompile.regions.places import layer_of, region_keys
 from tokcompile.reporting.report import Report, StepReport
+from tokcompile.reporting.status import Status
 from tokcompile.rewrite.context import Context
 from tokcompile.rewrite.pruned_cache import check_readers, narrow_pruned_cache
 
@@ -202,7 +203,7 @@ class Matching:
             try:
                 scores = method.score_features(ctx, marker.args[0])  # type: ignore[arg-type]
             except NarrowError as error:
-                self.report.steps[index].status, self.report.steps[index].reason = "condition_failed", str(error)
+                self.report.steps[index].status, self.report.steps[index].reason = Status.CONDITION_FAILED, str(error)
                 continue
             marker.replace_all_uses_with(scores)
             self.scored_features = True
@@ -221,16 +222,17 @@ class Matching:
     ) -> None:
         """What one step did to one graph."""
         reasons = list(dict.fromkeys(str(error) for _, error in problems))
-        if entry.status == "matched":
+        if entry.status == Status.MATCHED:
             later = self._no_longer(step, method, entry, stage, problems)
             entry.reason = "; ".join(filter(None, (entry.reason, *later)))
         elif done:
-            entry.status, entry.reason = "matched", "; ".join(reasons)
+            entry.status, entry.reason = Status.MATCHED, "; ".join(reasons)
         elif problems:
             unprofitable = all(isinstance(error, UnprofitableError) for _, error in problems)
-            entry.status, entry.reason = "unprofitable" if unprofitable else "condition_failed", reasons[0]
-        elif entry.status == "structure_miss":
-            entry.reason = missing
+            entry.status = Status.UNPROFITABLE if unprofitable else Status.CONDITION_FAILED
+            entry.reason = reasons[0]
+        elif entry.status in (Status.NOT_CAPTURED, Status.STRUCTURE_MISS):
+            entry.status, entry.reason = Status.STRUCTURE_MISS, missing
         if done:
             entry.matches = max(entry.matches, len(done))
             entry.regions = sorted({*entry.regions, *(region.path for region in done)})

@@ -13,6 +13,7 @@ from tokcompile.regions.model import Regions
 from tokcompile.registry import get_pass
 from tokcompile.reporting.paths import path_globs
 from tokcompile.reporting.report import Report
+from tokcompile.reporting.status import Status
 
 
 def check_supported(recipe: Recipe) -> None:
@@ -90,7 +91,7 @@ class Expectations:
                 continue
             judged.append(index)
             least, most = step.expect.min_matches, step.expect.max_matches
-            if entry.matches < least and entry.status != "unprofitable":
+            if entry.matches < least and entry.status != Status.UNPROFITABLE:
                 problems.append(
                     f"step '{step.pass_}' changed {entry.matches} region(s), expected at least {least}: {entry.reason}"
                 )

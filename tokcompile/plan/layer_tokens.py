@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tokcompile.capture.sizes import hint
 from tokcompile.regions.model import Layer, Regions
 
 
@@ -44,7 +45,4 @@ def _tokens(layer: Layer) -> int:
     value = layer.output.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.dim() < 2:
         return 0
-    size = value.shape[-2]
-    if isinstance(size, torch.SymInt):
-        return int(size.node.hint) if size.node.hint is not None else 0
-    return int(size)
+    return hint(value.shape[-2], 0)

@@ -77,6 +77,10 @@ class Pass:
         """Whether the pass has anything to do in the graph of this stage."""
         return not (stage == "decode" and self.stage == "prefill")
 
+    def cut_layers(self, depth: int) -> list[int]:
+        """The first layers below the cuts that the pass makes in a language model of ``depth`` layers."""
+        return []
+
     def plan(self, ctx: Context, region: Region) -> Taken:
         """What :meth:`apply` will do to ``region``; changes nothing.
 

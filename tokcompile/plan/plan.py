@@ -92,7 +92,7 @@ class CutPlan:
 
     def groups(self, depth: int) -> list[list[int]]:
         """The layers below the first cut, put together where they hold the same tokens."""
-        ends = [*self.starts[1:], depth]
+        ends = [*self.starts[1:], depth] if self.starts else []
         return [list(range(a, b)) for a, b in zip(self.starts, ends, strict=True) if b > a]
 
 
@@ -123,9 +123,8 @@ class Plan:
         square. Needs the graph as it was planned.
         """
         order = {node: number for number, node in enumerate(graph.nodes)}
-        whole = saved = 0.0
         flops = {node: float(node_flops(node)) for node in order}
-        whole = sum(flops.values())
+        whole, saved = sum(flops.values()), 0.0
         for stack in self.regions.stacks:
             cuts = [cut for cut in self.cuts(stack) if cut.tokens is not None]
             for number, layer in enumerate(stack.layers):
@@ -134,8 +133,11 @@ class Plan:
                 if not above or not tokens:
                     continue
                 share = min(float(cut.tokens or 0) for cut in above) / tokens
+                # the head of a language model reads what leaves the last layer
+                is_last = number == len(stack.layers) - 1 and stack.kind == "decoder_stack"
+                end = len(order) if is_last else order[layer.output]
                 for node, place in order.items():
-                    if order[layer.input] < place <= order[layer.output]:
+                    if order[layer.input] < place <= end and (place <= order[layer.output] or _rows(node) == tokens):
                         saved += flops[node] * (1 - share ** (2 if _is_square(node) else 1))
         return whole / max(whole - saved, 1.0) if saved else None
 
@@ -153,6 +155,12 @@ class Plan:
             "cuts": cuts,
             "predicted_flop_ratio": None if ratio is None else round(ratio, 3),
         }
+
+
+def _rows(node: fx.Node) -> int | None:
+    """How many rows the result has: the size of its last dimension but one."""
+    value = node.meta.get("val")
+    return hint(value.shape[-2]) if isinstance(value, torch.Tensor) and value.dim() >= 2 else None
 
 
 def _is_square(node: fx.Node) -> bool:

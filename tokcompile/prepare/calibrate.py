@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tokcompile.errors import CalibrationError
+from tokcompile.plan.observed import Observed
 from tokcompile.prepare.arguments import Item, arguments, shown
 from tokcompile.prepare.resume import load_progress, save_progress
 from tokcompile.recipes import Recipe
@@ -50,10 +51,11 @@ def calibrate(
         CalibrationError: no data, data that does not fit the model, or a pass that could not prepare a region.
     """
     loaded = Recipe.load(recipe)
-    session = Session(loaded, lowering="eager", on_no_match="ignore", model=type(model).__name__, observing=True)
+    observed = Observed()
+    session = Session(loaded, lowering="eager", on_no_match="ignore", model=type(model).__name__, observed=observed)
     clone = share(model)
     install(clone, session)
-    done = load_progress(resume, session, loaded)
+    done = load_progress(resume, observed, loaded)
     count = 0
     for count, item in enumerate(shown(data, progress), start=1):
         if 1 < count <= done:
@@ -63,19 +65,19 @@ def calibrate(
         with torch.no_grad():
             run(clone, kwargs)
         if resume is not None and count % _SAVE_EVERY == 0:
-            save_progress(resume, session, loaded, count)
+            save_progress(resume, observed, loaded, count)
     if count == 0:
         raise CalibrationError(
             "the calibration data is empty: give at least one input, such as "
             "{'input_ids': ...}; a generator that was used before gives nothing more"
         )
     if resume is not None and count > done:
-        save_progress(resume, session, loaded, count)
+        save_progress(resume, observed, loaded, count)
     state = PreparedState()
     for index, (step, method) in enumerate(session.passes):
         if method.calibration == "none":
             continue
-        seen = session.observed.seen.get(index, {})
+        seen = observed.seen.get(index, {})
         if not seen:
             entry = session.report.steps[index]
             raise CalibrationError(

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tokcompile.errors import CalibrationError
+from tokcompile.plan.observed import Observed
 from tokcompile.recipes import Recipe
-from tokcompile.runtime.session import Session
 
 # .. the resume file: running sums as safetensors, everything else as JSON in its header
 
@@ -23,9 +23,9 @@ def _digest(recipe: Recipe) -> str:
     return hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()[:16]
 
 
-def save_progress(path: str | PathLike[str], session: Session, recipe: Recipe, count: int) -> None:
+def save_progress(path: str | PathLike[str], observed: Observed, recipe: Recipe, count: int) -> None:
     tensors, entries = {}, []
-    for index, regions in session.observed.seen.items():
+    for index, regions in observed.seen.items():
         for key, seen in regions.items():
             numbers = {}
             for name, value in seen.sums.items():
@@ -40,7 +40,7 @@ def save_progress(path: str | PathLike[str], session: Session, recipe: Recipe, c
     os.replace(temporary, path)
 
 
-def load_progress(path: str | PathLike[str] | None, session: Session, recipe: Recipe) -> int:
+def load_progress(path: str | PathLike[str] | None, observed: Observed, recipe: Recipe) -> int:
     """Take over what a resume file holds: -> how many items it has seen."""
     if path is None or not Path(path).exists():
         return 0
@@ -58,7 +58,7 @@ def load_progress(path: str | PathLike[str] | None, session: Session, recipe: Re
                 **entry["numbers"],
                 **{n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)},
             }
-            session.observed.resumed[entry["step"], entry["key"]] = sums
+            observed.resumed[entry["step"], entry["key"]] = sums
         return int(meta["count"])
     except CalibrationError:
         raise

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from tokcompile.capture.canonical import canonicalise
+from tokcompile.capture.ops import sdpa_arguments
 from tokcompile.errors import RecoveryError
 from tokcompile.regions import find_regions
 from tokcompile.rewrite.context import Context
@@ -53,10 +54,8 @@ class PromptAttention(Session):
 
     def _fused(self, ctx: Context, node: fx.Node) -> None:
         """One value column that is 1 at the prompt makes the attention itself add the weights up."""
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-        mask = given.get("attn_mask")
-        fixed = {k: given[k] for k in ("is_causal", "scale", "enable_gqa") if k in given}
+        given = sdpa_arguments(node)
+        fixed: dict[str, Any] = {n: getattr(given, n) for n in ("is_causal", "scale", "enable_gqa")}
 
         def note(query: Tensor, key: Tensor, *masks: Tensor) -> None:
             assert self.prompt is not None
@@ -64,7 +63,7 @@ class PromptAttention(Session):
             out = F.scaled_dot_product_attention(query, key, column, masks[0] if masks else None, **fixed)
             self.mass = out.float().mean((1, 3))
 
-        ctx.observe(note, given["query"], given["key"], *([mask] if isinstance(mask, fx.Node) else []))
+        ctx.observe(note, given.query, given.key, *([] if given.mask is None else [given.mask]))
 
     def _from_weights(self, weights: Any) -> None:
         assert self.prompt is not None

@@ -28,6 +28,7 @@ from tokcompile.capture.ops import (
     SELECT,
     SOFTMAX,
     TRIVIAL,
+    sdpa_arguments,
 )
 
 from .flow import Flow, Linear, Walk
@@ -79,26 +80,20 @@ def find_attention(flow: Flow, misses: Misses) -> list[Region]:
     return found
 
 
-def _argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
-
-
 def _from_sdpa(flow: Flow, node: fx.Node) -> Region:
-    query, key, value = node.args[:3]
     if flow.op[node] == "packed_attention":
-        variant = {"form": "packed", "mask": "blocks", "softcap": "no"}
-        return _describe(flow, node, {"query": query, "key": key, "value": value, "output": node}, variant)  # type: ignore
-    mask = _argument(node, 3, "attn_mask")
-    causal = bool(_argument(node, 5, "is_causal", False))
-    roles = {"query": query, "key": key, "value": value, "output": node}
-    if isinstance(mask, fx.Node):
-        roles["mask"] = mask
+        roles = dict(zip(("query", "key", "value"), node.args, strict=False)) | {"output": node}
+        return _describe(flow, node, roles, {"form": "packed", "mask": "blocks", "softcap": "no"})  # type: ignore
+    given = sdpa_arguments(node)
+    roles = {"query": given.query, "key": given.key, "value": given.value, "output": node}
+    if given.mask is not None:
+        roles["mask"] = given.mask
     variant = {
         "form": "sdpa",
-        "mask": "causal" if causal else "tensor" if isinstance(mask, fx.Node) else "none",
+        "mask": "causal" if given.is_causal else "tensor" if given.mask is not None else "none",
         "softcap": "no",
     }
-    return _describe(flow, node, roles, variant)  # type: ignore[arg-type]
+    return _describe(flow, node, roles, variant)
 
 
 def _from_softmax(flow: Flow, softmax: fx.Node, misses: Misses) -> Region | None:

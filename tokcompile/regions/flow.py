@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from tokcompile.capture.ops import CONV, LAYOUT, NORM, POINTWISE, SHAPE_ONLY, TRIVIAL, VIEWS, is_in_place, op_name
+from tokcompile.capture.sizes import dims_of
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,7 @@ class Flow:
         """Sizes as ints and symbolic expressions: comparing them never adds a guard. None when not one tensor."""
         if node not in self._dims:
             value = node.meta.get("val")
-            self._dims[node] = (
-                tuple(s.node.expr if isinstance(s, torch.SymInt) else int(s) for s in value.shape)
-                if isinstance(value, torch.Tensor)
-                else None
-            )
+            self._dims[node] = dims_of(value.shape) if isinstance(value, torch.Tensor) else None
         return self._dims[node]
 
     def sizes(self, node: fx.Node) -> tuple[Any, ...]:

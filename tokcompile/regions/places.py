@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
+from torch import fx
+
+from tokcompile.capture.graph import ancestors
 from tokcompile.kinds import KINDS
 from tokcompile.regions.model import Region, Regions
 
@@ -33,3 +38,19 @@ def layer_of(regions: Regions, region: Region) -> tuple[int, int] | None:
             ):
                 near = len(layer.path), place
     return None if near is None else near[1]
+
+
+def stack_below(regions: Regions, node: fx.Node) -> Region | None:
+    """The stack of layers whose residual stream starts at ``node``, or as near below it as any does."""
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    stacks = [
+        s
+        for s in regions.of("decoder_stack")
+        if s.layers and (s.layers[0].input is node or node in ancestors([s.layers[0].input]))
+    ]
+    return min(stacks, key=lambda s: order[s.layers[0].input], default=None)
+
+
+def layers_meant(given: float | int, layers: int) -> int:
+    """How many of ``layers`` a share of them, or a number, means: at least one, at most all."""
+    return min(given, layers) if isinstance(given, int) else max(1, math.floor(given * layers + 0.5))

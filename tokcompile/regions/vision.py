@@ -18,6 +18,7 @@ from torch import fx
 
 from tokcompile.capture.graph import module_path, source_line
 from tokcompile.capture.ops import LAYOUT, TRIVIAL
+from tokcompile.capture.sizes import hint
 
 from .flow import Flow
 from .misses import Misses
@@ -193,7 +194,7 @@ def tokens_in_front(flow: Flow, start: fx.Node, patches: fx.Node) -> tuple[Any, 
         following = sources[-1]
         axis = _axis(flow, node)
         if flow.op[node] == "cat" and axis == len(flow.dims(node) or ()) - 2:
-            following = max(sources, key=lambda n: (_hint(flow, n), flow.position[n]))
+            following = max(sources, key=lambda n: (hint(flow.sizes(n)[-2], 0), flow.position[n]))
             operands = list(node.args[0])  # type: ignore[arg-type]
             count = count + sum(flow.sizes(n)[axis] for n in operands[: operands.index(following)])
             token = token or node
@@ -208,11 +209,6 @@ def tokens_in_front(flow: Flow, start: fx.Node, patches: fx.Node) -> tuple[Any, 
 def _axis(flow: Flow, node: fx.Node) -> int:
     given = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     return given % len(flow.dims(node) or (0,)) if isinstance(given, int) else -1
-
-
-def _hint(flow: Flow, node: fx.Node) -> int:
-    size = flow.sizes(node)[-2]
-    return size if isinstance(size, int) else int(size.node.hint or 0)
 
 
 def _unclaimed(flow: Flow, claimed: set[fx.Node], starts: list[fx.Node], misses: Misses) -> None:

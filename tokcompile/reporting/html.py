@@ -10,10 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokcompile import __version__
 from tokcompile.errors import TokcompileError
 from tokcompile.reporting.paths import path_globs
-from tokcompile.reporting.report import Report, StepReport
+from tokcompile.version import __version__
 
 if TYPE_CHECKING:
     from tokcompile.reporting.bench_result import BenchResult, BenchRow
@@ -29,7 +28,7 @@ h2{font-size:18px;margin:34px 0 10px}h3{font-size:15px;margin:18px 0 6px}.dim{co
 .card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:14px 16px;margin:10px 0;
 overflow-x:auto}.mono,code{font:13px/1.45 ui-monospace,Menlo,Consolas,monospace;overflow-wrap:anywhere}
 .badge{display:inline-block;border-radius:10px;padding:0 9px;font-size:13px;border:1px solid currentColor}
-.matched{color:var(--good)}.structure_miss,.condition_failed,.rewrite_failed,.not_captured{color:var(--bad)}
+.matched{color:var(--good)}.structure_miss,.condition_failed,.rewrite_failed,.not_captured,.fell_back{color:var(--bad)}
 .unprofitable{color:var(--warn)}.unmet{border-color:var(--bad);overflow-wrap:anywhere}.unmet strong{color:var(--bad)}
 table{border-collapse:collapse;width:100%}
 th{font-weight:600;text-align:left;vertical-align:bottom;color:var(--dim);font-size:13px}
@@ -58,6 +57,7 @@ _WORDS = {
     "rewrite_failed": "the rewrite failed",
     "not_captured": "there was no graph",
     "unprofitable": "would not pay",
+    "fell_back": "the last call ran without a graph",
 }
 
 
@@ -89,17 +89,24 @@ def _join(children: Iterable[Any]) -> str:
     return "".join(parts)
 
 
-def page(report: Report, *, bench: BenchResult | None = None, pictures: Mapping[str, Any] | None = None) -> str:
+def page(
+    report: Mapping[str, Any], *, bench: BenchResult | None = None, pictures: Mapping[str, Any] | None = None
+) -> str:
     """The page as text.
 
     Args:
+        report: what ``Report.to_dict`` gives.
         bench: measured times; the row of the recipe is shown beside the dense ones.
         pictures: caption -> PNG or JPEG: a path, bytes, or a PIL image.
     """
-    title = f"{report.model or 'model'} - tokcompile report"
+    title = f"{report['model'] or 'model'} - tokcompile report"
     body = [
-        tag("h1", report.model or "model"),
-        tag("p", f"tokcompile {__version__}" + (f", recipe {report.recipe}" if report.recipe else ""), class_="dim"),
+        tag("h1", report["model"] or "model"),
+        tag(
+            "p",
+            f"tokcompile {__version__}" + (f", recipe {report['recipe']}" if report["recipe"] else ""),
+            class_="dim",
+        ),
         _steps(report),
         _times(bench),
         _pictures(pictures or {}),
@@ -126,7 +133,7 @@ def page(report: Report, *, bench: BenchResult | None = None, pictures: Mapping[
     )
 
 
-def write(report: Report, path: str | os.PathLike[str], **given: Any) -> None:
+def write(report: Mapping[str, Any], path: str | os.PathLike[str], **given: Any) -> None:
     """:func:`page`, into a file."""
     Path(path).write_text(page(report, **given), encoding="utf-8")
 
@@ -134,42 +141,42 @@ def write(report: Report, path: str | os.PathLike[str], **given: Any) -> None:
 # -------------------------------------------------------------------------------------------------------- sections
 
 
-def _steps(report: Report) -> Raw | None:
-    if not report.steps:
+def _steps(report: Mapping[str, Any]) -> Raw | None:
+    if not report["steps"]:
         return None
-    cards = [tag("div", *_step(number, step), class_="card") for number, step in enumerate(report.steps, 1)]
+    cards = [tag("div", *_step(number, step), class_="card") for number, step in enumerate(report["steps"], 1)]
     unmet = (
         tag(
             "div",
             tag("strong", "The recipe and the model do not fit"),
-            tag("ul", *(tag("li", problem) for problem in report.problems)),
+            tag("ul", *(tag("li", problem) for problem in report["problems"])),
             class_="card unmet",
         )
-        if report.problems
+        if report["problems"]
         else None
     )
     return tag("section", tag("h2", "What each step did"), unmet, *cards)
 
 
-def _step(number: int, step: StepReport) -> list[Any]:
-    before, after = step.details.get("tokens_before"), step.details.get("tokens_after")
-    facts = [f"{step.matches} region{'s' * (step.matches != 1)} changed"]
+def _step(number: int, step: Mapping[str, Any]) -> list[Any]:
+    before, after = step["details"].get("tokens_before"), step["details"].get("tokens_after")
+    facts = [f"{step['matches']} region{'s' * (step['matches'] != 1)} changed"]
     if before is not None and after is not None:
         facts.append(f"{before} → {after} tokens")
-    if step.flop_ratio is not None:
-        facts.append(f"FLOPs before / after {step.flop_ratio:.2f}")
-    rest = {k: v for k, v in step.details.items() if k not in ("tokens_before", "tokens_after")}
+    if step["flop_ratio"] is not None:
+        facts.append(f"FLOPs before / after {step['flop_ratio']:.2f}")
+    rest = {k: v for k, v in step["details"].items() if k not in ("tokens_before", "tokens_after")}
     facts += [f"{key.replace('_', ' ')} {value}" for key, value in rest.items()]
     parts: list[Any] = [
-        tag("strong", f"{number}. {step.pass_name} "),
-        tag("span", step.status, class_=f"badge {step.status}"),
-        tag("span", f" {_WORDS[step.status]}", class_="dim"),
+        tag("strong", f"{number}. {step['pass_name']} "),
+        tag("span", step["status"], class_=f"badge {step['status']}"),
+        tag("span", f" {_WORDS[step['status']]}", class_="dim"),
         tag("ul", *(tag("li", fact) for fact in facts), class_="facts"),
     ]
-    if step.regions:
-        parts.append(tag("div", ", ".join(path_globs(step.regions)), class_="mono dim"))
-    if step.reason:
-        parts.append(tag("p", step.reason, class_="reason"))
+    if step["regions"]:
+        parts.append(tag("div", ", ".join(path_globs(step["regions"])), class_="mono dim"))
+    if step["reason"]:
+        parts.append(tag("p", step["reason"], class_="reason"))
     return parts
 
 
@@ -240,13 +247,13 @@ def _bar(row: BenchRow, part: str, base: BenchRow, longest: float) -> Raw:
     )
 
 
-def _layers(report: Report) -> Raw | None:
-    if not report.layers:
+def _layers(report: Mapping[str, Any]) -> Raw | None:
+    if not report["layers"]:
         return None
-    changed = {path for step in report.steps for path in step.regions}
+    changed = {path for step in report["steps"] for path in step["regions"]}
     blocks: list[Raw] = []
     groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
-    for layer in report.layers:
+    for layer in report["layers"]:
         groups.setdefault((layer["stage"], layer["stack"], layer["stack_path"]), []).append(layer)
     for (stage, kind, path), layers in groups.items():
         most = max((max(layer["tokens_before"], layer["tokens_after"]) for layer in layers), default=1) or 1
@@ -304,11 +311,11 @@ def _layer(layer: Mapping[str, Any], most: int, changed: set[str]) -> Raw:
     )
 
 
-def _regions(report: Report) -> Raw:
-    if not report.regions:
+def _regions(report: Mapping[str, Any]) -> Raw:
+    if not report["regions"]:
         return tag("section", tag("h2", "Regions"), tag("p", "No region found."))
     rows = []
-    for region in report.regions:
+    for region in report["regions"]:
         variant = ", ".join(f"{key} {value}" for key, value in region.get("variant", {}).items())
         shapes = ", ".join(f"{key}={value}" for key, value in region.get("shapes", {}).items())
         rows.append(
@@ -328,16 +335,16 @@ def _regions(report: Report) -> Raw:
         tag("h2", "Regions"),
         tag(
             "div",
-            tag("details", tag("summary", f"{len(report.regions)} regions"), tag("table", head, *rows)),
+            tag("details", tag("summary", f"{len(report['regions'])} regions"), tag("table", head, *rows)),
             class_="card",
         ),
     )
 
 
-def _misses(report: Report) -> Raw | None:
-    if not report.near_misses:
+def _misses(report: Mapping[str, Any]) -> Raw | None:
+    if not report["near_misses"]:
         return None
-    items = [tag("li", _miss(miss)) for miss in sorted(report.near_misses, key=lambda miss: -miss["score"])]
+    items = [tag("li", _miss(miss)) for miss in sorted(report["near_misses"], key=lambda miss: -miss["score"])]
     return tag(
         "section",
         tag("h2", "Nearly a region"),
@@ -349,19 +356,19 @@ def _misses(report: Report) -> Raw | None:
     )
 
 
-def _stages(report: Report) -> Raw | None:
-    if not report.stages:
+def _stages(report: Mapping[str, Any]) -> Raw | None:
+    if not report["stages"]:
         return None
     rows = [
         tag(
             "tr",
-            tag("td", stage.name),
-            tag("td", "yes" if stage.captured else "no"),
-            tag("td", stage.nodes if stage.captured else "", class_="num"),
-            tag("td", f"{stage.seconds:.2f}" if stage.captured else "", class_="num"),
-            tag("td", stage.compiled if stage.captured else stage.reason),
+            tag("td", stage["name"]),
+            tag("td", "yes" if stage["captured"] else "no"),
+            tag("td", stage["nodes"] if stage["captured"] else "", class_="num"),
+            tag("td", f"{stage['seconds']:.2f}" if stage["captured"] else "", class_="num"),
+            tag("td", stage["compiled"] if stage["captured"] else stage["reason"]),
         )
-        for stage in report.stages
+        for stage in report["stages"]
     ]
     head = tag(
         "tr",

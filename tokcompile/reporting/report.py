@@ -9,7 +9,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -18,17 +18,14 @@ from rich.text import Text
 
 from tokcompile.kinds import KINDS
 from tokcompile.regions.model import Regions
+from tokcompile.reporting.html import write
 from tokcompile.reporting.paths import path_glob, path_globs, path_template
+from tokcompile.reporting.status import STATUSES, Status
 
 if TYPE_CHECKING:
     from tokcompile.reporting.bench_result import BenchResult
 
 
-#: Outcome of a step. ``matched``: rewritten. ``structure_miss``: no region of that kind. ``condition_failed``: a
-#: region, but one that cannot be rewritten as it stands. ``rewrite_failed``: the rewrite itself failed.
-#: ``not_captured``: there was no graph. ``unprofitable``: it would not pay.
-Status = Literal["matched", "structure_miss", "condition_failed", "rewrite_failed", "not_captured", "unprofitable"]
-STATUSES: tuple[str, ...] = get_args(Status)
 _WIDTH = 120
 _NEAR_MISSES_SHOWN = 3
 
@@ -39,7 +36,7 @@ class StepReport:
 
     Attributes:
         pass_name: the pass.
-        status: see :data:`Status`.
+        status: see :class:`~tokcompile.reporting.status.Status`; the text of one will do.
         matches: regions rewritten.
         regions: their module paths.
         reason: why not, or what was left out; with the module path and source line where there is one.
@@ -58,6 +55,7 @@ class StepReport:
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
             raise ValueError(f"status should be one of {', '.join(STATUSES)}, found {self.status!r}")
+        self.status = Status(self.status)
 
 
 @dataclass
@@ -159,9 +157,7 @@ class Report:
         Raises:
             TokcompileError: something in ``pictures`` is no picture.
         """
-        from tokcompile.reporting.html import write
-
-        write(self, path, bench=bench, pictures=pictures)
+        write(self.to_dict(), path, bench=bench, pictures=pictures)
 
     def __str__(self) -> str:
         # markup and highlighting off: reasons hold square brackets
@@ -180,6 +176,8 @@ class Report:
             console.print(_regions_table(self.regions))
         else:
             lines.add("No region found.")
+        if self.plans:
+            console.print(_plans_table(self.plans))
         if self.steps:
             console.print(_steps_table(self.steps))
         for number, step in enumerate(self.steps):
@@ -230,7 +228,7 @@ class _Lines:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="", header_style="", box=None, pad_edge=False)
     for column in columns:
-        right = column in ("count", "matches", "nodes", "seconds", "FLOPs before/after")
+        right = column in ("count", "matches", "regions", "nodes", "seconds", "FLOPs before/after")
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     return table
 
@@ -249,6 +247,24 @@ def _regions_table(regions: list[dict[str, Any]]) -> Table:
         stage, _, kind, _, variant = key
         row = [kind, str(len(groups[key])), path_glob(groups[key]) or "(model)", variant]
         table.add_row(*([stage] if any(stages) else []), *row)
+    return table
+
+
+def _plans_table(plans: list[dict[str, Any]]) -> Table:
+    """What each stage was planned to become, before it was rewritten."""
+    table = _table("\nPlan", "stage", "pass", "regions", "tokens from layer on", "FLOPs before/after")
+    for plan in plans:
+        cuts = ", ".join(f"{cut['layer']}: {'?' if cut['tokens'] is None else cut['tokens']}" for cut in plan["cuts"])
+        ratio = plan["predicted_flop_ratio"]
+        for number, step in enumerate(plan["steps"]):
+            first = number == 0
+            table.add_row(
+                plan["stage"] if first else "",
+                step["pass"],
+                str(len(step["regions"])),
+                cuts if first else "",
+                f"{ratio:.2f}" if first and ratio is not None else "",
+            )
     return table
 
 
@@ -277,8 +293,10 @@ def _short(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     """A value in JSON types."""
-    if value is None or isinstance(value, bool | str):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, str):
+        return str(value)  # of an enum: its text
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
         return str(value)  # int() would guard on it
     if isinstance(value, numbers.Integral):

@@ -10,18 +10,41 @@ import torch
 from torch import fx
 
 from tokcompile.capture.captured import Captured
-from tokcompile.capture.graph import ancestors, extract, module_path, source_line
+from tokcompile.capture.graph import ancestors, module_path, refuse
 from tokcompile.capture.markers import HELD
 from tokcompile.capture.trace import inline
 from tokcompile.errors import NarrowError
+from tokcompile.lower.wrapped import wrapped_kind
 from tokcompile.regions.model import Layer, Region, Regions
 from tokcompile.regions.places import layer_of, region_keys
-from tokcompile.rewrite.graph_inputs import HostSize, Kept, Memory, MemoryInput, Observer, SizeFunction, StateInput
+from tokcompile.rewrite.added_inputs import AddedInputs
+from tokcompile.rewrite.graph_inputs import Kept, Memory, Observer, SizeFunction
 from tokcompile.rewrite.labels import Flow, is_token
 from tokcompile.rewrite.narrow import Cut, check, narrow
 from tokcompile.state import PreparedState
 
 aten = torch.ops.aten
+
+
+@dataclass(eq=False)
+class Cuts:
+    """The cuts that were made in a graph.
+
+    Attributes:
+        kept: one for each cut, in order, for recording.
+        indices: nodes that hold kept positions, which may be computed in front of the graph.
+        positions: name of a residual stream -> the kept positions of all its cuts so far, in the unpruned sequence.
+    """
+
+    kept: list[Kept] = field(default_factory=list)
+    indices: list[fx.Node] = field(default_factory=list)
+    positions: dict[str, fx.Node] = field(default_factory=dict)
+
+    def add(self, stack: str, index: fx.Node, kept: Kept) -> None:
+        """Note one cut: ``index`` counts in the sequence above it, ``kept.node`` in the unpruned one."""
+        self.positions[stack] = kept.node
+        self.indices += [index, kept.node]
+        self.kept.append(kept)
 
 
 @dataclass(eq=False)
@@ -33,15 +56,12 @@ class Context:
         args: the real arguments of the call that triggered compilation.
         step: index of the recipe step at work.
         whole: the graph is a whole forward, so its outputs may be shorter than before.
-        kept, indices: the nodes that hold kept positions, for recording and for :func:`session.hoist`.
-        prepared, inputs: the state that calibration made; the placeholders that the rewrite added, and what each takes.
-        static: sizes read off the data may be numbers in the graph; another number compiles it anew.
-        always_ragged: the graph must serve rows that keep different numbers of tokens, whatever ``args`` keep.
         places: region key -> its layer, in the graph as it was found.
         streams: for each stack what enters it and what leaves its layers, likewise.
         leading_tokens: how many tokens at the head of an encoder the recipe protects; None: those that are found.
         shared: what passes emit once for several regions, by a key of their own.
-        memories: what decode steps hand on; None where nothing can (a graph that is exported).
+        counting: whether observers note what they see.
+        added: the inputs that the rewrite adds. cuts: what was cut so far.
     """
 
     captured: Captured
@@ -49,22 +69,22 @@ class Context:
     args: Sequence[Any]
     step: int = 0
     whole: bool = True
-    static: bool = False
-    always_ragged: bool = False
     leading_tokens: int | None = None
     places: dict[str, tuple[int, int] | None] = field(default_factory=dict)
     streams: list[list[fx.Node]] = field(default_factory=list)
     shared: dict[Any, Any] = field(default_factory=dict)
-    sizes: list[HostSize] = field(default_factory=list)
-    ragged: list[bool] = field(default_factory=list)
-    kept: list[Kept] = field(default_factory=list)
-    indices: list[fx.Node] = field(default_factory=list)
-    prepared: PreparedState | None = None
     counting: Callable[[], bool] = lambda: True
-    inputs: dict[fx.Node, HostSize | StateInput | MemoryInput] = field(default_factory=dict)
-    memories: list[Memory] | None = None
-    _positions: dict[str, fx.Node] = field(default_factory=dict)
-    _masks: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    added: AddedInputs = None  # type: ignore[assignment]  # made for ``captured`` where it is not given
+    cuts: Cuts = field(default_factory=Cuts)
+
+    def __post_init__(self) -> None:
+        if self.added is None:
+            self.added = AddedInputs(self.captured)
+
+    @property
+    def prepared(self) -> PreparedState | None:
+        """The state that calibration made."""
+        return self.added.prepared
 
     # .. building blocks for passes
 
@@ -84,6 +104,15 @@ class Context:
         Raises:
             NarrowError: calibration made no state for the region.
         """
+        facts = self.facts(pass_name, region)
+        return self.added.state(pass_name, self.key(region)), facts
+
+    def facts(self, pass_name: str, region: Region) -> dict[str, Any]:
+        """The facts of the prepared state of a region; changes nothing.
+
+        Raises:
+            NarrowError: calibration made no state for the region.
+        """
         key = self.key(region)
         if self.prepared is None or not self.prepared.has(pass_name, key):
             raise self.refuse(
@@ -92,14 +121,7 @@ class Context:
                 "pass calibration= to tokcompile.optimize, with inputs that run "
                 "through it",
             )
-        nodes = {}
-        for name, tensor in self.prepared.tensors(pass_name, key).items():
-            with self.captured.graph.inserting_after(self.captured.placeholders[-1]):
-                node = self.captured.graph.placeholder(f"{pass_name}_{name}_{len(self.inputs)}")
-            node.meta["val"] = self.captured.fake(tensor)
-            self.inputs[node] = StateInput(pass_name, key, name)
-            nodes[name] = node
-        return nodes, self.prepared.facts[pass_name, key]
+        return self.prepared.facts[pass_name, key]
 
     def remember(
         self,
@@ -115,17 +137,8 @@ class Context:
             past, grown, fresh: see :class:`Memory`.
             forms: shape (numbers, or sizes in the graph) and type of each value.
         """
-        assert self.memories is not None
-        memory = Memory(self.step, region.path, (self.layer(region) or (0, 0))[0], past, grown, fresh)
-        for place, (shape, dtype) in enumerate(forms):
-            with self.captured.graph.inserting_after(self.captured.placeholders[-1]):
-                node = self.captured.graph.placeholder(f"memory_{len(self.memories)}_{place}")
-            with self.captured.fake_mode:
-                node.meta["val"] = torch.empty(tuple(shape), dtype=dtype, device=past.meta["val"].device)
-            self.inputs[node] = MemoryInput(memory, place)
-            memory.inputs.append(node)
-        self.memories.append(memory)
-        return memory
+        layer = (self.layer(region) or (0, 0))[0]
+        return self.added.memory(self.step, region.path, layer, past, grown, fresh, forms)
 
     def key(self, region: Region) -> str:
         """See :func:`region_keys`."""
@@ -140,11 +153,18 @@ class Context:
         """The tensor behind an input of the graph, such as a weight.
 
         Raises:
-            NarrowError: ``node`` is computed in the graph.
+            NarrowError: ``node`` is computed in the graph, or it is no plain tensor.
         """
         placeholders = self.captured.placeholders
         if node in placeholders and placeholders.index(node) < len(self.args):
-            return self.args[placeholders.index(node)]
+            value = self.args[placeholders.index(node)]
+            if kind := wrapped_kind(value):
+                raise self.refuse(
+                    node,
+                    f"the weight is a {kind}, whose entries cannot be read one by one; change the model with plain "
+                    "weights first, and quantise or shard what comes out",
+                )
+            return value  # type: ignore[no-any-return]
         raise self.refuse(node, "expected a parameter of the model, found a value that is computed in the graph")
 
     def observe(self, function: Callable[..., None], *nodes: fx.Node) -> None:
@@ -163,70 +183,9 @@ class Context:
             following = following.next
         return following
 
-    def visual_mask(self, region: Region) -> fx.Node:
-        """bool ``[B, S]``: the positions that a merge point fills with image features, except the last of a row.
-
-        The last position is what the next token is read from, so it is never up for removal.
-        """
-        return self.emit_once(  # type: ignore[no-any-return]
-            "visual mask",
-            lambda m: m & (torch.arange(m.shape[1], device=m.device) < m.shape[1] - 1),
-            self.feature_mask(region),
-        )
-
-    def feature_mask(self, region: Region) -> fx.Node:
-        """bool ``[B, S]``: the positions that a merge point fills with image features."""
-        merged = region.roles["output"]
-        if merged not in self._masks:
-            mask = region.roles.get("mask")
-            if mask is None:
-                mask = self._features_mask(region)
-            rank = mask.meta["val"].dim()
-
-            def visual(mask: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
-                mask = mask.to(torch.bool)
-                if rank == 3:
-                    mask = mask.select(2, 0)
-                return mask.expand(merged.shape[0], merged.shape[1])
-
-            self._masks[merged] = self.emit(visual, mask, merged, before=self.after(mask, merged))
-        return self._masks[merged]
-
-    def _features_mask(self, region: Region) -> fx.Node:
-        """The mask of a merge by concatenation: the span of the image features along the sequence."""
-        merged, features = region.roles["output"], region.roles["features"]
-        if merged.target not in (aten.cat.default, aten.concat.default):
-            raise self.refuse(merged, "the positions of the visual tokens cannot be read off this merge point")
-        tensors = list(merged.args[0])  # type: ignore[arg-type]
-        below = [i for i, t in enumerate(tensors) if t is features or features in ancestors([t])]
-        if len(below) != 1:
-            raise self.refuse(merged, "image features enter the concatenation in several places")
-        which = below[0]
-
-        def mask(merged: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
-            start = sum(p.shape[1] for p in parts[:which])
-            position = torch.arange(merged.shape[1], device=merged.device)
-            inside = (position >= start) & (position < start + parts[which].shape[1])
-            return inside[None].expand(merged.shape[0], merged.shape[1])
-
-        return self.emit(mask, merged, *tensors, before=self.after(merged))
-
     def host_size(self, mask: fx.Node, function: SizeFunction, name: str) -> tuple[Any, bool]:
         """A size read off the real visual mask before each call (a node, or an int), and whether rows differ."""
-        size = HostSize(*extract(self.captured, [mask]), function, mask)
-        hint, ragged = size(self.args)
-        ragged = ragged or self.always_ragged
-        self.sizes.append(size)
-        self.ragged.append(ragged)
-        if self.static:
-            size.static = hint
-            return hint, ragged
-        placeholders = self.captured.placeholders
-        with self.captured.graph.inserting_after(placeholders[-1]):
-            node = self.captured.graph.placeholder(f"{name}_{len(self.sizes)}")
-        node.meta["val"] = self.captured.new_size(hint, node.name)
-        self.inputs[node] = size
-        return node, ragged
+        return self.added.size(mask, function, name, self.args)
 
     def cut(
         self,
@@ -267,7 +226,7 @@ class Context:
             )
         )
         narrow(self.captured, [Cut(node, kept, size, ragged=ragged, prefix=prefix, suffix=suffix, narrowed=narrowed)])
-        before = self._positions.get(stack)
+        before = self.cuts.positions.get(stack)
         total = (
             kept
             if before is None
@@ -278,14 +237,12 @@ class Context:
                 before=self.after(before, kept),
             )
         )
-        self._positions[stack] = total
-        self.indices += [kept, total]
-        self.kept.append(Kept(self.step, layer.path if layer else module_path(node), index, total))
+        self.cuts.add(stack, kept, Kept(self.step, layer.path if layer else module_path(node), index, total))
         return kept
 
     def surviving(self, values: fx.Node, stack: str, fill: bool, before: fx.Node) -> fx.Node:
         """bool ``[B, S]`` over the unpruned sequence -> over the tokens that the cuts of ``stack`` left."""
-        positions = self._positions.get(stack)
+        positions = self.cuts.positions.get(stack)
         if positions is None:
             return values
         return self.emit(
@@ -324,32 +281,5 @@ class Context:
                     )
         return flow
 
-    def check_rows(self, encoder: Region, features: fx.Node) -> None:
-        """Raise unless ``features`` are, row by row, the patches of ``encoder`` (one image after the other)."""
-        tokens, prefix = encoder.roles["tokens"], int(encoder.shapes.get("prefix", 0))
-        flow = check(self.captured, tokens, prefix=prefix)
-        dims = flow.labels.get(features)
-        axes = [f.axis for d in dims[:-1] for f in d if f.axis is not None and f.axis.kind == "token"] if dims else []
-        parts = [p for axis in axes for p in (axis.parts or (axis,))]
-        fits = bool(parts) and all(
-            getattr(p, "kind", "") == "token" and p.start == prefix and (prefix == 0 or p.base is not None)
-            for p in parts
-        )
-        if not fits:
-            raise self.refuse(
-                features,
-                "the image features are not one for each patch of the encoder, so scores of patches do not fit them",
-            )
-
-    def stack_below(self, node: fx.Node) -> Region | None:
-        """The stack of layers whose residual stream starts at ``node``, or as near below it as any does."""
-        order = {n: i for i, n in enumerate(self.captured.graph.nodes)}
-        stacks = [
-            s
-            for s in self.regions.of("decoder_stack")
-            if s.layers and (s.layers[0].input is node or node in ancestors([s.layers[0].input]))
-        ]
-        return min(stacks, key=lambda s: order[s.layers[0].input], default=None)
-
     def refuse(self, node: fx.Node, reason: str) -> NarrowError:
-        return NarrowError(reason, node=node.name, path=module_path(node), source=source_line(node))
+        return refuse(node, reason)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import fx
 
-from tokcompile.capture.graph import module_path, source_line
+from tokcompile.capture.graph import refuse
+from tokcompile.capture.ops import op_name
 from tokcompile.capture.sizes import shape_of
-from tokcompile.errors import NarrowError
 from tokcompile.rewrite.labels import Axis, Flow, is_token
-from tokcompile.rewrite.token_axis import op_name
 from tokcompile.rewrite.token_rules.pointwise import dim_argument
 
 aten = torch.ops.aten
@@ -24,9 +21,6 @@ def check_ragged(flow: Flow, ragged: set[Axis]) -> None:
         return axis is not None and (
             axis in ragged or padded(axis.base) or any(padded(p) for p in axis.parts if isinstance(p, Axis))
         )
-
-    def refuse(node: fx.Node, reason: str) -> NarrowError:
-        return NarrowError(reason, node=node.name, path=module_path(node), source=source_line(node))
 
     counts = (
         "over the tokens, and rows of this batch keep different numbers of them; run rows with equal numbers of "
@@ -79,6 +73,7 @@ KEEPS_ZEROS = {
     "chunk",
     "split_with_sizes",
     "repeat_interleave",
+    "getitem",
 }
 
 
@@ -99,7 +94,7 @@ def _vanishes(flow: Flow, node: fx.Node, dim: int) -> bool:
             for arg in node.all_input_nodes
             if arg in flow.labels and dim - len(dims) + len(shape_of(arg)) >= 0
         )
-    if name in KEEPS_ZEROS or node.target is operator.getitem or (name == "masked_fill" and node.args[2] == 0):
+    if name in KEEPS_ZEROS or (name == "masked_fill" and node.args[2] == 0):
         source = node.args[0]
         if isinstance(dims, list):  # the pieces of a split
             dims = dims[0]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -20,11 +20,11 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from tokcompile.capture.captured import Captured
-from tokcompile.capture.graph import ancestors, module_path, source_line
+from tokcompile.capture.graph import ancestors, refuse
 from tokcompile.capture.markers import FEATURE_SCORES, HELD, RESTORED
+from tokcompile.capture.ops import sdpa_arguments
 from tokcompile.capture.sizes import MAX_INT, equal, expr, shape_of
 from tokcompile.capture.trace import derive, inline
-from tokcompile.errors import NarrowError
 from tokcompile.rewrite.empty_slots import check_ragged
 from tokcompile.rewrite.labels import Axis, Demand, Dim, Dims, Factor, Flow, is_token, is_tracked, plain, size_of
 from tokcompile.rewrite.token_axis import RULES, Follower
@@ -415,12 +415,7 @@ class _Narrower:
                 return total
             if type(e).__name__ in ("FloorDiv", "CleanDiv"):
                 return self._call(operator.floordiv, (build(e.args[0]), build(e.args[1])), before)
-            raise NarrowError(
-                f"the size {e} is not in the graph",
-                node=before.name,
-                path=module_path(before),
-                source=source_line(before),
-            )
+            raise refuse(before, f"the size {e} is not in the graph")
 
         return build(wanted)
 
@@ -518,10 +513,8 @@ class _Narrower:
         if alive_key is None:
             return
         if node.target is aten.scaled_dot_product_attention.default:
-            args = [*list(node.args), *[None] * (4 - len(node.args))]
-            kwargs = dict(node.kwargs)
-            mask = args[3] if args[3] is not None else kwargs.pop("attn_mask", None)
-            causal = bool((args[5] if len(args) > 5 else False) or kwargs.pop("is_causal", False))
+            call = sdpa_arguments(node)
+            mask, causal = call.mask, call.is_causal
             given = [x for x in (alive_query, mask) if x is not None]
 
             def allowed(q: torch.Tensor, alive_k: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
@@ -541,11 +534,8 @@ class _Narrower:
                 new = column if old is None else old & column
                 return new if empty is None else new | empty
 
-            new_mask = inline(self.captured, allowed, [args[0], alive_key, *given], node)
-            args[3] = new_mask
-            if len(args) > 5:
-                args[5] = False
-            node.args, node.kwargs = tuple(args), kwargs
+            new_mask = inline(self.captured, allowed, [call.query, alive_key, *given], node)
+            replace(call, mask=new_mask, is_causal=False).write(node)
             return
         dims = self.flow.labels[node]
         at = dim_argument(node, 1, -1, len(dims))
@@ -570,12 +560,7 @@ class _Narrower:
             return
         ignored: Any = loss.args[4] if len(loss.args) > 4 else -100
         if axes.index(token) < axes.index(self.batch):
-            raise NarrowError(
-                "a loss over tokens by row cannot leave empty slots out",
-                node=loss.name,
-                path=module_path(loss),
-                source=source_line(loss),
-            )
+            raise refuse(loss, "a loss over tokens by row cannot leave empty slots out")
         filled = inline(self.captured, lambda t, a: torch.where(a.reshape(t.shape), t, ignored), [target, alive], loss)
         loss.args = (logits, filled, *loss.args[2:])
 

@@ -4,16 +4,7 @@ Every function here is meant to be traced (pre-dispatch ATen, symbolic ``B`` and
 exported to ONNX. So: no data-dependent shape, no ``.item()``, no Python branch on a value, counts in integer
 arithmetic, and only operations that every runtime has (plain ``sort``, ``cumsum``, ``gather``, ``scatter_add``).
 
-**Ties.** Of two tokens with equal scores the one with the lower index is better, in every runtime. No stable sort is
-needed for that. A first sort of the float scores serves only to number the *distinct* values: runs of equal values
-get one number, so it does not matter in which order the runtime leaves them. The second sort is over the integers
-``(segment, number of the value, index)`` packed into one int64; they are all different, so any sort is right.
-The packing takes 20 bits for each of the three, so rows hold at most ``2 ** 20`` tokens.
-Scores are compared in fp32; NaN counts as the worst score, equal to ``-inf``.
-
-**Segments.** A segment is one image, tile or frame: positions of a row with the same id ``>= 0``. Ids are smaller than
-``S``, ascend along the row, and a segment is contiguous; ``-1`` marks everything else (text, padding), which is always
-kept. Two images without a token between them are one run of visual tokens, and one segment for :func:`segments`.
+Ties, segments, budgets and ranks are those of :mod:`tokcompile.kernels.segments`.
 
 Shapes: ``B`` batch, ``S`` tokens, ``D`` model width, ``H`` query heads, ``Hkv`` key heads, ``Dh`` head width,
 ``R`` selected query rows, ``T`` keys.
@@ -24,103 +15,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Rank of a position that belongs to no segment; larger than any budget.
-NO_RANK = 1 << 40
+from tokcompile.kernels.hidden import is_visible
+from tokcompile.kernels.segments import (
+    NO_RANK,
+    budgets,
+    budgets_count,
+    index_of,
+    rank_in_segment,
+    segment_positions,
+    segment_sizes,
+    segments,
+)
 
-_STRIDE = 1 << 20  # longest row; a constant, because an exporter may not take a symbolic number here
-_LAST = 1 << 61  # sort key of positions outside every segment
+__all__ = [
+    "NO_RANK",
+    "budgets",
+    "budgets_count",
+    "class_attention_scores",
+    "keep_index",
+    "keep_mask",
+    "kept_rows",
+    "kept_size",
+    "pooled",
+    "random_scores",
+    "rank_in_segment",
+    "row_attention",
+    "segment_positions",
+    "segment_sizes",
+    "segments",
+]
+
 _PRIME = (1 << 31) - 1  # modulus of the hash; every product of two residues stays below 2 ** 62
-
-
-def _index(like: Tensor) -> Tensor:
-    """int64 [1, S]: 0, 1, ..., S - 1."""
-    return torch.arange(like.shape[1], device=like.device).unsqueeze(0)
-
-
-def _previous(x: Tensor, first: float) -> Tensor:
-    """``x`` shifted right by one along the token axis, with ``first`` in front."""
-    index = _index(x)  # a gather and not a slice: the length of a slice would put a guard on S
-    return torch.where(index > 0, x.gather(1, (index - 1).clamp(min=0).expand_as(x)), first)
-
-
-def segments(visual: Tensor) -> Tensor:
-    """Number the contiguous runs of visual tokens of each row.
-
-    Args:
-        visual: bool [B, S], True at visual tokens.
-
-    Returns:
-        int64 [B, S]: 0, 1, 2, ... for the runs from left to right, -1 elsewhere.
-    """
-    flag = visual.to(torch.int64)
-    start = flag * (1 - _previous(flag, 0))
-    return torch.cumsum(start, dim=1) * flag - 1
-
-
-def _segment_sum(value: Tensor, segment: Tensor) -> Tensor:
-    """Sum of ``value`` (int64 [B, S], 0 outside segments) over the segment of each position; [B, S]."""
-    slot = segment.clamp(min=0)
-    return torch.zeros_like(value).scatter_add(1, slot, value).gather(1, slot)
-
-
-def segment_sizes(segment: Tensor) -> Tensor:
-    """int64 [B, S]: number of tokens of the segment that a position belongs to, 0 outside segments."""
-    flag = (segment >= 0).to(torch.int64)
-    return _segment_sum(flag, segment) * flag
-
-
-def segment_positions(segment: Tensor) -> Tensor:
-    """int64 [B, S]: place of a token inside its segment (0 = first), 0 outside segments."""
-    flag = (segment >= 0).to(torch.int64)
-    index = _index(segment) * flag
-    start = (segment != _previous(segment, -1)).to(torch.int64) * flag
-    return (index - _segment_sum(start * index, segment)) * flag
-
-
-def budgets(segment: Tensor, num: int, den: int) -> Tensor:
-    """Number of tokens to keep in the segment of each position, as a ratio of its size.
-
-    Computed in integers, ``ceil(n * num / den)``: a float product rounds differently from runtime to runtime.
-
-    Args:
-        segment: int64 [B, S], see :func:`segments`.
-        num, den: the ratio ``num / den``, ``0 <= num <= den``.
-
-    Returns:
-        int64 [B, S]: at least 1 and at most the size of the segment; 0 outside segments.
-    """
-    size = segment_sizes(segment)
-    count = torch.div(size * num + (den - 1), den, rounding_mode="floor").clamp(min=1)
-    return torch.minimum(count, size)
-
-
-def budgets_count(segment: Tensor, count: int) -> Tensor:
-    """As :func:`budgets`, for an absolute number of tokens per segment: ``min(n, count)`` (``count=0`` drops all)."""
-    return segment_sizes(segment).clamp(max=count)
-
-
-def rank_in_segment(scores: Tensor, segment: Tensor) -> Tensor:
-    """Rank of each token among the tokens of its segment by descending score.
-
-    Args:
-        scores: float [B, S]; larger is better.
-        segment: int64 [B, S].
-
-    Returns:
-        int64 [B, S]: 0 for the best; equal scores rank by lower index; :data:`NO_RANK` outside segments.
-    """
-    index, inside = _index(segment), segment >= 0
-    flag = inside.to(torch.int64)
-    scores = scores.detach().to(torch.float32)
-    scores = torch.where(torch.isnan(scores), float("-inf"), scores)
-    ordered, order = torch.sort(scores, dim=1, descending=True)
-    # number the distinct values: independent of the order in which equal ones come out of the sort
-    change = torch.logical_and(index > 0, ordered != _previous(ordered, 0.0))
-    number = torch.zeros_like(segment).scatter(1, order, torch.cumsum(change.to(torch.int64), dim=1))
-    key = torch.where(inside, (segment * _STRIDE + number) * _STRIDE, _LAST) + index
-    place = torch.zeros_like(segment).scatter(1, torch.sort(key, dim=1)[1], index.expand_as(segment))
-    before = torch.cumsum(flag, dim=1) - flag - segment_positions(segment)  # tokens of earlier segments
-    return torch.where(inside, place - before, NO_RANK)
 
 
 def keep_mask(scores: Tensor, segment: Tensor, budget: Tensor) -> Tensor:
@@ -145,7 +70,7 @@ def keep_index(keep: Tensor, size: int | torch.SymInt) -> Tensor:
     slot: Tensor = (seen - seen[:, -1:] + size) * flag  # type: ignore[assignment]  # from the right: size, size - 1, ...
     slot = slot.clamp(min=0)  # slot 0 collects what is dropped
     table = torch.zeros((keep.shape[0], size + 1), dtype=torch.int64, device=keep.device)
-    return table.scatter_add(1, slot, (_index(keep) + 1) * flag)[:, 1:] - 1
+    return table.scatter_add(1, slot, (index_of(keep) + 1) * flag)[:, 1:] - 1
 
 
 def kept_rows(visual: Tensor, num: int | None = None, den: int = 1, *, count: int | None = None) -> Tensor:
@@ -226,7 +151,7 @@ def pooled(x: Tensor, segment: Tensor, budget: Tensor) -> tuple[Tensor, Tensor, 
         the place of the token that holds the mean of each).
     """
     inside = segment >= 0
-    index, place = _index(segment), segment_positions(segment)
+    index, place = index_of(segment), segment_positions(segment)
     size, count = segment_sizes(segment).clamp(min=1), budget.clamp(min=1)
     group = torch.div(place * count, size, rounding_mode="floor")
     first = torch.div(group * size + count - 1, count, rounding_mode="floor")
@@ -243,7 +168,12 @@ def pooled(x: Tensor, segment: Tensor, budget: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def row_attention(
-    query_rows: Tensor, key: Tensor, scale: float, mask: Tensor | None = None, softcap: float | None = None
+    query_rows: Tensor,
+    key: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Attention probabilities of a few query rows, so that the main path can stay fused.
 
@@ -253,9 +183,11 @@ def row_attention(
         scale: factor on the logits.
         mask: broadcastable to [B, H, R, T]; bool (True = may attend) or an additive float mask.
         softcap: logits become ``softcap * tanh(logits / softcap)`` before the mask (Gemma 2).
+        sink: float, broadcastable to [B, H, R, 1]: one more logit of the softmax, which belongs to no key.
 
     Returns:
-        float32 [B, H, R, T]: softmax over ``T`` in fp32. A row that may attend to nothing is all zeros.
+        float32 [B, H, R, T]: softmax over ``T`` in fp32. A row that may attend to nothing is all zeros
+        (:mod:`tokcompile.kernels.hidden` says which masks hide a key).
     """
     batch, heads, rows, width = query_rows.shape
     groups = key.shape[1]
@@ -268,14 +200,19 @@ def row_attention(
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     if mask is None:
-        return torch.softmax(logits, dim=-1)
-    if mask.dtype == torch.bool:
-        allowed = mask
-    else:  # additive masks block with -inf or with the lowest number of their dtype
-        allowed = mask > torch.finfo(mask.dtype).min / 2
+        return _softmax(logits, sink)
+    allowed = is_visible(mask)
+    if mask.dtype != torch.bool:
         logits = logits + mask.to(torch.float32)
     logits = torch.where(allowed, logits, torch.finfo(torch.float32).min)
-    return torch.where(allowed, torch.softmax(logits, dim=-1), 0.0)
+    return torch.where(allowed, _softmax(logits, sink), 0.0)
+
+
+def _softmax(logits: Tensor, sink: Tensor | None) -> Tensor:
+    if sink is None:
+        return torch.softmax(logits, dim=-1)
+    more = sink.to(torch.float32).expand(*logits.shape[:3], 1)
+    return torch.softmax(torch.cat([logits, more], dim=-1), dim=-1)[..., :-1]
 
 
 def class_attention_scores(query: Tensor, key: Tensor, context: Tensor, scale: float, prefix: int) -> Tensor:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from tokcompile.capture.graph import module_path, source_line
+from tokcompile.capture.graph import refuse
+from tokcompile.capture.ops import op_name
 from tokcompile.capture.sizes import equal, expr, guarded_equal, product, shape_of
 from tokcompile.errors import NarrowError
 from tokcompile.rewrite.labels import (
@@ -34,11 +35,6 @@ from tokcompile.rewrite.labels import (
 )
 
 aten = torch.ops.aten
-
-
-def op_name(node: fx.Node) -> str:
-    """Name of the ATen op without namespace and overload ("view"); "" for what is not one."""
-    return node.target._schema.name.split("::")[1] if isinstance(node.target, torch._ops.OpOverload) else ""
 
 
 Rule = Callable[["Follower", fx.Node], Any]
@@ -135,7 +131,7 @@ class Follower:
     # .. helpers for the rules
 
     def refuse(self, node: fx.Node, reason: str) -> NarrowError:
-        return NarrowError(reason, node=node.name, path=module_path(node), source=source_line(node))
+        return refuse(node, reason)
 
     def dims(self, arg: Any) -> Dims | None:
         return self.flow.labels.get(arg) if isinstance(arg, fx.Node) else None

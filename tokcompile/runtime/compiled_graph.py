@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -15,14 +15,14 @@ from tokcompile.lower.constants import fold_constants
 from tokcompile.lower.guard import Guard
 from tokcompile.lower.hoist import hoist
 from tokcompile.lower.inductor import lower
+from tokcompile.lower.wrapped import note_wrapped
 from tokcompile.regions.model import Regions
 from tokcompile.reporting.report import StageReport
+from tokcompile.rewrite.added_inputs import AddedInputs
 from tokcompile.rewrite.context import Context
+from tokcompile.runtime.owner import Owner
 from tokcompile.runtime.recording import KeptEntry, ReusedEntry
 from tokcompile.runtime.variants import Variant
-
-if TYPE_CHECKING:
-    from tokcompile.runtime.session import Session
 
 aten = torch.ops.aten
 
@@ -30,7 +30,7 @@ aten = torch.ops.aten
 class CompiledGraph:
     """What the backend gives Dynamo for one graph: compiles at the first call, and again where sizes differ in kind."""
 
-    def __init__(self, session: Session, graph_module: fx.GraphModule, whole: bool) -> None:
+    def __init__(self, session: Owner, graph_module: fx.GraphModule, whole: bool) -> None:
         self.session, self.graph_module, self.whole = session, graph_module, whole
         self.stage = session.stage
         self.variants: list[Variant] = []
@@ -69,31 +69,25 @@ class CompiledGraph:
         session = self.session
         started = time.perf_counter()
         captured = from_dynamo(self.graph_module, args)
+        note_wrapped(captured, args)
         # the first compilation of a graph of static sizes is static throughout, as torch.compile does it
-        ctx = Context(
-            captured,
-            Regions(),
-            args,
-            whole=self.whole,
-            static=not captured.symbols and not self.variants,
-            prepared=session.prepared,
-            counting=lambda: session.counting,
-            memories=[],
-        )
+        static = not captured.symbols and not self.variants
+        added = AddedInputs(captured, session.prepared, static=static, memories=[])
+        ctx = Context(captured, Regions(), args, whole=self.whole, counting=lambda: session.counting, added=added)
         session.rewrite(ctx, self.stage)
-        if ctx.kept:
+        if ctx.cuts.kept:
             session.matching.pruned_encoder |= self.stage == "encoder"
         output = next(iter(captured.graph.find_nodes(op="output")))
         results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
         memories = [
             (m, captured.placeholders.index(m.past), None if m.grown is None else results.index(m.grown))
-            for m in ctx.memories or ()
+            for m in ctx.added.memories or ()
         ]
         handed = [n for m, _, _ in memories for n in (*m.outputs, m.reused)]
-        if ctx.kept or handed:
-            output.args = ((*results, *(k.node for k in ctx.kept), *handed),)
-        inputs = [ctx.inputs[node] for node in captured.placeholders[len(args) :]]
-        prologue = hoist(captured, ctx.indices)
+        if ctx.cuts.kept or handed:
+            output.args = ((*results, *(k.node for k in ctx.cuts.kept), *handed),)
+        inputs = [ctx.added.of[node] for node in captured.placeholders[len(args) :]]
+        prologue = hoist(captured, ctx.cuts.indices)
         captured.graph.eliminate_dead_code(
             is_impure_node=lambda n: n.is_impure() and n.target not in (aten.item.default, *ASSERTIONS)
         )
@@ -107,9 +101,9 @@ class CompiledGraph:
         variant = Variant(
             run,
             Guard(captured),
-            ctx.sizes,
-            ctx.ragged,
-            ctx.kept,
+            ctx.added.sizes,
+            ctx.added.ragged,
+            ctx.cuts.kept,
             prologue,
             inputs,
             session.prepared,

@@ -44,11 +44,17 @@ def run(model: nn.Module, inputs: Mapping[str, Any]) -> None:
         model(**inputs)
 
 
-def run_once(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """As :func:`run`, without gradients and for two new tokens at most."""
+def run_once(model: nn.Module, inputs: Mapping[str, Any], decode: bool = False) -> None:
+    """As :func:`run`, without gradients and for two new tokens at most.
+
+    Args:
+        decode: have a model that generates make two tokens, so that there is a decode step.
+    """
     limited = dict(inputs)
     if "max_new_tokens" in inputs:
         limited["max_new_tokens"] = min(int(inputs["max_new_tokens"]), 2)
+    elif decode and hasattr(model, "generate") and inputs.get("use_cache") is not False:
+        limited = {k: v for k, v in inputs.items() if k != "labels"} | {"max_new_tokens": 2}
     elif hasattr(model, "generate") and any(k not in inspect.signature(model.forward).parameters for k in inputs):
         limited["max_new_tokens"] = 2
     with torch.no_grad():

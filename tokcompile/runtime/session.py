@@ -17,6 +17,7 @@ from tokcompile.plan.pass_base import Pass
 from tokcompile.recipes import Recipe, Step
 from tokcompile.registry import get_pass
 from tokcompile.reporting.report import Report, StageReport, StepReport
+from tokcompile.reporting.status import Status
 from tokcompile.rewrite.context import Context
 from tokcompile.runtime.compiled_graph import CompiledGraph
 from tokcompile.runtime.memories import Memories
@@ -35,17 +36,17 @@ class Session:
         on_no_match: str = "error",
         model: str = "",
         state: PreparedState | None = None,
-        observing: bool = False,
+        observed: Observed | None = None,
     ) -> None:
         """
         Args:
             state: what calibration prepared.
-            observing: put the observers of the passes into the graphs instead of rewriting them.
+            observed: put the observers of the passes into the graphs instead of rewriting them, and note here what
+                they see.
         """
         self.recipe, self.lowering, self.on_no_match = recipe, lowering, on_no_match
         self.prepared, self.counting = state, True
-        #: what calibration saw; None where graphs are rewritten
-        self.observed = Observed() if observing else None
+        self.observed = observed
         self.passes: list[tuple[Step, Pass]] = []
         if recipe is not None:
             for step in recipe.steps:
@@ -59,9 +60,7 @@ class Session:
         self.graphs: list[CompiledGraph] = []
         self.report = Report(model=model, recipe=recipe.name if recipe is not None else "")
         self.report.steps = [
-            StepReport(
-                pass_name=step.pass_, status="structure_miss", matches=0, regions=[], reason="no graph was captured yet"
-            )
+            StepReport(pass_name=step.pass_, status=Status.NOT_CAPTURED, matches=0, reason="no graph was captured yet")
             for step, _ in self.passes
         ]
         self.matching = Matching(recipe, self.passes, self.report, on_no_match, self.observed)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tokcompile.errors import SavedModelError
 from tokcompile.state import NAMESPACE
+from tokcompile.version import __version__
 
 #: Version of the folder format that this release writes, and the newest that it reads.
 FORMAT = 1
@@ -89,14 +90,14 @@ def read_manifest(place: Path) -> dict[str, Any]:
         maker = maker.get("tokcompile") if isinstance(maker, dict) else None
         raise SavedModelError(
             f"{place}: has format {version}, written by tokcompile {maker or 'of a later release'}; "
-            f"this is tokcompile {own_version()}, which reads formats up to {FORMAT}: update it"
+            f"this is tokcompile {__version__}, which reads formats up to {FORMAT}: update it"
         )
     if manifest.pop("sha256", None) != manifest_digest(manifest):
         raise SavedModelError(f"{broken}its own checksum does not fit")
     while version < FORMAT:
         if version not in UPGRADES:
             raise SavedModelError(
-                f"{place}: has format {version}, which tokcompile {own_version()} cannot read any "
+                f"{place}: has format {version}, which tokcompile {__version__} cannot read any "
                 f"more; load and save it with tokcompile {manifest['versions']['tokcompile']}, or "
                 "optimize the dense model again"
             )
@@ -181,12 +182,6 @@ def tensor_sha256(tensor: Tensor) -> str:
 def first_of(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else text[:297] + "..."
-
-
-def own_version() -> str:
-    from tokcompile import __version__
-
-    return __version__
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:

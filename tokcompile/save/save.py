@@ -46,7 +46,6 @@ from tokcompile.save.format import (
     first_of,
     form_of,
     manifest_digest,
-    own_version,
     plain_json,
     present,
     quiet,
@@ -58,6 +57,7 @@ from tokcompile.save.format import (
     write_json,
 )
 from tokcompile.state import NAMESPACE, PreparedState
+from tokcompile.version import __version__
 
 
 def save_pretrained(model: nn.Module, folder: str | PathLike[str], *, weights: bool = True) -> Path:
@@ -90,7 +90,7 @@ def save_pretrained(model: nn.Module, folder: str | PathLike[str], *, weights: b
         manifest: dict[str, Any] = {
             "format_version": FORMAT,
             "versions": {
-                "tokcompile": own_version(),
+                "tokcompile": __version__,
                 "torch": torch.__version__,
                 "transformers": importlib.import_module("transformers").__version__,
                 "python": platform.python_version(),

@@ -155,11 +155,6 @@ def sample(sums: dict[str, Any], name: str, rows: Tensor, limit: int) -> None:
     sums[name], sums[f"{name}_stride"], sums[f"{name}_met"] = kept.contiguous(), stride, met + len(rows)
 
 
-def layers_meant(convert: float | int, layers: int) -> int:
-    """How many layers a share or a number means: at least one."""
-    return min(convert, layers) if isinstance(convert, int) else max(1, math.floor(convert * layers + 0.5))
-
-
 def speedup(
     x: Tensor, t: Mapping[str, Tensor], weights: Mapping[str, Tensor], activation: str, router: str, active: int
 ) -> float:

@@ -72,7 +72,7 @@ class Compact:
             place = self.ctx.after(keep, factor.side)
             if factor.positions not in moved:
                 moved[factor.positions] = self.ctx.emit(_closed_up, factor.positions, keep, before=place)
-                self.ctx.indices.append(moved[factor.positions])  # chosen in front of the graph with the tokens
+                self.ctx.cuts.indices.append(moved[factor.positions])  # chosen in front of the graph with the tokens
             for node in factor.chain:
                 if node not in moved:
                     moved[node] = self._again(node, moved, place)

@@ -9,13 +9,14 @@ import torch
 from tokcompile.capture.sizes import hint
 from tokcompile.regions.model import Region
 from tokcompile.rewrite.context import Context
+from tokcompile.rewrite.visual_mask import visual_mask
 
 
 def drop_visual(ctx: Context, merge: Region, stack: Region, layer: int) -> dict[str, Any]:
     """Remove all visual tokens of ``merge`` from the output of ``stack.layers[layer]``."""
     node = stack.layers[layer].output
     ctx.check(node, suffix=1)
-    mask = ctx.visual_mask(merge)
+    mask = visual_mask(ctx, merge)
     size, ragged = ctx.host_size(mask, lambda visual: (~visual).sum(1), "text")
     at = ctx.after(node, mask)
     visual = ctx.surviving(mask, "decoder", True, at)  # empty slots go with the visual tokens

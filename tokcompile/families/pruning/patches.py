@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,8 +12,11 @@ from torch import Tensor, fx
 from tokcompile.capture.sizes import hint
 from tokcompile.errors import NarrowError
 from tokcompile.families.pruning.restore import Restored
+from tokcompile.families.scores import Scores, read_scores
 from tokcompile.formulas.attention import read_attention
+from tokcompile.formulas.mask import is_hidden
 from tokcompile.plan.pass_base import Pass
+from tokcompile.plan.plan import LayerCut, Taken
 from tokcompile.recipes import Budget
 from tokcompile.regions.model import Layer, Region
 from tokcompile.registry import PassParams, about
@@ -68,7 +71,7 @@ class PatchSelection(Pass):
 
     def score(
         self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int, *inputs: Tensor
-    ) -> Tensor | tuple[Tensor, ...]:
+    ) -> Scores | Tensor:
         """Score patches, in plain torch that can be traced.
 
         Args:
@@ -76,33 +79,56 @@ class PatchSelection(Pass):
             tokens in front. budget: int64 ``[B, S]``. stage: number of the layer that follows.
 
         Returns:
-            ``[B, S]``, larger is kept first; or ``(new tokens, scores)`` for a method that changes tokens; or, for one
-            that puts patches into others, ``(new tokens, scores, into)`` and what :meth:`below` gets: ``into`` int64
-            ``[B, S]`` is the place, in this sequence, of the kept token that a token is part of afterwards.
+            ``values [B, S]``, larger is kept first; ``tokens`` if the method changes them, ``into`` if it puts patches
+            into others, and what :meth:`below` needs, ``carried``. A bare tensor stands for ``Scores(values)``.
         """
         raise NotImplementedError
 
-    def below(self, ctx: Context, region: Region, layers: Sequence[Layer], kept: fx.Node, *values: fx.Node) -> None:
+    def below(
+        self, ctx: Context, region: Region, layers: Sequence[Layer], kept: fx.Node, carried: Mapping[str, fx.Node]
+    ) -> None:
         """Change the ``layers`` between a cut and the next one, when all of it is narrowed.
 
+        Called where :meth:`score` gave ``into`` or ``carried``.
+
         Args:
-            kept: int64 ``[B, K]``, the places of the tokens that are left. values: what :meth:`score` gave for this.
+            kept: int64 ``[B, K]``, the places of the tokens that are left.
+            carried: what :meth:`score` gave for this, over the tokens above the cut.
         """
 
-    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+    def plan(self, ctx: Context, region: Region) -> Taken:
+        stages, prefix = self._stages(ctx, region), int(region.shapes.get("prefix", 0))
+        first = region.layers[stages[0] - 1].output
+        front, tokens = self._front(ctx, first, prefix), hint(first.meta["val"].shape[1])
+        cuts = []
+        for stage, keep in zip(stages, self.params.keep, strict=True):
+            self.check_layer(ctx, region.layers[stage - 1])
+            if not getattr(self.params, "restore", False):  # else what leaves the layers keeps all of its tokens
+                ctx.check(region.layers[stage - 1].output, prefix=front)
+            tokens = keep.count(tokens - front) + front
+            cuts.append(LayerCut(stage, tokens))
+        return Taken(region, tuple(cuts))
+
+    def _stages(self, ctx: Context, region: Region) -> list[int]:
+        """The first layer below each cut."""
         if region.roles["tokens"].meta["val"].dim() == 2:
             raise ctx.refuse(
                 region.roles["tokens"],
                 "the encoder has the patches of all images one behind the other in one row, and each image would need "
                 "a cut of its own; choose visual tokens where they enter the language model (todre and others)",
             )
-        depth, prefix = len(region.layers), int(region.shapes.get("prefix", 0))
+        depth = len(region.layers)
         stages = [max(1, min(depth - 1, round(f * depth))) for f in self.params.at]
         if len(set(stages)) != len(stages):
             raise ctx.refuse(
                 region.roles["tokens"],
                 f"{len(stages)} stages do not fit into {depth} layers; give fewer, or depths further apart",
             )
+        return stages
+
+    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+        depth, prefix = len(region.layers), int(region.shapes.get("prefix", 0))
+        stages = self._stages(ctx, region)
         front = self._front(ctx, region.layers[stages[0] - 1].output, prefix)
         restored = Restored(ctx, region, stages[0]) if getattr(self.params, "restore", False) else None
         try:
@@ -176,12 +202,20 @@ class PatchSelection(Pass):
             segment = segments((position >= front)[None].expand(x.shape[0], x.shape[1]))
             budget = budgets_count(segment, keep.num) if keep.is_count else budgets(segment, keep.num, keep.den)
             result = self.score(x, segment, budget, prefix, stage, *inputs)
-            x, scores, *more = result if isinstance(result, tuple) else (x, result)
+            scores = read_scores(result, self.name, 2, "tokens", "carried", "into")
+            values, into = scores.values, [] if scores.into is None else [scores.into]
+            carried = scores.carried or {}
             for mask in padding:
-                scores = scores.masked_fill(_unseen(mask).expand(x.shape[0], x.shape[1]), torch.finfo(scores.dtype).min)
-            return x, keep_mask(scores, segment, budget), *more
+                values = values.masked_fill(_unseen(mask).expand(x.shape[0], x.shape[1]), torch.finfo(values.dtype).min)
+            old_form[:], names[:] = [isinstance(result, tuple)], carried
+            return (
+                x if scores.tokens is None else scores.tokens,
+                keep_mask(values, segment, budget),
+                *into,
+                *carried.values(),
+            )
 
-        given = len(inputs)
+        given, names, old_form = len(inputs), list[str](), list[bool]()
         tokens, chosen, *more = ctx.emit(choose, node, *inputs, *padding, before=ctx.after(node, *inputs, *padding))
         count = node.meta["val"].shape[1]
         size: Any = (
@@ -199,11 +233,17 @@ class PatchSelection(Pass):
             prefix=front,
             value=None if tokens is node else tokens,
         )
-        if more:
-            into, *values = more
+        into, values = (more[0], more[1:]) if len(more) > len(names) else (None, more)
+        if more and old_form[0]:  # goes with the tuples: see read_scores
             self.below(ctx, region, region.layers[stage:end], kept, *values)
-            if restored is not None:
-                restored.stage(kept, into, range(stage, end))
+        elif more:
+            self.below(ctx, region, region.layers[stage:end], kept, dict(zip(names, values, strict=True)))
+        if restored is not None:
+            if into is None:
+                raise TypeError(
+                    f"{self.name}.score: restore needs the field into: the token that each patch is part of"
+                )
+            restored.stage(kept, into, range(stage, end))
         return hint(size)
 
 
@@ -218,5 +258,4 @@ def _mask(ctx: Context, layer: Layer) -> fx.Node | None:
 
 def _unseen(mask: Tensor) -> Tensor:
     """bool ``[B or 1, S]``: tokens that no query of any head looks at, from a mask of ``[B, H, S, S]``: padding."""
-    hidden = torch.logical_not(mask) if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min / 2
-    return hidden.all(2).all(1)
+    return is_hidden(mask).all(2).all(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import Field
@@ -9,12 +10,17 @@ from torch import Tensor, fx
 
 from tokcompile.capture.sizes import hint
 from tokcompile.families.pruning.compact import Compact
+from tokcompile.families.scores import Scores, read_scores
 from tokcompile.plan.pass_base import Pass
+from tokcompile.plan.plan import LayerCut, Taken
 from tokcompile.recipes import Budget
 from tokcompile.regions.model import Region
+from tokcompile.regions.places import stack_below
 from tokcompile.registry import PassParams, about
 from tokcompile.rewrite.context import Context
+from tokcompile.rewrite.narrow import check
 from tokcompile.rewrite.selection import budgets, budgets_count, keep_mask, kept_rows, segments
+from tokcompile.rewrite.visual_mask import visual_mask
 
 
 class VisualParams(PassParams):
@@ -41,7 +47,7 @@ class VisualSelection(Pass):
 
     regions = "merge_point"
 
-    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor) -> Scores | Tensor:
         """Score visual tokens, in plain torch that can be traced.
 
         Args:
@@ -50,9 +56,23 @@ class VisualSelection(Pass):
             budget: int64 ``[B, S]``: how many tokens that image keeps.
 
         Returns:
-            ``[B, S]``, larger is kept first; or ``(new tokens, scores)`` for a method that changes tokens.
+            ``values [B, S]``, larger is kept first, and ``tokens [B, S, D]`` if the method changes them. A bare tensor
+            stands for ``Scores(values)``.
         """
         raise NotImplementedError
+
+    def plan(self, ctx: Context, region: Region) -> Taken:
+        ctx.check(region.roles["output"], suffix=1)
+        stack = stack_below(ctx.regions, region.roles["output"])
+        return Taken(stack, self.cuts(ctx, region, stack))
+
+    def cuts(self, ctx: Context, region: Region, stack: Region | None) -> tuple[LayerCut, ...]:
+        """Where :meth:`apply` removes tokens of ``stack``; a method that cuts again below says so here."""
+        visual, tokens = visual_tokens(region)
+        return (LayerCut(0, None if visual is None else tokens - visual + self.params.keep.count(visual)),)
+
+    def cut_layers(self, depth: int) -> list[int]:
+        return [0]
 
     def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
         return self.select(ctx, region)
@@ -61,16 +81,15 @@ class VisualSelection(Pass):
         """Score (``inputs`` are handed to :meth:`score`), choose, and cut."""
         merged = region.roles["output"]
         below = ctx.check(merged, suffix=1)
-        mask = ctx.visual_mask(region)
+        mask = visual_mask(ctx, region)
         keep: Budget = self.params.keep
         compact = Compact(ctx, merged, below) if getattr(self.params, "positions", "keep") == "compact" else None
 
         def choose(tokens: Tensor, mask: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
             segment = segments(mask)
             budget = budgets_count(segment, keep.num) if keep.is_count else budgets(segment, keep.num, keep.den)
-            result = self.score(tokens, segment, budget, *inputs)
-            tokens, scores = result if isinstance(result, tuple) else (tokens, result)
-            return tokens, keep_mask(scores, segment, budget)
+            scores = read_scores(self.score(tokens, segment, budget, *inputs), self.name, 2, "tokens")
+            return tokens if scores.tokens is None else scores.tokens, keep_mask(scores.values, segment, budget)
 
         def rows(mask: Tensor) -> Tensor:
             return kept_rows(mask, count=keep.num) if keep.is_count else kept_rows(mask, keep.num, keep.den)
@@ -79,7 +98,7 @@ class VisualSelection(Pass):
         tokens, kept = ctx.emit(choose, merged, mask, *inputs, before=ctx.after(merged, mask, *inputs))
         if compact is not None:
             compact.move(kept)
-        stack = ctx.stack_below(merged)
+        stack = stack_below(ctx.regions, merged)
         ctx.cut(
             merged,
             kept,
@@ -92,3 +111,34 @@ class VisualSelection(Pass):
             value=None if tokens is merged else tokens,
         )
         return {"tokens_before": hint(merged.meta["val"].shape[1]), "tokens_after": hint(size)}
+
+
+def visual_tokens(region: Region) -> tuple[int | None, int]:
+    """How many tokens of a row are visual in the captured call (about: rows may differ), and how many there are.
+
+    The first is None where the region does not show its features row by row.
+    """
+    rows, tokens = (hint(size) for size in region.roles["output"].meta["val"].shape[:2])
+    features = region.roles.get("features")
+    value = None if features is None else features.meta.get("val")
+    if not isinstance(value, Tensor) or value.dim() < 2:
+        return None, tokens
+    count = math.prod(hint(size) for size in value.shape[:-1])
+    return min(tokens, -(-count // max(rows, 1))), tokens
+
+
+def check_rows(ctx: Context, encoder: Region, features: fx.Node) -> None:
+    """Raise unless ``features`` are, row by row, the patches of ``encoder`` (one image after the other)."""
+    tokens, prefix = encoder.roles["tokens"], int(encoder.shapes.get("prefix", 0))
+    flow = check(ctx.captured, tokens, prefix=prefix)
+    dims = flow.labels.get(features)
+    axes = [f.axis for d in dims[:-1] for f in d if f.axis is not None and f.axis.kind == "token"] if dims else []
+    parts = [p for axis in axes for p in (axis.parts or (axis,))]
+    fits = bool(parts) and all(
+        getattr(p, "kind", "") == "token" and p.start == prefix and (prefix == 0 or p.base is not None) for p in parts
+    )
+    if not fits:
+        raise ctx.refuse(
+            features,
+            "the image features are not one for each patch of the encoder, so scores of patches do not fit them",
+        )

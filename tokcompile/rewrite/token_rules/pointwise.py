@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from tokcompile.capture.ops import op_name
 from tokcompile.capture.sizes import equal, product, shape_of
 from tokcompile.rewrite.labels import is_token, plain
-from tokcompile.rewrite.token_axis import Follower, op_name, overloads, rule
+from tokcompile.rewrite.token_axis import Follower, overloads, rule
 
 aten = torch.ops.aten
 

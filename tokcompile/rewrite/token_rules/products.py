@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from tokcompile.capture.ops import op_name, sdpa_arguments
 from tokcompile.capture.packed import PACKED
 from tokcompile.capture.sizes import shape_of
 from tokcompile.rewrite.labels import is_token, plain, same_dim
-from tokcompile.rewrite.token_axis import Follower, op_name, overloads, rule
+from tokcompile.rewrite.token_axis import Follower, overloads, rule
 
 aten = torch.ops.aten
 
@@ -65,23 +66,21 @@ def _einsum(self: Follower, node: fx.Node) -> Any:
 
 @rule(aten.scaled_dot_product_attention.default)
 def _sdpa(self: Follower, node: fx.Node) -> Any:
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    args = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    rank = len(shape_of(args["query"]))
+    given = sdpa_arguments(node)
+    rank = len(shape_of(given.query))
     lead = [("b", i) for i in range(rank - 2)]
-    heads_differ = bool(args.get("enable_gqa"))
-    key_lead = [*lead[:-1], "h_kv"] if heads_differ else lead
+    key_lead = [*lead[:-1], "h_kv"] if given.enable_gqa else lead
     table = self.align(
         node,
         [
-            (args["query"], [*lead, "q", "d"]),
-            (args["key"], [*key_lead, "t", "d"]),
-            (args["value"], [*key_lead, "t", "v"]),
-            (args.get("attn_mask"), [*lead, "q", "t"]),
+            (given.query, [*lead, "q", "d"]),
+            (given.key, [*key_lead, "t", "d"]),
+            (given.value, [*key_lead, "t", "v"]),
+            (given.mask, [*lead, "q", "t"]),
         ],
     )
     query, key = table.get("q", plain(1)), table.get("t", plain(1))
-    if args.get("is_causal") and (is_token(query) or is_token(key)) and not same_dim(query, key):
+    if given.is_causal and (is_token(query) or is_token(key)) and not same_dim(query, key):
         raise self.refuse(node, "is_causal aligns queries with keys by position, and they are pruned differently")
     if is_token(query) or is_token(key):
         self.flow.attention[node] = (query, key)

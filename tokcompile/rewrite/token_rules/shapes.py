@@ -9,9 +9,10 @@ import sympy
 import torch
 from torch import fx
 
+from tokcompile.capture.ops import op_name
 from tokcompile.capture.sizes import equal, expr, product, shape_of
 from tokcompile.rewrite.labels import Axis, Dim, Factor, is_token, is_tracked, plain
-from tokcompile.rewrite.token_axis import Follower, op_name, overloads, rule
+from tokcompile.rewrite.token_axis import Follower, overloads, rule
 from tokcompile.rewrite.token_rules.pointwise import dim_argument
 
 aten = torch.ops.aten

@@ -22,11 +22,13 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from tokcompile.errors import UnprofitableError
+from tokcompile.families.scores import Scores, read_scores
 from tokcompile.families.sparse_attention.decode.form import decode_form, visible_keys
 from tokcompile.families.sparse_attention.decode.lists import chosen, ends, joined, least_length, width_of
 from tokcompile.formulas.attention import AttentionForm, with_sink
 from tokcompile.kernels.token_list_attention import token_list_attention
 from tokcompile.plan.pass_base import Pass
+from tokcompile.plan.plan import Taken
 from tokcompile.recipe.budget import Budget
 from tokcompile.regions.model import Region
 from tokcompile.registry import PassParams, about
@@ -87,7 +89,7 @@ class SparseDecode(Pass):
 
     def score(
         self, query: Tensor, key: Tensor, candidate: Tensor, scale: float, softcap: float, layer: int, *more: Tensor
-    ) -> Tensor:
+    ) -> Scores | Tensor:
         """Scores of keys: the higher, the sooner chosen. Traceable.
 
         Args:
@@ -97,9 +99,14 @@ class SparseDecode(Pass):
             more: values of :meth:`inputs`.
 
         Returns:
-            float [B or 1, M, T], M = Hkv (a list for each key head) or 1 (one list for all heads).
+            ``values`` float [B or 1, M, T], M = Hkv (a list for each key head) or 1 (one list for all heads). A bare
+            tensor stands for ``Scores(values)``.
         """
         raise NotImplementedError
+
+    def plan(self, ctx: Context, region: Region) -> Taken:
+        self._gate(ctx, region, decode_form(ctx, region))
+        return Taken()
 
     def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
         form = decode_form(ctx, region)
@@ -134,8 +141,9 @@ class SparseDecode(Pass):
         def best(
             query: Tensor, key: Tensor, candidate: Tensor, oldest: Tensor, newest: Tensor, *more: Tensor
         ) -> Tensor:
-            scores = self.score(query, key, candidate, form.scale, form.softcap, layer, *more)
-            return chosen(scores, candidate, self.params.budget.count(key.shape[2]) - width_of(oldest, newest))
+            given = self.score(query, key, candidate, form.scale, form.softcap, layer, *more)
+            scores = read_scores(given, self.name, 3)
+            return chosen(scores.values, candidate, self.params.budget.count(key.shape[2]) - width_of(oldest, newest))
 
         return ctx.emit(best, form.query, form.key, *ends, *more, before=form.output), {}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from tokcompile.capture.ops import LAYOUT, TRIVIAL, is_in_place, op_name
-from tokcompile.families.sparse_attention.decode.form import _expr, sizes_of
+from tokcompile.capture.sizes import dims_of, equal, shape_of
 from tokcompile.formulas.attention import AttentionForm
 from tokcompile.regions.flow import Flow
 from tokcompile.rewrite.context import Context
@@ -33,18 +33,20 @@ class Followed:
 def followed_keys(ctx: Context, form: AttentionForm) -> Followed | None:
     """How a next step finds the keys of this one, each at its place; None: it does not (a window drops old ones)."""
     flow, outputs = Flow(ctx.captured.graph), set(ctx.captured.graph.output_node().all_input_nodes)
-    total, node, grown = _expr(form.key.meta["val"].shape[2]), form.key, None
+    total, node, grown = shape_of(form.key)[2], form.key, None
     while node.op != "placeholder":
         op, source = op_name(node), node.args[0] if node.args else None
         if op in ("cat", "concat") and grown is None and node in outputs:
             axis = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
-            if _expr(node.meta["val"].shape[axis]) != total:
+            if not equal(shape_of(node)[axis], total):
                 return None
             grown, source = node, source[0]  # type: ignore[index]
         elif (
             op not in (TRIVIAL | LAYOUT) - {"roll"}
             and not (op in _WRITES and is_in_place(node))
-            and not (op == "slice" and isinstance(source, fx.Node) and sizes_of(source) == sizes_of(node))
+            and not (
+                op == "slice" and isinstance(source, fx.Node) and dims_of(shape_of(source)) == dims_of(shape_of(node))
+            )
         ):
             return None
         if not isinstance(source, fx.Node):
@@ -56,5 +58,5 @@ def followed_keys(ctx: Context, form: AttentionForm) -> Followed | None:
     rows = form.query.meta["val"].shape[0]
     if isinstance(rows, int):
         return Followed(node, grown, None)
-    sizes = sizes_of(node)
-    return Followed(node, grown, sizes.index(_expr(rows))) if _expr(rows) in sizes else None
+    axes = [axis for axis, size in enumerate(shape_of(node)) if equal(size, rows)]
+    return Followed(node, grown, axes[0]) if axes else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, fx
 
@@ -56,11 +54,3 @@ def visible_keys(ctx: Context, form: AttentionForm) -> fx.Node | None:
         return seen & keys[0] if keys else seen
 
     return ctx.emit(inside, *nodes, before=ctx.after(*nodes))  # type: ignore[no-any-return]
-
-
-def sizes_of(node: fx.Node) -> list[Any]:
-    return [_expr(size) for size in node.meta["val"].shape]
-
-
-def _expr(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else int(size)

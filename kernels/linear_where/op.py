@@ -52,12 +52,6 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor) -> tuple[Tensor, Te
     return torch.empty_like(x), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
 
 
-def decompose(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
-    """``linear_where`` in operations that ONNX has: multiplies all tokens."""
-    value = functional.linear(x, weight, bias)
-    return torch.where(mask.unsqueeze(-1), value, torch.zeros((), dtype=value.dtype, device=value.device))
-
-
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, mask = inputs
     ctx.save_for_backward(x, weight, mask)
