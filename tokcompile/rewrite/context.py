@@ -14,6 +14,7 @@ from tokcompile.capture.graph import ancestors, module_path, refuse
 from tokcompile.capture.markers import HELD
 from tokcompile.capture.trace import inline
 from tokcompile.errors import NarrowError
+from tokcompile.lower.wrapped import wrapped_kind
 from tokcompile.regions.model import Layer, Region, Regions
 from tokcompile.regions.places import layer_of, region_keys
 from tokcompile.rewrite.added_inputs import AddedInputs
@@ -154,11 +155,18 @@ class Context:
         """The tensor behind an input of the graph, such as a weight.
 
         Raises:
-            NarrowError: ``node`` is computed in the graph.
+            NarrowError: ``node`` is computed in the graph, or it is no plain tensor.
         """
         placeholders = self.captured.placeholders
         if node in placeholders and placeholders.index(node) < len(self.args):
-            return self.args[placeholders.index(node)]
+            value = self.args[placeholders.index(node)]
+            if kind := wrapped_kind(value):
+                raise self.refuse(
+                    node,
+                    f"the weight is a {kind}, whose entries cannot be read one by one; change the model with plain "
+                    "weights first, and quantise or shard what comes out",
+                )
+            return value  # type: ignore[no-any-return]
         raise self.refuse(node, "expected a parameter of the model, found a value that is computed in the graph")
 
     def observe(self, function: Callable[..., None], *nodes: fx.Node) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from tokcompile.capture.by_values import ByValues
 from tokcompile.capture.capture import DYNAMO_CONFIG
+from tokcompile.capture.known_trace import UntraceableError
 from tokcompile.errors import TokcompileError
 from tokcompile.kinds import Stage
 from tokcompile.runtime.gate import GATE, Missing
@@ -21,6 +23,7 @@ from tokcompile.runtime.session import Session
 
 #: What Dynamo raises when it cannot capture a stage as one graph.
 CAPTURE_FAILURES = (
+    UntraceableError,
     torch._dynamo.exc.TorchDynamoException,
     torch._dynamo.exc.InternalTorchDynamoError,
     torch._dynamo.exc.FailOnRecompileLimitHit,
@@ -40,8 +43,12 @@ def _fresh(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def captured_only() -> None:
     """The first line of a function for :class:`CompiledStage`: where no graph fits and none may be made, it stops."""
-    if not torch.compiler.is_dynamo_compiling():
+    if not torch.compiler.is_dynamo_compiling() and not getattr(_TRACING, "by_values", False):
         raise Missing
+
+
+#: Whether this thread traces a function for the values of its inputs, without Dynamo.
+_TRACING = threading.local()
 
 
 class CompiledStage:
@@ -59,16 +66,20 @@ class CompiledStage:
         *,
         dynamic: bool = False,
         merges: bool = True,
+        by_values: bool = False,
     ) -> None:
         """
         Args:
             function: calls :func:`captured_only` first.
             dynamic: sizes are symbolic from the start.
             merges: whether image features can enter a sequence of tokens in here.
+            by_values: what cannot be captured for sizes of any value is captured for the values of its small integer
+                inputs.
         """
-        self.function, self.stage = function, stage
+        self.function, self.stage, self.by_values = function, stage, by_values
+        self._forget = session.forget
         self._backend = functools.partial(session.backend, stage=stage, merges=merges)
-        self._forms = [_Form(function, self._backend, True if dynamic else None)]
+        self._forms: list[_Form | _ValueForm] = [_Form(function, self._backend, True if dynamic else None)]
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -90,12 +101,23 @@ class CompiledStage:
         except torch._dynamo.exc.FailOnRecompileLimitHit:
             self._forms[-1] = _Form(self.function, self._backend, form.dynamic)  # the old graphs go
             return self._forms[-1].capture(*args, **kwargs)
-        except CAPTURE_FAILURES:
-            if form.dynamic:
+        except CAPTURE_FAILURES as error:
+            if isinstance(error, UntraceableError) or (form.dynamic and not self.by_values):
                 raise
-        symbolic = _Form(self.function, self._backend, True)
-        result = symbolic.capture(*args, **kwargs)
-        self._forms.append(symbolic)
+            failed: BaseException = error
+        if not form.dynamic:
+            try:
+                return self._by(_Form(self.function, self._backend, True), args, kwargs)
+            except CAPTURE_FAILURES as error:
+                if not self.by_values:
+                    raise
+                failed = error
+        return self._by(_ValueForm(ByValues(self.function, self._backend, self._forget, failed)), args, kwargs)
+
+    def _by(self, form: _Form | _ValueForm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call by a form that is kept where it can capture the call."""
+        result = form.capture(*args, **kwargs)
+        self._forms.append(form)
         return result
 
 
@@ -106,6 +128,27 @@ class _Form:
         self.dynamic = dynamic
         self.capture = torch.compile(_fresh(function), backend=backend, dynamic=dynamic, fullgraph=True)
         self.run = torch._dynamo.run(self.capture)
+
+
+class _ValueForm:
+    """As :class:`_Form`, for the values of small integer inputs."""
+
+    dynamic = True
+
+    def __init__(self, values: ByValues) -> None:
+        self.values = values
+
+    def run(self, *args: Any) -> Any:
+        if not self.values.has(*args):
+            raise Missing
+        return self.values(*args)
+
+    def capture(self, *args: Any) -> Any:
+        _TRACING.by_values = True
+        try:
+            return self.values(*args)
+        finally:
+            _TRACING.by_values = False
 
 
 class _OpenForms:

@@ -16,6 +16,7 @@ from tokcompile.lower.constants import fold_constants
 from tokcompile.lower.guard import Guard
 from tokcompile.lower.hoist import hoist
 from tokcompile.lower.inductor import lower
+from tokcompile.lower.wrapped import note_wrapped
 from tokcompile.regions.model import Regions
 from tokcompile.reporting.report import StageReport
 from tokcompile.rewrite.added_inputs import AddedInputs
@@ -77,6 +78,7 @@ class CompiledGraph:
         session = self.session
         started = time.perf_counter()
         captured = from_dynamo(self.graph_module, args)
+        note_wrapped(captured, args)
         # the first compilation of a graph of static sizes is static throughout, as torch.compile does it
         static = not captured.symbols and not self.variants
         added = AddedInputs(captured, session.prepared, static=static, memories=[])
@@ -128,6 +130,7 @@ class CompiledGraph:
             StageReport(
                 name=self.stage.value,
                 captured=True,
+                reason=self.graph_module.meta.get("values", ""),
                 nodes=len(captured.graph.nodes),
                 compiled=compiled,
                 seconds=time.perf_counter() - started,

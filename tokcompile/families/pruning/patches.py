@@ -111,6 +111,12 @@ class PatchSelection(Pass):
 
     def _stages(self, ctx: Context, region: Region) -> list[int]:
         """The first layer below each cut."""
+        if region.roles["tokens"].meta["val"].dim() == 2:
+            raise ctx.refuse(
+                region.roles["tokens"],
+                "the encoder has the patches of all images one behind the other in one row, and each image would need "
+                "a cut of its own; choose visual tokens where they enter the language model (todre and others)",
+            )
         depth = len(region.layers)
         stages = [max(1, min(depth - 1, round(f * depth))) for f in self.params.at]
         if len(set(stages)) != len(stages):
