@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import os
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from tokcompile.capture.capture import DYNAMO_CONFIG
-from tokcompile.errors import TokcompileError
+from tokcompile.errors import CheckError, TokcompileError
 from tokcompile.runtime.session import Session
 
 #: What Dynamo raises when it cannot capture a stage as one graph.
@@ -23,7 +22,6 @@ CAPTURE_FAILURES = (
     torch._dynamo.exc.FailOnRecompileLimitHit,
     torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode,
 )
-_CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 _LOSES_CHECKS = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 12)
 
 
@@ -54,6 +52,9 @@ def compile_stage(function: Callable[..., Any], session: Session, *, dynamic: bo
         with torch._dynamo.config.patch(**DYNAMO_CONFIG), _open_forms():
             try:
                 return inner(*args, **kwargs)
+            except CheckError:
+                function(*args, **kwargs)  # the model says best what is wrong
+                raise
             except CAPTURE_FAILURES:
                 if dynamic:
                     raise
@@ -67,20 +68,23 @@ def compile_stage(function: Callable[..., Any], session: Session, *, dynamic: bo
 def _open_forms() -> Iterator[None]:
     """Ask for forms that can be captured.
 
-    nn.TransformerEncoder's inference fast path is one opaque operation. torch before 2.12 loses track of the checks
-    that transformers makes on tensors while it compiles (PendingUnbackedSymbolNotFound); they have a switch.
+    nn.TransformerEncoder's inference fast path is one opaque operation. torch before 2.12 loses track of the numbers
+    that a check of a whole tensor reads while it compiles (PendingUnbackedSymbolNotFound); asserted as a tensor, it
+    reads none.
     """
-    fastpath, checks = torch.backends.mha.get_fastpath_enabled(), os.environ.get(_CHECKS)
+    fastpath, check = torch.backends.mha.get_fastpath_enabled(), torch._check_tensor_all
     torch.backends.mha.set_fastpath_enabled(False)
     if _LOSES_CHECKS:
-        os.environ[_CHECKS] = "1"
+        torch._check_tensor_all = _assert_all
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-        if _LOSES_CHECKS:
-            os.environ.pop(_CHECKS, None)
-            os.environ |= {} if checks is None else {_CHECKS: checks}
+        torch._check_tensor_all = check
+
+
+def _assert_all(cond: torch.Tensor, message: Any = None) -> None:
+    torch._assert_async(cond.all(), "")
 
 
 def by_name(function: Callable[..., Any], owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from tokcompile.capture.capture import from_dynamo
+from tokcompile.capture.checks import give_back, take
 from tokcompile.capture.trace import ASSERTIONS, propagate
 from tokcompile.lower.constants import fold_constants
 from tokcompile.lower.guard import Guard
@@ -39,6 +40,7 @@ class CompiledGraph:
         for variant in self.variants:
             extra = variant.extra(args)
             if extra is not None and variant.guard([*args, *extra]):
+                variant.checks.ask(args)
                 return self._run(variant, args, extra)
         variant = self._compile(args)
         extra = variant.extra(args)
@@ -46,7 +48,7 @@ class CompiledGraph:
         return self._run(variant, args, extra)
 
     def _run(self, variant: Variant, args: Sequence[Any], extra: list[int]) -> Any:
-        results = variant.run(*args, *extra)
+        results = variant.checks.read(variant.run(*args, *extra))
         if not variant.kept and not variant.memories:
             return results
         count = len(variant.kept)
@@ -69,6 +71,8 @@ class CompiledGraph:
         session = self.session
         started = time.perf_counter()
         captured = from_dynamo(self.graph_module, args)
+        checks = take(captured)
+        checks.ask(args)
         # the first compilation of a graph of static sizes is static throughout, as torch.compile does it
         ctx = Context(
             captured,
@@ -92,6 +96,7 @@ class CompiledGraph:
         handed = [n for m, _, _ in memories for n in (*m.outputs, m.reused)]
         if ctx.kept or handed:
             output.args = ((*results, *(k.node for k in ctx.kept), *handed),)
+        give_back(captured, checks)
         inputs = [ctx.inputs[node] for node in captured.placeholders[len(args) :]]
         prologue = hoist(captured, ctx.indices)
         captured.graph.eliminate_dead_code(
@@ -115,6 +120,7 @@ class CompiledGraph:
             session.prepared,
             memories,
             session.remembered,
+            checks,
         )
         self.variants.append(variant)
         session.report.stages.append(
