@@ -39,7 +39,8 @@ class Context:
         always_ragged: the graph must serve rows that keep different numbers of tokens, whatever ``args`` keep.
         places: region key -> its layer, in the graph as it was found.
         streams: for each stack what enters it and what leaves its layers, likewise.
-        leading_tokens: how many tokens at the head of an encoder the recipe protects; None: those that are found.
+        leading_tokens, trailing_tokens: how many tokens at the head and at the end of an encoder the recipe protects;
+            None: those that are found.
         shared: what passes emit once for several regions, by a key of their own.
         memories: what decode steps hand on; None where nothing can (a graph that is exported).
     """
@@ -52,6 +53,7 @@ class Context:
     static: bool = False
     always_ragged: bool = False
     leading_tokens: int | None = None
+    trailing_tokens: int | None = None
     places: dict[str, tuple[int, int] | None] = field(default_factory=dict)
     streams: list[list[fx.Node]] = field(default_factory=list)
     shared: dict[Any, Any] = field(default_factory=dict)
@@ -327,6 +329,10 @@ class Context:
     def check_rows(self, encoder: Region, features: fx.Node) -> None:
         """Raise unless ``features`` are, row by row, the patches of ``encoder`` (one image after the other)."""
         tokens, prefix = encoder.roles["tokens"], int(encoder.shapes.get("prefix", 0))
+        if int(encoder.shapes.get("suffix", 0)):
+            raise self.refuse(
+                tokens, "tokens stand behind the patches of the encoder, so scores of its tokens do not fit"
+            )
         flow = check(self.captured, tokens, prefix=prefix)
         dims = flow.labels.get(features)
         axes = [f.axis for d in dims[:-1] for f in d if f.axis is not None and f.axis.kind == "token"] if dims else []

@@ -126,7 +126,7 @@ class Session:
         ]
         protect = self.recipe.protect if self.recipe is not None else None
         if protect is not None:
-            ctx.leading_tokens = protect.leading_tokens
+            ctx.leading_tokens, ctx.trailing_tokens = protect.leading_tokens, protect.trailing_tokens
             self._covering.update(*(protect.covering(region.path) for region in ctx.regions.regions))
         before = graph_flops(ctx.captured.graph)
         self._note_regions(ctx.regions, stage)
