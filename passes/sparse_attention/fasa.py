@@ -28,6 +28,7 @@ from tokcompile.errors import CalibrationError
 from tokcompile.families.sparse_attention.decode.base import SparseDecode, SparseDecodeParams
 from tokcompile.formulas.attention import HIDDEN, AttentionForm, read_attention
 from tokcompile.formulas.rope import read_rope
+from tokcompile.kernels.precision import matmul
 from tokcompile.plan.pass_base import Seen
 from tokcompile.regions.model import Region
 from tokcompile.registry import about, register
@@ -143,4 +144,4 @@ class Fasa(SparseDecode):
     ) -> Tensor:
         groups = query.unflatten(1, (key.shape[1], -1)).sum(2)  # scores add up over the heads that share a key head
         masked = groups * more[0].to(query.dtype).unsqueeze(1)
-        return torch.matmul(masked, key.transpose(-1, -2)).squeeze(2).float()
+        return matmul(masked.to(key.dtype), key.transpose(-1, -2)).squeeze(2).float()

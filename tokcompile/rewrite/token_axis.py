@@ -191,7 +191,7 @@ class Follower:
             raise self.refuse(
                 node,
                 f"'{side.name}' holds shares that sum to one over all tokens ({shares.name}, {source_line(shares)}) "
-                "and does not depend on these; without some of the tokens they no longer do. Leave this encoder out with "
+                "and does not depend on these; without some of them they no longer do. Leave this encoder out with "
                 "protect.paths, or cut below the last layer that uses them",
             )
         batch = self.flow.batch
