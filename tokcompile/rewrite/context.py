@@ -58,7 +58,8 @@ class Context:
         whole: the graph is a whole forward, so its outputs may be shorter than before.
         places: region key -> its layer, in the graph as it was found.
         streams: for each stack what enters it and what leaves its layers, likewise.
-        leading_tokens: how many tokens at the head of an encoder the recipe protects; None: those that are found.
+        leading_tokens, trailing_tokens: how many tokens at the head and at the end of an encoder the recipe protects;
+            None: those that are found.
         shared: what passes emit once for several regions, by a key of their own.
         counting: whether observers note what they see.
         added: the inputs that the rewrite adds. cuts: what was cut so far.
@@ -71,6 +72,7 @@ class Context:
     step: int = 0
     whole: bool = True
     leading_tokens: int | None = None
+    trailing_tokens: int | None = None
     places: dict[str, tuple[int, int] | None] = field(default_factory=dict)
     streams: list[list[fx.Node]] = field(default_factory=list)
     shared: dict[Any, Any] = field(default_factory=dict)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import os
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ import torch
 from tokcompile.capture.by_values import ByValues
 from tokcompile.capture.capture import DYNAMO_CONFIG
 from tokcompile.capture.known_trace import UntraceableError
-from tokcompile.errors import TokcompileError
+from tokcompile.errors import CheckError, TokcompileError
 from tokcompile.kinds import Stage
 from tokcompile.runtime.gate import GATE, Missing
 from tokcompile.runtime.session import Session
@@ -29,7 +28,6 @@ CAPTURE_FAILURES = (
     torch._dynamo.exc.FailOnRecompileLimitHit,
     torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode,
 )
-_CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 _LOSES_CHECKS = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 12)
 
 
@@ -43,12 +41,21 @@ def _fresh(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def captured_only() -> None:
     """The first line of a function for :class:`CompiledStage`: where no graph fits and none may be made, it stops."""
-    if not torch.compiler.is_dynamo_compiling() and not getattr(_TRACING, "by_values", False):
+    if not torch.compiler.is_dynamo_compiling() and not getattr(_UNCAPTURED, "allowed", False):
         raise Missing
 
 
-#: Whether this thread traces a function for the values of its inputs, without Dynamo.
-_TRACING = threading.local()
+#: Whether this thread may run such a function without Dynamo: traced for the values of its inputs, say.
+_UNCAPTURED = threading.local()
+
+
+@contextlib.contextmanager
+def _uncaptured() -> Iterator[None]:
+    _UNCAPTURED.allowed = True
+    try:
+        yield
+    finally:
+        _UNCAPTURED.allowed = False
 
 
 class CompiledStage:
@@ -86,13 +93,19 @@ class CompiledStage:
         """
         Raises:
             CAPTURE_FAILURES: this call cannot be captured. The graphs of other calls stay.
+            CheckError: a check that the model makes failed, where the model itself does not say so.
         """
         with torch._dynamo.config.patch(**DYNAMO_CONFIG), _open_forms():
-            for form in list(self._forms):
-                with contextlib.suppress(Missing), GATE.shared():
-                    return form.run(*args, **kwargs)
-            with GATE.alone():
-                return self._capture(args, kwargs)
+            try:
+                for form in list(self._forms):
+                    with contextlib.suppress(Missing), GATE.shared():
+                        return form.run(*args, **kwargs)
+                with GATE.alone():
+                    return self._capture(args, kwargs)
+            except CheckError:
+                with _uncaptured():
+                    self.function(*args, **kwargs)  # the model says best what is wrong
+                raise
 
     def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         form = self._forms[-1]
@@ -144,32 +157,30 @@ class _ValueForm:
         return self.values(*args)
 
     def capture(self, *args: Any) -> Any:
-        _TRACING.by_values = True
-        try:
+        with _uncaptured():
             return self.values(*args)
-        finally:
-            _TRACING.by_values = False
 
 
 class _OpenForms:
     """Ask for forms that can be captured, for as long as any thread is inside.
 
-    nn.TransformerEncoder's inference fast path is one opaque operation. torch before 2.12 loses track of the checks
-    that transformers makes on tensors while it compiles (PendingUnbackedSymbolNotFound); they have a switch.
+    nn.TransformerEncoder's inference fast path is one opaque operation. torch before 2.12 loses track of the numbers
+    that a check of a whole tensor reads while it compiles (PendingUnbackedSymbolNotFound); asserted as a tensor, it
+    reads none.
     """
 
     def __init__(self) -> None:
         self._lock, self._inside = threading.Lock(), 0
-        self._fastpath, self._checks = True, os.environ.get(_CHECKS)
+        self._fastpath, self._check = True, torch._check_tensor_all
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
         with self._lock:
             if self._inside == 0:
-                self._fastpath, self._checks = torch.backends.mha.get_fastpath_enabled(), os.environ.get(_CHECKS)
+                self._fastpath, self._check = torch.backends.mha.get_fastpath_enabled(), torch._check_tensor_all
                 torch.backends.mha.set_fastpath_enabled(False)
                 if _LOSES_CHECKS:
-                    os.environ[_CHECKS] = "1"
+                    torch._check_tensor_all = _assert_all
             self._inside += 1
         try:
             yield
@@ -178,9 +189,11 @@ class _OpenForms:
                 self._inside -= 1
                 if self._inside == 0:
                     torch.backends.mha.set_fastpath_enabled(self._fastpath)
-                    if _LOSES_CHECKS:
-                        os.environ.pop(_CHECKS, None)
-                        os.environ |= {} if self._checks is None else {_CHECKS: self._checks}
+                    torch._check_tensor_all = self._check
+
+
+def _assert_all(cond: torch.Tensor, message: Any = None) -> None:
+    torch._assert_async(cond.all(), "")
 
 
 _open_forms = _OpenForms()

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from tokcompile.capture.capture import from_dynamo
+from tokcompile.capture.checks import give_back, take
 from tokcompile.capture.trace import ASSERTIONS, propagate
 from tokcompile.kinds import Stage
 from tokcompile.lower.constants import fold_constants
@@ -53,11 +54,12 @@ class CompiledGraph:
         for variant in list(self.variants):
             extra = variant.extra(args)
             if extra is not None and variant.guard([*args, *extra]):
+                variant.checks.ask(args)
                 return variant, extra
         return None
 
     def _run(self, variant: Variant, args: Sequence[Any], extra: list[int]) -> Any:
-        results = variant.run(*args, *extra)
+        results = variant.checks.read(variant.run(*args, *extra))
         if not variant.kept and not variant.memories:
             return results
         count = len(variant.kept)
@@ -79,6 +81,8 @@ class CompiledGraph:
         started = time.perf_counter()
         captured = from_dynamo(self.graph_module, args)
         note_wrapped(captured, args)
+        checks = take(captured)
+        checks.ask(args)
         # the first compilation of a graph of static sizes is static throughout, as torch.compile does it
         static = not captured.symbols and not self.variants
         added = AddedInputs(captured, session.prepared, static=static, memories=[])
@@ -101,6 +105,7 @@ class CompiledGraph:
         handed = [n for m, _, _ in memories for n in (*m.outputs, m.reused)]
         if ctx.cuts.kept or handed:
             output.args = ((*results, *(k.node for k in ctx.cuts.kept), *handed),)
+        give_back(captured, checks)
         inputs = [ctx.added.of[node] for node in captured.placeholders[len(args) :]]
         prologue = hoist(captured, ctx.cuts.indices)
         captured.graph.eliminate_dead_code(
@@ -124,6 +129,7 @@ class CompiledGraph:
             session.prepared,
             memories,
             session.remembered,
+            checks,
         )
         self.variants.append(variant)
         session.note_compiled(
