@@ -167,8 +167,12 @@ class Stages:
 
             kwargs = {**kwargs, self.cache_name: DynamicCache(config=model.config)}  # type: ignore[arg-type]
         cache = kwargs[self.cache_name]
-        adopt(cache)
         count = _tokens(kwargs).shape[1]
+        if hasattr(cache, "cross_attention_cache"):  # of a decoder that reads an encoder: nothing tracks what it keeps
+            one = count == 1 and cache.get_seq_length() > 0
+            found = self._stage(self.decode if one else self.uncached, model, kwargs)
+            return found.result if isinstance(found, _Prefill) else found
+        adopt(cache)
         if count == 1:
             result = self._stage(self.decode, model, kwargs)
             append_held(layers_of(cache), 1)
