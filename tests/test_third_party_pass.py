@@ -17,13 +17,13 @@ PROGRAM = """
 import json, sys, torch
 from tokcompile.recipes import Recipe
 from tokcompile.registry import get_pass, load_failures, pass_names, shipped_passes
-from tokcompile.selection import budgets, keep_mask, segments
+from tokcompile.authoring import budgets, keep_mask, segments
 
 recipe = Recipe.load(sys.argv[1])
 method = get_pass("uniform")(recipe.steps[0].params)
 segment = segments(torch.tensor([[0, *[1] * 10, 0, *[1] * 7]]).bool())
 budget = budgets(segment, 1, 4)
-scores = method.score(torch.zeros(1, 19, 4), segment, budget)
+scores = method.score(torch.zeros(1, 19, 4), segment, budget).values
 kept = (keep_mask(scores, segment, budget) & (segment >= 0)).nonzero()[:, 1].tolist()
 print(json.dumps({"module": type(method).__module__, "known": "uniform" in pass_names(), "kept": kept,
                   "shipped": "uniform" in shipped_passes(), "failures": load_failures()}))

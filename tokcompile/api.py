@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tokcompile.errors import TokcompileError
+from tokcompile.kinds import Stage
 from tokcompile.lower.inductor import LOWERINGS
 from tokcompile.prepare.calibrate import calibrate, check_prepared
 from tokcompile.recipes import Recipe
@@ -32,6 +33,7 @@ def optimize(
     on_no_match: str = "error",
     lowering: str = "inductor",
     inplace: bool = False,
+    visual_mask: Callable[[Mapping[str, Any]], Tensor | None] | None = None,
 ) -> Model:
     """Compile ``model`` with the steps of ``recipe``.
 
@@ -46,6 +48,9 @@ def optimize(
         on_no_match: "error", "warn" or "ignore": what to do when a step changes nothing.
         lowering: "inductor", or "eager" (no code generation: slow, exact, quick to compile).
         inplace: change ``model`` itself instead of a copy that shares its parameters.
+        visual_mask: for calls with ``inputs_embeds`` that hold image features already: takes the arguments of the call
+            of ``generate`` or ``forward``, gives bool ``[B, S]``, True for the tokens of images (None: not known). A
+            single call takes such a tensor as its argument ``visual_mask``.
 
     Returns:
         A model of the same class that shares the parameters of ``model``. ``model`` is left as it was.
@@ -67,14 +72,21 @@ def optimize(
     check_prepared(loaded, calibration)
     if calibration is not None and not isinstance(calibration, PreparedState):
         calibration = calibrate(model, loaded, calibration)
-    session = Session(loaded, lowering=lowering, on_no_match=on_no_match, model=type(model).__name__, state=calibration)
+    session = Session(
+        loaded,
+        lowering=lowering,
+        on_no_match=on_no_match,
+        model=type(model).__name__,
+        state=calibration,
+        visual_mask=visual_mask,
+    )
     target = model if inplace else share(model)
     install(target, session)
-    session.origin = origin(target)
+    session.note_origin(origin(target))
     if inputs is not None:
         try:
             run_once(target, inputs)
-            session.check_matches(None)
+            session.check_matches(Stage.WHOLE)
         except BaseException:
             if inplace:
                 uninstall(target)
@@ -105,7 +117,7 @@ def explain(
     clone = share(model)
     install(clone, session)
     run_once(clone, inputs, decode=any(method.stage == "decode" for _, method in session.passes))
-    session.check_matches(None)  # into report.problems
+    session.check_matches(Stage.WHOLE)  # into report.problems
     return session.report
 
 
@@ -120,12 +132,8 @@ def record(model: nn.Module) -> Iterator[Recording]:
 
     ``with record(model) as rec: ...; rec.kept, rec.reused``.
     """
-    session, recording = session_of(model), Recording()
-    session.recordings.append(recording)
-    try:
+    with session_of(model).recordings.open() as recording:
         yield recording
-    finally:
-        session.recordings.remove(recording)
 
 
 def session_of(model: nn.Module) -> Session:

@@ -1,4 +1,4 @@
-"""Tasks for the small vision-language model of the examples: naming the kind of thing, and where in a collage it is."""
+"""Tasks for the small vision-language model of the examples: questions about coloured shapes, collages, naming."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLLAGE_QUESTION = "What kind of thing is in the upper left?"
 
 @functools.cache
 def examples() -> tuple[Any, Any]:
-    """The modules ``small_vlm`` and ``train_projector`` of ``examples/``.
+    """The modules ``small_vlm`` and ``questions`` of ``examples/``.
 
     Raises:
         MissingError: what they import is not installed.
@@ -32,11 +32,11 @@ def examples() -> tuple[Any, Any]:
     if str(EXAMPLES) not in sys.path:
         sys.path.insert(0, str(EXAMPLES))
     try:
+        import questions
         import small_vlm
-        import train_projector
     except ImportError as error:
         raise MissingError(f"{error}; the extra tokcompile[demo] brings it") from None
-    return small_vlm, train_projector
+    return small_vlm, questions
 
 
 def load() -> tuple[Any, Any]:
@@ -50,13 +50,12 @@ def load() -> tuple[Any, Any]:
 
 @functools.cache
 def _items() -> tuple[Any, ...]:
-    """All pictures with the split that the projector was trained with."""
-    _, train = examples()
-    debian_path(str(train.STAMPS), "tuxpaint-stamps-default")
-    debian_path(str(train.FASHION), "dataset-fashion-mnist")
-    items = train.read_stamps() + train.read_fashion(1500)
-    train.assign_split(items, seed=0)
-    return tuple(items)
+    """Stamps and clothing with the split that the model was trained with (on stamps alone)."""
+    _, questions = examples()
+    stamps = questions.stamps
+    debian_path(str(stamps.STAMPS), "tuxpaint-stamps-default")
+    debian_path(str(stamps.FASHION), "dataset-fashion-mnist")
+    return tuple(stamps.split_items())
 
 
 def held(source: str, split: str) -> list[tuple[Any, str]]:
@@ -68,24 +67,21 @@ def held(source: str, split: str) -> list[tuple[Any, str]]:
 
 def view(source: str, key: str) -> Image.Image:
     """What the VLM sees of a picture, before it is cut to size."""
-    _, train = examples()
+    _, questions = examples()
     if source == "stamps":
-        return train.plain_view(key)  # type: ignore[no-any-return]
+        return questions.stamps.plain_view(key)  # type: ignore[no-any-return]
     from .vision import fashion_train_picture
 
     return fashion_train_picture(int(key))
 
 
-def _chooser(processor: Any, question: str, names: Sequence[str]) -> Any:
-    """(model, key, picture, names allowed) -> the name that greedy decoding gives when only these may be said.
+def _features() -> Any:
+    """(model, key, pixel values) -> image features as llava takes them ready-made.
 
-    Image features are kept by ``key`` and used by every model whose encoder is the dense one: only a method that
-    scores patches inside the encoder (``vtc_cls``) encodes a picture again. The time of an item is without the encoder
-    where the features were kept.
+    They are kept by ``key`` and used by every model whose encoder is the dense one: only a method that scores patches
+    inside the encoder (``vtc_cls``) encodes a picture again. The time of an item is without the encoder where the
+    features were kept.
     """
-    text = processor.tokenizer
-    spelled = {name: text.encode(name, add_special_tokens=False) for name in names}
-
     encoded: dict[Any, Any] = {}
 
     def features(model: Any, key: Any, pixel_values: Any) -> Any:
@@ -95,6 +91,15 @@ def _chooser(processor: Any, question: str, names: Sequence[str]) -> Any:
         if key not in encoded:
             encoded[key] = model.get_image_features(pixel_values=pixel_values)
         return encoded[key]
+
+    return features
+
+
+def _chooser(processor: Any, question: str, names: Sequence[str]) -> Any:
+    """(model, key, picture, names allowed) -> the name that greedy decoding gives when only these may be said."""
+    text = processor.tokenizer
+    spelled = {name: text.encode(name, add_special_tokens=False) for name in names}
+    features = _features()
 
     def choose(model: Any, key: Any, picture: Image.Image, allowed: Sequence[str] = names) -> str:
         inputs = processor.prepare([picture], [question])
@@ -124,9 +129,10 @@ def naming_task(processor: Any, source: str = "stamps", split: str = "test", lim
     Raises:
         MissingError: pictures are not installed.
     """
-    _, train = examples()
-    names = list(train.CLASS_FOLDERS.values()) if source == "stamps" else list(train.FASHION_NAMES)
-    choose = _chooser(processor, train.CLASS_QUESTION if source == "stamps" else train.FASHION_QUESTION, names)
+    _, questions = examples()
+    stamps = questions.stamps
+    names = list(stamps.CLASS_FOLDERS.values()) if source == "stamps" else list(stamps.FASHION_NAMES)
+    choose = _chooser(processor, stamps.CLASS_QUESTION if source == "stamps" else stamps.FASHION_QUESTION, names)
     items = held(source, split)[:limit]
 
     def judge(observed: Sequence[Any], dense: Sequence[Any]) -> Array:
@@ -157,8 +163,9 @@ def collage(keys: Sequence[str]) -> Image.Image:
 
 def collage_task(processor: Any, split: str = "test", count: int = 84) -> Task:
     """Which of the four kinds in a collage is in the upper left: 25 % by chance. Each test stamp is there once."""
-    _, train = examples()
-    names = list(train.CLASS_FOLDERS.values())
+    _, questions = examples()
+    stamps = questions.stamps
+    names = list(stamps.CLASS_FOLDERS.values())
     pictures = held("stamps", split)
     generator = random.Random(1)
     items = []
@@ -185,6 +192,69 @@ def collage_task(processor: Any, split: str = "test", count: int = 84) -> Task:
         [Measure("accuracy", judge)],
         version=f"2/{len(items)}",
         note="four kinds to choose from, 25 % by chance",
+    )
+
+
+def _answering_task(processor: Any, name: str, items: Sequence[tuple[Any, str, str]], draw: Any, note: str) -> Task:
+    """Open questions, greedy decoding; right is exactly the answer.
+
+    Args:
+        items: (key of the picture, question, answer), one for each picture.
+        draw: key -> picture.
+    """
+    features = _features()
+
+    def observe(model: Any, item: tuple[Any, str, str]) -> str:
+        key, question, _ = item
+        inputs = processor.prepare([draw(key)], [question])
+        inputs["mm_encoder_outputs"] = {"image": features(model, key, inputs.pop("pixel_values"))}
+        return str(processor.decode_answers(model.generate(**inputs, max_new_tokens=5, do_sample=False), inputs)[0])
+
+    def judge(observed: Sequence[Any], dense: Sequence[Any]) -> Array:
+        return np.array([[float(said == item[2])] for said, item in zip(observed, items, strict=True)])
+
+    return Task(name, items, observe, [Measure("accuracy", judge)], version=f"1/{len(items)}", note=note)
+
+
+def easy_vqa_task(processor: Any, count: int = 1000) -> Task:
+    """easy-vqa, one question about each test picture: shape, colour, or yes/no (about three of four).
+
+    Raises:
+        MissingError: the wheel is not installed.
+    """
+    small_vlm, questions = examples()
+    try:
+        rows = questions.easy_vqa("test")
+    except small_vlm.WeightsNotFoundError as error:
+        raise MissingError(str(error)) from None
+    random.Random(0).shuffle(rows)
+    one = {path: (path, question, answer) for path, question, answer in rows}
+    return _answering_task(processor, "easy-vqa", list(one.values())[:count], Image.open, f"{count} test pictures")
+
+
+def shape_collage_task(processor: Any, count: int = 500) -> Task:
+    """Four test pictures of easy-vqa in the quarters of a square: what is in one of them, its colour or its shape.
+
+    Raises:
+        MissingError: the wheel is not installed.
+    """
+    small_vlm, questions = examples()
+    try:
+        pool = questions.shapes("test")
+    except small_vlm.WeightsNotFoundError as error:
+        raise MissingError(str(error)) from None
+    generator = random.Random(1)
+    items = []
+    for _ in range(count):
+        shapes = tuple(generator.sample(pool, 4))
+        question, answer = generator.choice(questions.ask_collage(shapes, 12, generator))
+        items.append((shapes, question, answer))
+    return _answering_task(
+        processor,
+        "shape collage",
+        items,
+        lambda shapes: questions.collage([s.picture() for s in shapes]),
+        f"{count} collages",
     )
 
 

@@ -60,10 +60,15 @@ def module_path(node: fx.Node) -> str:
     return clean_path(next(reversed(stack.values()))[0])
 
 
+#: Attribute of what stands in the place of a module's method: the module. Its name is no part of a path.
+OWNER = "_tokcompile_owner"
+
+
 def clean_path(path: str) -> str:
     path = re.sub(r"^L\[['\"]\w+['\"]\]\.?", "", path)
     path = re.sub(r"\._modules\[['\"]([^'\"]+)['\"]\]", r".\1", "." + path)
     path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path)
+    path = re.sub(rf"\.\w+\.{OWNER}\b", "", path)
     return path.lstrip(".").removeprefix("_orig_mod.")
 
 

@@ -211,13 +211,15 @@ class _Reader:
             len(others) == 1
             and self.flow.op[others[0]] == "sub"
             and list(axes) in ([-1], [3])
-            and (self.flow.reaches(peak, others[0].args[1]))
-        ):  # type: ignore[arg-type]
+            and isinstance(others[0].args[1], fx.Node)
+            and self.flow.reaches(peak, others[0].args[1])
+        ):
             return others[0]
         raise self._refuse(peak, "expected the maximum over the keys to be subtracted from the scores")
 
     def _step(self, chain: _Chain, node: fx.Node, step: fx.Node) -> None:
-        op, args = self.flow.op[step], step.args
+        op: str = self.flow.op[step]
+        args: Any = step.args
         if op in TRIVIAL or op in ("view", "reshape", "_unsafe_view", "unflatten", "flatten"):
             self._check_dropout(step)
             return
@@ -238,18 +240,17 @@ class _Reader:
         elif op == "add" and isinstance(other, fx.Node) and number is None and step.kwargs.get("alpha", 1) == 1:
             chain.masks.append((other, "add"))
         elif op == "masked_fill" and args[0] is node and self._hides(args[2]):
-            chain.masks.append((args[1], "hidden"))  # type: ignore[arg-type]
+            chain.masks.append((args[1], "hidden"))
         elif op == "where" and node in args[1:3] and self._hides(args[2] if args[1] is node else args[1]):
-            chain.masks.append((args[0], "visible" if args[1] is node else "hidden"))  # type: ignore[arg-type]
+            chain.masks.append((args[0], "visible" if args[1] is node else "hidden"))
         elif (
             op == "cat"
             and len(args[0]) == 2
             and args[0][0] is node
-            and (  # type: ignore
-                args[1] in (-1, 3) and equal(args[0][1].meta["val"].shape[-1], 1)
-            )
-        ):  # type: ignore
-            chain.sink = args[0][1]  # type: ignore
+            and args[1] in (-1, 3)
+            and equal(args[0][1].meta["val"].shape[-1], 1)
+        ):
+            chain.sink = args[0][1]
         else:
             raise self._refuse(step, f"expected scale, soft cap, mask or sinks between scores and softmax, found {op}")
 

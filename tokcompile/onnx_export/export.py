@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tokcompile.api import RecipeLike, optimize
 from tokcompile.capture.sizes import hint
 from tokcompile.errors import ExportError
+from tokcompile.kinds import Stage as CallStage
 from tokcompile.onnx_export import parity
 from tokcompile.onnx_export.files import (
     INLINE_BYTES,
@@ -216,7 +217,7 @@ class _Job:
         else:
             check_kind(self.model)
             self._generative()
-        self.session.check_matches(None)
+        self.session.check_matches(CallStage.WHOLE)
 
     def _check_steps(self) -> None:
         """Refuse steps for one kind of call, where one file serves all of them, and positions that it cannot move.
@@ -252,7 +253,7 @@ class _Job:
             ctx = rewrite(found, self.session, name)
             self._note_kept(name, ctx)
         if name in ("forward", "prefill"):
-            self.session.check_matches(name)
+            self.session.check_matches(CallStage(name))
         self.lowered[role] = lower(found, ctx, opset=self.opset, target=self.target)
         self.paths[role] = path
         return sorted({kept.layer for kept in ctx.cuts.kept}) if ctx is not None else []
@@ -282,7 +283,7 @@ class _Job:
             if session.wants_scores:
                 scores = made["image_scores"]
                 if not session.scored_features:
-                    session.check_matches("prefill")
+                    session.check_matches(CallStage.PREFILL)
             self._stage("embed_tokens", "onnx/embed_tokens.onnx", embed_stage(model, ids), "embedding", passes=False)
         elif rest:
             raise ExportError(f"inputs {', '.join(rest)}: a decoder takes input_ids and attention_mask")

@@ -39,6 +39,7 @@ from tokcompile.capture.captured import Captured
 from tokcompile.capture.graph import source_line
 from tokcompile.capture.trace import ASSERTIONS, inline, propagate
 from tokcompile.errors import ExportError
+from tokcompile.kinds import Stage as CallStage
 from tokcompile.onnx_export.decompose import decompose, inline_call
 from tokcompile.onnx_export.naming import rename, splice, strip
 from tokcompile.onnx_export.refusals import not_convertible, not_traceable
@@ -252,7 +253,7 @@ def rewrite(found: CapturedStage, session: Session, name: str) -> Context:
     """Apply the passes; sizes that depend on data stay open, and rows may always keep different numbers of tokens."""
     added = AddedInputs(found.captured, session.prepared, always_ragged=True)
     ctx = Context(found.captured, Regions(), found.args, added=added)
-    session.rewrite(ctx, name)
+    session.rewrite(ctx, CallStage(name))
     return ctx
 
 

@@ -12,7 +12,7 @@ from tokcompile.capture.canonical import canonicalise
 from tokcompile.capture.flops import graph_flops
 from tokcompile.capture.markers import FEATURE_SCORES
 from tokcompile.errors import NarrowError, RecipeError, UnprofitableError
-from tokcompile.kinds import LOCAL
+from tokcompile.kinds import LOCAL, MERGED
 from tokcompile.plan.expectations import Expectations, miss
 from tokcompile.plan.layer_tokens import LayerTokens
 from tokcompile.plan.observed import Observed
@@ -78,7 +78,7 @@ class Matching:
         steps = []
         for index, (step, method) in enumerate(self.passes):
             ctx.step = index
-            if not method.acts_in(stage):
+            if not method.acts_in(stage) or (step.region in MERGED and not ctx.merges):
                 continue
             steps.append(self._plan_step(ctx, step, method, stage))
         return Plan(stage, ctx.regions, steps)
@@ -93,7 +93,7 @@ class Matching:
             except NarrowError as error:
                 planned.refused[region] = error
         if not planned.taken and not planned.refused:
-            planned.reason = miss(ctx.regions, step, self.recipe, stage)
+            planned.reason = miss(ctx, step, self.recipe, stage)
         return planned
 
     def _candidates(self, ctx: Context, step: Step) -> list[Region]:
@@ -182,7 +182,7 @@ class Matching:
         assert self.observed is not None
         for index, (step, method) in enumerate(self.passes):
             ctx.step = index
-            if method.calibration == "none" or not method.acts_in(stage):
+            if method.calibration == "none" or not method.acts_in(stage) or (step.region in MERGED and not ctx.merges):
                 continue
             problems: list[tuple[str, NarrowError]] = []
             done: list[Region] = []
@@ -195,7 +195,7 @@ class Matching:
                 except NarrowError as error:
                     problems.append((region.path, error))
                     self.observed.forget(ctx, region)
-            reason = "" if done or problems else miss(ctx.regions, step, self.recipe, stage)
+            reason = "" if done or problems else miss(ctx, step, self.recipe, stage)
             self._note(self.report.steps[index], done, problems, reason, stage, step, method)
 
     def _score_features(self, ctx: Context, marker: fx.Node) -> None:
@@ -224,7 +224,8 @@ class Matching:
     ) -> None:
         """What one step did to one graph."""
         reasons = list(dict.fromkeys(str(error) for _, error in problems))
-        if entry.status == Status.MATCHED:
+        if entry.matches:
+            entry.status = Status.MATCHED
             later = self._no_longer(step, method, entry, stage, problems)
             entry.reason = "; ".join(filter(None, (entry.reason, *later)))
         elif done:

@@ -61,7 +61,7 @@ def calibrate(
         if 1 < count <= done:
             continue
         kwargs = arguments(model, item, count - 1)
-        session.counting = count > done  # a resumed run still needs the graphs, for the weights in them
+        session.count(count > done)  # a resumed run still needs the graphs, for the weights in them
         with torch.no_grad():
             run(clone, kwargs)
         if resume is not None and count % _SAVE_EVERY == 0:

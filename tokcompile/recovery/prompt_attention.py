@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from tokcompile.capture.canonical import canonicalise
 from tokcompile.capture.ops import sdpa_arguments
 from tokcompile.errors import RecoveryError
+from tokcompile.kinds import Stage
 from tokcompile.regions import find_regions
 from tokcompile.rewrite.context import Context
 from tokcompile.runtime.install import install, share
@@ -34,8 +35,8 @@ class PromptAttention(Session):
         self.model = share(model)
         install(self.model, self)
 
-    def rewrite(self, ctx: Context, stage: str) -> None:
-        if stage == "encoder":
+    def rewrite(self, ctx: Context, stage: Stage) -> None:
+        if stage is Stage.ENCODER:
             return
         canonicalise(ctx.captured)
         stacks = find_regions(ctx.captured.graph).of("decoder_stack")

@@ -34,8 +34,8 @@ def find_audio_encoders(flow: Flow, streams: Sequence[Stream], misses: Misses) -
         n
         for op in ("conv1d", "convolution")
         for n in flow.by_op.get(op, [])
-        if _along_time(flow, n) and not flow.reached_by(n.args[0], embeddings | joins)
-    ]  # type: ignore[arg-type]
+        if _along_time(flow, n) and not flow.reached_by(n.all_input_nodes[0], embeddings | joins)
+    ]
     found: list[Region] = []
     rest: list[Stream] = []
     for stream in streams:

@@ -42,6 +42,7 @@ class StepReport:
         reason: why not, or what was left out; with the module path and source line where there is one.
         flop_ratio: predicted FLOPs before / after, over the graph that the step is in; None when not predicted.
         details: what the pass has to say: ``tokens_before``, ``tokens_after`` (an int, or a formula as text) and more.
+        fell_back: calls that ran without this step because they could not be captured.
     """
 
     pass_name: str
@@ -51,6 +52,7 @@ class StepReport:
     reason: str = ""
     flop_ratio: float | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    fell_back: int = 0
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
@@ -68,6 +70,7 @@ class StageReport:
         nodes: nodes of the graph after the rewrite.
         seconds: time to capture, rewrite and lower it.
         compiled: how: "eager", part by part, or as a whole and why.
+        fell_back: calls that ran uncompiled for this reason.
     """
 
     name: str
@@ -76,6 +79,7 @@ class StageReport:
     nodes: int = 0
     seconds: float = 0.0
     compiled: str = ""
+    fell_back: int = 0
 
 
 @dataclass
@@ -191,7 +195,8 @@ class Report:
             console.print(_stages_table(self.stages))
         for stage in self.stages:
             if stage.reason:
-                lines.add(f"stage {stage.name}: {stage.reason}")
+                times = f" ({stage.fell_back} calls)" if stage.fell_back > 1 else ""
+                lines.add(f"stage {stage.name}{times}: {stage.reason}")
         found = {region["kind"] for region in self.regions}
         missed = [miss for miss in self.near_misses if miss["kind"] not in found]
         for miss in sorted(missed, key=lambda miss: -miss["score"])[:_NEAR_MISSES_SHOWN]:
@@ -199,13 +204,18 @@ class Report:
             lines.add(f"nearly a {miss['kind']}: {miss['reason']} [{place}]")
 
 
+def _counted(entry: StepReport | StageReport) -> dict[str, Any]:
+    """The fields of a step or stage; ``fell_back`` only where it counted something."""
+    return {name: value for name, value in vars(entry).items() if name != "fell_back" or value}
+
+
 def _fields(report: Report) -> dict[str, Any]:
     """The report's fields, steps and stages as dicts; values untouched (a symbolic size cannot be copied)."""
     return {
         "model": report.model,
         "regions": report.regions,
-        "steps": [vars(step) for step in report.steps],
-        "stages": [vars(stage) for stage in report.stages],
+        "steps": [_counted(step) for step in report.steps],
+        "stages": [_counted(stage) for stage in report.stages],
         "near_misses": report.near_misses,
         "layers": report.layers,
         "recipe": report.recipe,

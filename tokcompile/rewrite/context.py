@@ -63,6 +63,7 @@ class Context:
         shared: what passes emit once for several regions, by a key of their own.
         counting: whether observers note what they see.
         added: the inputs that the rewrite adds. cuts: what was cut so far.
+        merges: image features can enter a sequence of tokens in this graph; not in that of an image encoder.
     """
 
     captured: Captured
@@ -76,6 +77,7 @@ class Context:
     shared: dict[Any, Any] = field(default_factory=dict)
     counting: Callable[[], bool] = lambda: True
     added: AddedInputs = None  # type: ignore[assignment]  # made for ``captured`` where it is not given
+    merges: bool = True
     cuts: Cuts = field(default_factory=Cuts)
 
     def __post_init__(self) -> None:
@@ -271,7 +273,9 @@ class Context:
                     raise self.refuse(
                         result,
                         "keys of an attention layer leave the graph as a cache that cannot say "
-                        "which tokens it holds; use tokcompile.optimize, or pass use_cache=False",
+                        "which tokens it holds; pass use_cache=False, or call a forward that "
+                        "takes the cache as an argument (tokcompile.optimize tells it what is "
+                        "kept)",
                     )
         return flow
 

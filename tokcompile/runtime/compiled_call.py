@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import os
+import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 
 from tokcompile.capture.capture import DYNAMO_CONFIG
 from tokcompile.errors import TokcompileError
+from tokcompile.kinds import Stage
+from tokcompile.runtime.gate import GATE, Missing
 from tokcompile.runtime.session import Session
 
 #: What Dynamo raises when it cannot capture a stage as one graph.
@@ -35,52 +38,109 @@ def _fresh(function: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
-def compile_stage(function: Callable[..., Any], session: Session, *, dynamic: bool = False) -> Callable[..., Any]:
-    """``function`` captured as one graph.
+def captured_only() -> None:
+    """The first line of a function for :class:`CompiledStage`: where no graph fits and none may be made, it stops."""
+    if not torch.compiler.is_dynamo_compiling():
+        raise Missing
 
-    Args:
-        dynamic: sizes are symbolic from the start; else, as in ``torch.compile``, from the second size on. What
-            cannot be captured with static sizes is tried once more with symbolic ones.
+
+class CompiledStage:
+    """A function captured as one graph for each kind of call.
+
+    Sizes are static at first and symbolic from the second size on, as in ``torch.compile``. What cannot be captured
+    with static sizes is tried once more with symbolic ones; where that works it is done at once from then on.
     """
 
-    def compiled(dynamic: bool | None) -> Callable[..., Any]:
-        return torch.compile(_fresh(function), backend=session.backend, dynamic=dynamic, fullgraph=True)
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        session: Session,
+        stage: Stage,
+        *,
+        dynamic: bool = False,
+        merges: bool = True,
+    ) -> None:
+        """
+        Args:
+            function: calls :func:`captured_only` first.
+            dynamic: sizes are symbolic from the start.
+            merges: whether image features can enter a sequence of tokens in here.
+        """
+        self.function, self.stage = function, stage
+        self._backend = functools.partial(session.backend, stage=stage, merges=merges)
+        self._forms = [_Form(function, self._backend, True if dynamic else None)]
+        functools.update_wrapper(self, function)
 
-    inner = compiled(True if dynamic else None)
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal inner, dynamic
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Raises:
+            CAPTURE_FAILURES: this call cannot be captured. The graphs of other calls stay.
+        """
         with torch._dynamo.config.patch(**DYNAMO_CONFIG), _open_forms():
-            try:
-                return inner(*args, **kwargs)
-            except CAPTURE_FAILURES:
-                if dynamic:
-                    raise
-                inner, dynamic = compiled(True), True
-                return inner(*args, **kwargs)
+            for form in list(self._forms):
+                with contextlib.suppress(Missing), GATE.shared():
+                    return form.run(*args, **kwargs)
+            with GATE.alone():
+                return self._capture(args, kwargs)
 
-    return call
+    def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        form = self._forms[-1]
+        try:
+            return form.capture(*args, **kwargs)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            self._forms[-1] = _Form(self.function, self._backend, form.dynamic)  # the old graphs go
+            return self._forms[-1].capture(*args, **kwargs)
+        except CAPTURE_FAILURES:
+            if form.dynamic:
+                raise
+        symbolic = _Form(self.function, self._backend, True)
+        result = symbolic.capture(*args, **kwargs)
+        self._forms.append(symbolic)
+        return result
 
 
-@contextlib.contextmanager
-def _open_forms() -> Iterator[None]:
-    """Ask for forms that can be captured.
+class _Form:
+    """``torch.compile`` of a function, and the same without the right to compile."""
+
+    def __init__(self, function: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None) -> None:
+        self.dynamic = dynamic
+        self.capture = torch.compile(_fresh(function), backend=backend, dynamic=dynamic, fullgraph=True)
+        self.run = torch._dynamo.run(self.capture)
+
+
+class _OpenForms:
+    """Ask for forms that can be captured, for as long as any thread is inside.
 
     nn.TransformerEncoder's inference fast path is one opaque operation. torch before 2.12 loses track of the checks
     that transformers makes on tensors while it compiles (PendingUnbackedSymbolNotFound); they have a switch.
     """
-    fastpath, checks = torch.backends.mha.get_fastpath_enabled(), os.environ.get(_CHECKS)
-    torch.backends.mha.set_fastpath_enabled(False)
-    if _LOSES_CHECKS:
-        os.environ[_CHECKS] = "1"
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        if _LOSES_CHECKS:
-            os.environ.pop(_CHECKS, None)
-            os.environ |= {} if checks is None else {_CHECKS: checks}
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._fastpath, self._checks = True, os.environ.get(_CHECKS)
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if self._inside == 0:
+                self._fastpath, self._checks = torch.backends.mha.get_fastpath_enabled(), os.environ.get(_CHECKS)
+                torch.backends.mha.set_fastpath_enabled(False)
+                if _LOSES_CHECKS:
+                    os.environ[_CHECKS] = "1"
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    torch.backends.mha.set_fastpath_enabled(self._fastpath)
+                    if _LOSES_CHECKS:
+                        os.environ.pop(_CHECKS, None)
+                        os.environ |= {} if self._checks is None else {_CHECKS: self._checks}
+
+
+_open_forms = _OpenForms()
 
 
 def by_name(function: Callable[..., Any], owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

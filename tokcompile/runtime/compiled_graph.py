@@ -10,7 +10,9 @@ import torch
 from torch import fx
 
 from tokcompile.capture.capture import from_dynamo
+from tokcompile.capture.captured import Captured
 from tokcompile.capture.trace import ASSERTIONS, propagate
+from tokcompile.kinds import Stage
 from tokcompile.lower.constants import fold_constants
 from tokcompile.lower.guard import Guard
 from tokcompile.lower.hoist import hoist
@@ -19,8 +21,9 @@ from tokcompile.regions.model import Regions
 from tokcompile.reporting.report import StageReport
 from tokcompile.rewrite.added_inputs import AddedInputs
 from tokcompile.rewrite.context import Context
+from tokcompile.runtime.gate import GATE
 from tokcompile.runtime.owner import Owner
-from tokcompile.runtime.recording import KeptEntry, ReusedEntry
+from tokcompile.runtime.recording import ReusedEntry
 from tokcompile.runtime.variants import Variant
 
 aten = torch.ops.aten
@@ -29,20 +32,29 @@ aten = torch.ops.aten
 class CompiledGraph:
     """What the backend gives Dynamo for one graph: compiles at the first call, and again where sizes differ in kind."""
 
-    def __init__(self, session: Owner, graph_module: fx.GraphModule, whole: bool) -> None:
-        self.session, self.graph_module, self.whole = session, graph_module, whole
-        self.stage = session.stage
+    def __init__(self, session: Owner, graph_module: fx.GraphModule, stage: Stage, whole: bool, merges: bool) -> None:
+        self.session, self.graph_module, self.stage = session, graph_module, stage
+        self.whole, self.merges = whole, merges
         self.variants: list[Variant] = []
 
     def __call__(self, *args: Any) -> Any:
-        for variant in self.variants:
+        found = self._fitting(args)
+        if found is None:
+            with GATE.alone():
+                found = self._fitting(args)  # another thread may have been faster
+                if found is None:
+                    variant = self._compile(args)
+                    extra = variant.extra(args)
+                    assert extra is not None
+                    found = variant, extra
+        return self._run(found[0], args, found[1])
+
+    def _fitting(self, args: Sequence[Any]) -> tuple[Variant, list[Any]] | None:
+        for variant in list(self.variants):
             extra = variant.extra(args)
             if extra is not None and variant.guard([*args, *extra]):
-                return self._run(variant, args, extra)
-        variant = self._compile(args)
-        extra = variant.extra(args)
-        assert extra is not None
-        return self._run(variant, args, extra)
+                return variant, extra
+        return None
 
     def _run(self, variant: Variant, args: Sequence[Any], extra: list[int]) -> Any:
         results = variant.run(*args, *extra)
@@ -55,13 +67,11 @@ class CompiledGraph:
             values, reused = handed[: len(memory.outputs)], handed[len(memory.outputs)]
             handed = handed[len(memory.outputs) + 1 :]
             self.session.remembered.put(args[past] if grown is None else results[grown], values, grown is None)
-            for recording in self.session.recordings:
-                name = self.session.passes[memory.step][0].pass_
-                recording.reused.append(ReusedEntry(memory.step, name, memory.path, memory.layer, reused))
-        for recording in self.session.recordings:
-            for item, indices in zip(variant.kept, kept, strict=True):
-                name = self.session.passes[item.step][0].pass_
-                recording.kept.append(KeptEntry(item.step, name, item.path, item.layer, indices.detach().clone()))
+            name = self.session.passes[memory.step][0].pass_
+            self.session.recordings.reused(ReusedEntry(memory.step, name, memory.path, memory.layer, reused))
+        for item, indices in zip(variant.kept, kept, strict=True):
+            name = self.session.passes[item.step][0].pass_
+            self.session.recordings.kept(item.step, name, item.path, item.layer, indices)
         return results
 
     def _compile(self, args: Sequence[Any]) -> Variant:
@@ -71,10 +81,16 @@ class CompiledGraph:
         # the first compilation of a graph of static sizes is static throughout, as torch.compile does it
         static = not captured.symbols and not self.variants
         added = AddedInputs(captured, session.prepared, static=static, memories=[])
-        ctx = Context(captured, Regions(), args, whole=self.whole, counting=lambda: session.counting, added=added)
+        ctx = Context(
+            captured,
+            Regions(),
+            args,
+            whole=self.whole,
+            counting=lambda: session.counting,
+            added=added,
+            merges=self.merges,
+        )
         session.rewrite(ctx, self.stage)
-        if ctx.cuts.kept:
-            session.matching.pruned_encoder |= self.stage == "encoder"
         output = next(iter(captured.graph.find_nodes(op="output")))
         results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
         memories = [
@@ -86,10 +102,7 @@ class CompiledGraph:
             output.args = ((*results, *(k.node for k in ctx.cuts.kept), *handed),)
         inputs = [ctx.added.of[node] for node in captured.placeholders[len(args) :]]
         prologue = hoist(captured, ctx.cuts.indices)
-        captured.graph.eliminate_dead_code(
-            is_impure_node=lambda n: n.is_impure() and n.target not in (aten.item.default, *ASSERTIONS)
-        )
-        captured.graph_module.recompile()
+        _clean(captured)
         session.check_matches(self.stage)
         if session.observed is None:
             fold_constants(captured)
@@ -109,13 +122,22 @@ class CompiledGraph:
             session.remembered,
         )
         self.variants.append(variant)
-        session.report.stages.append(
+        session.note_compiled(
             StageReport(
-                name=self.stage,
+                name=self.stage.value,
                 captured=True,
                 nodes=len(captured.graph.nodes),
                 compiled=compiled,
                 seconds=time.perf_counter() - started,
-            )
+            ),
+            cut=bool(ctx.cuts.kept),
         )
         return variant
+
+
+def _clean(captured: Captured) -> None:
+    """Leave out what no output needs, assertions on sizes included."""
+    captured.graph.eliminate_dead_code(
+        is_impure_node=lambda n: n.is_impure() and n.target not in (aten.item.default, *ASSERTIONS)
+    )
+    captured.graph_module.recompile()

@@ -11,52 +11,70 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokcompile.runtime.compiled_call import CAPTURE_FAILURES, by_name, compile_stage
+from tokcompile.kinds import Stage
+from tokcompile.runtime.compiled_call import CAPTURE_FAILURES, CompiledStage, by_name, captured_only
+from tokcompile.runtime.fallback import Failures, reason_of
 from tokcompile.runtime.session import Session
 
 
 class _EncoderStage:
-    """An encoder as a stage of its own; runs uncompiled where it cannot be captured."""
+    """An encoder as a stage of its own; a call that cannot be captured runs uncompiled."""
 
     session: Session
-    compiled: Callable[..., Any] | None
+    compiled: CompiledStage
+    failures: Failures
 
-    def captured(self, *args: Any) -> Any:
-        """What the captured encoder gives; None where there is none."""
-        if self.compiled is None:
-            return None
-        try:
-            with self.session.at_stage("encoder"):
-                return self.compiled(*args)
-        except CAPTURE_FAILURES as error:
-            self.session.note_uncaptured("encoder", error)
-            self.compiled = None
-            return None
+    def run(self, given: Any, original: Callable[[], Any], *args: Any) -> tuple[Any, bool]:
+        """What the captured encoder gives for ``args``, else what ``original()`` does; and whether it was captured.
+
+        Args:
+            given: the arguments of the call.
+        """
+        stage = self.compiled.stage
+        reason = self.failures.known(stage, given)
+        if reason is None:
+            try:
+                found = self.compiled(*args)
+            except CAPTURE_FAILURES as error:
+                reason = reason_of(error)
+                self.failures.note(stage, given, reason)
+            else:
+                self.session.served(stage)
+                return found, True
+        found = original()
+        self.session.fell_back(stage, reason)
+        return found, False
 
 
 class Encoder(_EncoderStage):
     """The image encoder ``base.<name>``."""
 
     def __init__(self, base: nn.Module, name: str, session: Session) -> None:
-        self.base, self.name, self.session = base, name, session
+        self.base, self.name, self.session, self.failures = base, name, session, Failures()
         self.original = original = getattr(type(base), name)
         functools.update_wrapper(self, types.MethodType(original, base))
 
         def encode(base: nn.Module, kwargs: dict[str, Any]) -> Any:
+            captured_only()
             return original(base, **kwargs), None
 
         def encode_and_score(base: nn.Module, kwargs: dict[str, Any]) -> Any:
+            captured_only()
             result = original(base, **kwargs)
             rows = torch.cat([f.reshape(-1, f.shape[-1]) for f in result.pooler_output])
             return result, torch.ops.tokcompile.feature_scores(rows)
 
-        self.compiled = compile_stage(encode_and_score if session.wants_scores else encode, session)
+        self.compiled = CompiledStage(
+            encode_and_score if session.wants_scores else encode, session, Stage.ENCODER, merges=False
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return self.original(self.base, *args, **kwargs)
         kwargs = by_name(self.original, self.base, args, kwargs)
-        found = self.captured(self.base, kwargs)
-        if found is None:
-            return self.original(self.base, **kwargs)
+        found, captured = self.run(kwargs, lambda: self.original(self.base, **kwargs), self.base, kwargs)
+        if not captured:
+            return found
         result, scores = found
         if self.session.scored_features:
             attach_scores(result, scores)
@@ -70,20 +88,60 @@ class SequenceEncoder(_EncoderStage):
     """The encoder of an encoder-decoder model, called by itself; inside a forward it is a part of that graph."""
 
     def __init__(self, model: Any, original: Callable[..., Any], session: Session) -> None:
-        self.model, self.original, self.session = model, original, session
+        self.model, self.original, self.session, self.failures = model, original, session, Failures()
         functools.update_wrapper(self, types.MethodType(original, model))  # for the signature
 
         def encode(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            captured_only()
             return original(model.get_encoder(), *args, **kwargs)
 
-        self.compiled = compile_stage(encode, session)
+        self.compiled = CompiledStage(encode, session, Stage.ENCODER)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        found = None if torch.compiler.is_compiling() else self.captured(self.model, args, kwargs)
-        return self.original(self.model.get_encoder(), *args, **kwargs) if found is None else found
+        if torch.compiler.is_dynamo_compiling():
+            return self.original(self.model.get_encoder(), *args, **kwargs)
+        return self.run(
+            (args, kwargs),
+            lambda: self.original(self.model.get_encoder(), *args, **kwargs),
+            self.model,
+            args,
+            kwargs,
+        )[0]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SequenceEncoder, (self.model, self.original, self.session)
+
+
+class Part(_EncoderStage):
+    """A module inside a model, or a method of it, that some method other than ``forward`` calls by itself."""
+
+    def __init__(self, owner: nn.Module, name: str, session: Session, stage: Stage = Stage.ENCODER) -> None:
+        self._tokcompile_owner, self.name, self.session, self.stage, self.failures = (
+            owner,
+            name,
+            session,
+            stage,
+            Failures(),
+        )
+        self.original = original = getattr(type(owner), name)
+        functools.update_wrapper(self, types.MethodType(original, owner))
+
+        def part(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            captured_only()
+            return original(owner, *args, **kwargs)
+
+        self.compiled = CompiledStage(part, session, stage, merges=stage is not Stage.ENCODER)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return self.original(self._tokcompile_owner, *args, **kwargs)
+        if not any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
+            return self.original(self._tokcompile_owner, *args, **kwargs)
+        original = functools.partial(self.original, self._tokcompile_owner, *args, **kwargs)
+        return self.run((args, kwargs), original, self._tokcompile_owner, args, kwargs)[0]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Part, (self._tokcompile_owner, self.name, self.session, self.stage)
 
 
 def attach_scores(result: Any, scores: torch.Tensor) -> None:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from tokcompile.runtime.encoders import Encoder, SequenceEncoder
+from tokcompile.kinds import Stage
+from tokcompile.runtime.cache import cache_argument
+from tokcompile.runtime.encoders import Encoder, Part, SequenceEncoder
 from tokcompile.runtime.forward import Forward, Stages
+from tokcompile.runtime.outer import Generate, PassedOn, running_methods
 from tokcompile.runtime.session import Session
 from tokcompile.state import NAMESPACE
 
 Model = TypeVar("Model", bound=nn.Module)
 #: Attribute of an optimized model that holds its session.
 SESSION = "_tokcompile_session"
+_FEATURES = ("get_image_features", "get_video_features")
+_INSTALLED = (Forward, PassedOn, Generate, Encoder, SequenceEncoder, Part)
 
 
 def share(model: Model) -> Model:
@@ -62,21 +67,69 @@ def run_once(model: nn.Module, inputs: Mapping[str, Any], decode: bool = False) 
 
 
 def install(model: nn.Module, session: Session) -> None:
-    """Give ``model`` a forward that captures, rewrites and runs the original one."""
-    stages = Stages(type(model), session)
-    model.forward = Forward(model, stages)
+    """Give ``model`` a forward that captures, rewrites and runs the original one, and see to other ways into it.
+
+    A model inside that generates by itself (what a wrapper wraps, the language model of a caption model) gets a forward
+    of its own: the outer ``generate()`` may call it and no other. What else such a ``generate()`` calls, and methods
+    that run layers without ``forward``, are captured part by part.
+    """
+    inner = list(_generators(model))
+    for module in inner:
+        _install_one(module, session)
+    stages = _install_one(model, session)
+    if len(inner) == 1 and not stages.cache_name and _wraps(model, inner[0]):
+        model.forward = PassedOn(model, stages)
     if session.prepared is not None:
         model.add_module(NAMESPACE, session.prepared)
     object.__setattr__(model, SESSION, session)
     _settle(model)
+    holding = {name for name, child in model.named_children() if any(m in inner for m in child.modules())}
+    methods = running_methods(model)
+    if "generate" in methods:
+        for name in methods.pop("generate") - holding:
+            part = getattr(model, name)
+            if "forward" not in vars(part) and any(True for _ in part.children()):
+                _put(part, "forward", Part(part, "forward", session))
+        _put(model, "generate", Generate(model, session))
+    methods = {n: names for n, names in methods.items() if n not in vars(model) and not names & holding}
+    for name in methods.keys() - (_FEATURES if stages.takes_features else ()):
+        stage = Stage.FORWARD if name.startswith("forward") or len(methods) == 1 else Stage.ENCODER
+        _put(model, name, Part(model, name, session, stage))
+
+
+def _install_one(model: nn.Module, session: Session) -> Stages:
+    stages = Stages(type(model), session)
+    _put(model, "forward", Forward(model, stages))
     encoder = _own_encoder(model)
     if encoder is not None:
-        object.__setattr__(encoder, "forward", SequenceEncoder(model, type(encoder).forward, session))
+        _put(encoder, "forward", SequenceEncoder(model, type(encoder).forward, session))
     base = getattr(model, "base_model", None)
     if stages.takes_features and base is not None:
-        for name in ("get_image_features", "get_video_features"):
+        for name in _FEATURES:
             if getattr(base, name, None) is not None:
-                object.__setattr__(base, name, Encoder(base, name, session))
+                _put(base, name, Encoder(base, name, session))
+    return stages
+
+
+def _put(owner: nn.Module, name: str, value: Any) -> None:
+    object.__setattr__(owner, name, value)
+
+
+def _generators(model: nn.Module) -> Iterator[nn.Module]:
+    """The outermost models inside ``model`` that generate by themselves, through a forward that takes a cache."""
+    for child in model.children():
+        if callable(getattr(type(child), "generate", None)) and cache_argument(
+            inspect.signature(type(child).forward).parameters
+        ):
+            yield child
+        else:
+            yield from _generators(child)
+
+
+def _wraps(model: nn.Module, inner: nn.Module) -> bool:
+    """Whether nearly all parameters of ``model`` are those of the model inside."""
+    inside = sum(p.numel() for p in inner.parameters())
+    return inside > 0.95 * sum(p.numel() for p in model.parameters())
 
 
 def _own_encoder(model: Any) -> nn.Module | None:
@@ -106,11 +159,9 @@ def _settle(model: nn.Module) -> None:
 
 
 def uninstall(model: nn.Module) -> None:
-    encoder = _own_encoder(model)
-    if encoder is not None:
-        encoder.__dict__.pop("forward", None)
-    for owner in (model, getattr(model, "base_model", None)):
-        for name in ("forward", "get_image_features", "get_video_features", SESSION):
-            if owner is not None:
-                owner.__dict__.pop(name, None)
+    """Take away all that :func:`install` gave."""
+    for module in model.modules():
+        for name in [n for n, value in vars(module).items() if isinstance(value, _INSTALLED)]:
+            del module.__dict__[name]
+    model.__dict__.pop(SESSION, None)
     model._modules.pop(NAMESPACE, None)

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from tokcompile.plan.apply import Matching
+from tokcompile.kinds import Stage
 from tokcompile.plan.observed import Observed
 from tokcompile.plan.pass_base import Pass
 from tokcompile.recipe.steps import Step
-from tokcompile.reporting.report import Report
+from tokcompile.reporting.report import StageReport
 from tokcompile.rewrite.context import Context
 from tokcompile.runtime.memories import Memories
-from tokcompile.runtime.recording import Recording
+from tokcompile.runtime.recording import Recordings
 from tokcompile.state import PreparedState
 
 
 class Owner(Protocol):
     """Read by :class:`tokcompile.runtime.compiled_graph.CompiledGraph`; see ``runtime.session.Session``."""
 
-    stage: str
     lowering: str
     counting: bool
 
@@ -33,17 +32,13 @@ class Owner(Protocol):
     def passes(self) -> Sequence[tuple[Step, Pass]]: ...
 
     @property
-    def matching(self) -> Matching: ...
-
-    @property
-    def recordings(self) -> Sequence[Recording]: ...
+    def recordings(self) -> Recordings: ...
 
     @property
     def remembered(self) -> Memories: ...
 
-    @property
-    def report(self) -> Report: ...
+    def rewrite(self, ctx: Context, stage: Stage) -> None: ...
 
-    def rewrite(self, ctx: Context, stage: str) -> None: ...
+    def check_matches(self, stage: Stage) -> None: ...
 
-    def check_matches(self, stage: str | None) -> None: ...
+    def note_compiled(self, stage: StageReport, *, cut: bool) -> None: ...

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -47,3 +49,27 @@ class Recording:
 
     kept: list[KeptEntry] = field(default_factory=list)
     reused: list[ReusedEntry] = field(default_factory=list)
+
+
+class Recordings:
+    """Who listens at the moment."""
+
+    def __init__(self) -> None:
+        self._open: list[Recording] = []
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Recording]:
+        recording = Recording()
+        self._open.append(recording)
+        try:
+            yield recording
+        finally:
+            self._open = [other for other in self._open if other is not recording]
+
+    def kept(self, step: int, name: str, path: str, layer: int, indices: torch.Tensor) -> None:
+        for recording in self._open:
+            recording.kept.append(KeptEntry(step, name, path, layer, indices.detach().clone()))
+
+    def reused(self, entry: ReusedEntry) -> None:
+        for recording in self._open:
+            recording.reused.append(entry)

@@ -84,7 +84,7 @@ def load(
     loaded = optimize(
         dense, recipe, inputs=inputs, calibration=state, on_no_match=on_no_match, lowering=lowering, inplace=True
     )
-    session_of(loaded).changed = {str(name): str(why) for name, why in manifest["changed"].items()}
+    session_of(loaded).note_changed({str(name): str(why) for name, why in manifest["changed"].items()})
     return loaded
 
 

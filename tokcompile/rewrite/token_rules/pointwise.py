@@ -202,11 +202,8 @@ def _reduce(self: Follower, node: fx.Node) -> Any:
         if isinstance(which, bool):
             which = None
     rank = len(dims)
-    chosen = (
-        set(range(rank))
-        if which is None or which == []
-        else {int(d) % rank for d in (which if isinstance(which, (list, tuple)) else [which])}
-    )  # type: ignore[arg-type]
+    given: Any = which if isinstance(which, (list, tuple)) else [which]
+    chosen = set(range(rank)) if which is None or which == [] else {int(d) % rank for d in given}
     if any(is_token(dims[d]) for d in chosen):
         if name in ("argmax", "argmin") or (name in ("max", "min") and isinstance(node.meta["val"], (tuple, list))):
             raise self.refuse(node, f"{name} over the token axis gives a position in the unpruned sequence")

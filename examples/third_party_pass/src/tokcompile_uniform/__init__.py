@@ -15,9 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokcompile.families.pruning.visual import VisualParams, VisualSelection
-from tokcompile.registry import about
-from tokcompile.rewrite.selection import segment_positions, segment_sizes
+from tokcompile.authoring import Scores, VisualParams, VisualSelection, about, segment_positions, segment_sizes
 
 
 class Uniform(VisualSelection):
@@ -30,11 +28,11 @@ class Uniform(VisualSelection):
             0, ge=0, description="Shift of the first kept token.", json_schema_extra=about(unit="tokens")
         )
 
-    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor) -> Tensor:
+    def score(self, tokens: Tensor, segment: Tensor, budget: Tensor) -> Scores:
         size = segment_sizes(segment).clamp(min=1)
         place = torch.remainder(segment_positions(segment) + self.params.offset, size)
 
         def steps(place: Tensor) -> Tensor:
             return torch.div(place * budget, size, rounding_mode="floor")
 
-        return (steps(place + 1) - steps(place)).to(torch.float32)
+        return Scores((steps(place + 1) - steps(place)).to(torch.float32))
