@@ -24,7 +24,7 @@ from tests.pruning import recipe
 from tests.zoo import encoders, encoders_for_pruning
 from tests.zoo.vlm import randomize
 from tokcompile import ExportError, OnnxModel
-from tokcompile.onnx_export import export, lowering, repairs
+from tokcompile.onnx_export import decompose, export, lowering, repairs
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 ONE_STAGE = recipe([{"pass": "class_attention", "params": {"keep": [0.5], "at": [0.5]}}])
@@ -445,7 +445,7 @@ def test_encoders_that_merge_tokens(tmp_path: Path, name: str) -> None:
 
 def test_every_kernel_says_how_it_lowers() -> None:
     """Found by name: a kernel without an ``onnx.py`` would be refused at export."""
-    found = {str(op) for op in lowering.decompositions()}
+    found = {str(op) for op in decompose.decompositions()}
     kernels = {p.parent.name for p in (Path(__file__).parents[1] / "kernels").glob("*/op.py")}
     assert kernels
     # folders that hold several operations, or one of another name

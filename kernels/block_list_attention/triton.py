@@ -1,4 +1,7 @@
-"""Triton kernel of attention over listed blocks of keys: one program for a block of queries of one head."""
+"""Triton kernel of attention over listed blocks of keys: one program for a block of queries of one head.
+
+One function: ``block_kernel`` is one loop over the keys of a block of queries; its state stays in registers.
+"""
 
 from __future__ import annotations
 
@@ -164,7 +167,10 @@ def launch(
     window: int = 0,
     softcap: float = 0.0,
 ) -> tuple[Launch, Tensor, Tensor]:
-    """The launch for these arguments, and the tensors that it fills: output and log-sum-exp."""
+    """The launch for these arguments, and the tensors that it fills: output and log-sum-exp.
+
+    One function: nearly all of it is the list of arguments of one kernel.
+    """
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     batch, heads, queries, width = query.shape
     value_width, blocks = value.shape[3], -(-queries // block_q)

@@ -165,6 +165,8 @@ def launches(
     """The launches for these arguments, and the tensors that they fill: output and log-sum-exp.
 
     ``parts``: how many parts a list is split into; None: enough to occupy the device.
+
+    One function: nearly all of it is the lists of arguments of two kernels.
     """
     query, key, value, index = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value, index))
     batch, heads, queries, width = query.shape

@@ -50,7 +50,10 @@ _TIMED = 1024
 
 @register
 class MoeFromDense(Pass):
-    """Split feed-forward layers into shared and routed experts."""
+    """Split feed-forward layers into shared and routed experts.
+
+    One class: what is prepared is what the rewrite reads, and a method is one class.
+    """
 
     name = "moe_from_dense"
     regions = "feed_forward"

@@ -51,7 +51,10 @@ from tokcompile.rewrite.context import Context
 
 @register
 class Stem(Pass):
-    """Replace up-projections of gated feed-forward layers by tables of token ids."""
+    """Replace up-projections of gated feed-forward layers by tables of token ids.
+
+    One class: what is prepared is what the rewrite reads, and a method is one class.
+    """
 
     name = "stem"
     regions = "feed_forward"

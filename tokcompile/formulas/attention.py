@@ -107,6 +107,11 @@ class _Chain:
 
 
 class _Reader:
+    """Reads one attention from its output back to its inputs.
+
+    One class: each operation on the way is read with what was found so far, and adds to it.
+    """
+
     def __init__(self, ctx: Context, region: Region, dropout: bool) -> None:
         self.ctx, self.region, self.roles, self.dropout = ctx, region, region.roles, dropout
         self.flow = Flow(ctx.captured.graph)

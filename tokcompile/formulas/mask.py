@@ -79,6 +79,11 @@ _LESS = {"le": (1, 0), "lt": (1, 1), "ge": (-1, 0), "gt": (-1, 1)}
 
 
 class _Masks:
+    """Reads a mask as forms that are known.
+
+    One class: a mask is made of masks, so the reader of each form calls those of all others.
+    """
+
     def __init__(self, ctx: Context, form: AttentionForm) -> None:
         self.ctx, self.flow, self.output = ctx, Flow(ctx.captured.graph), form.output
         queries, keys = (expr(shape_of(n)[2]) for n in (form.query, form.key))

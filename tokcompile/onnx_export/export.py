@@ -1,4 +1,7 @@
-"""The function :func:`export_onnx`: stages, passes, files, check."""
+"""The function :func:`export_onnx`: stages, passes, files, check.
+
+One file: most of it is the class of one export, which says why it is one.
+"""
 
 from __future__ import annotations
 
@@ -171,7 +174,10 @@ def export_onnx(
 
 
 class _Job:
-    """One export."""
+    """One export.
+
+    One class: lowering, writing and checking read the same settings and the same lowered stages.
+    """
 
     def __init__(
         self,

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import io
-import pkgutil
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,15 +34,17 @@ from torch.export.graph_signature import (
 )
 from torch.fx.experimental import _config as fx_config
 
-import tokcompile.kernels
 from tokcompile.capture.capture import from_export
 from tokcompile.capture.captured import Captured
 from tokcompile.capture.checks import Check, checks_in, describe
-from tokcompile.capture.graph import module_path, source_line
+from tokcompile.capture.graph import source_line
 from tokcompile.capture.trace import ASSERTIONS, inline, propagate
 from tokcompile.errors import ExportError
 from tokcompile.kinds import Stage as CallStage
-from tokcompile.onnx_export.repairs import REPAIRS, WAYS_OUT
+from tokcompile.onnx_export.decompose import decompose, inline_call
+from tokcompile.onnx_export.naming import rename, splice, strip
+from tokcompile.onnx_export.refusals import not_convertible, not_traceable
+from tokcompile.onnx_export.repairs import REPAIRS
 from tokcompile.onnx_export.simplify import simplify
 from tokcompile.regions.model import Regions
 from tokcompile.rewrite.added_inputs import AddedInputs
@@ -188,7 +188,7 @@ def capture(stage: Stage) -> CapturedStage:
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
     except Exception as error:
-        raise _not_traceable(stage, error) from error
+        raise not_traceable(stage.name, error) from error
     signature = program.graph_signature
     odd = [s for s in signature.output_specs if s.kind != OutputKind.USER_OUTPUT]
     if odd:
@@ -252,49 +252,6 @@ def _check_axes(found: CapturedStage) -> None:
                 )
 
 
-def _not_traceable(stage: Stage, error: Exception) -> ExportError:
-    text = " ".join(str(error).split("\n\n")[0].split())
-    found = re.findall(r"#\s*(\S+\.py:\d+)", str(error)) + [
-        f"{f}:{n}" for f, n in re.findall(r'File "([^"]+)", line (\d+)', str(error))
-    ]
-    if not found:
-        trace, frames = error.__traceback__, []
-        while trace is not None:
-            frames.append(f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}")
-            trace = trace.tb_next
-        found = frames
-    own = [f for f in found if "/torch/" not in f and "/tokcompile/" not in f and "/contextlib.py" not in f]
-    node = _read_value(error)
-    parts = [*([f"node {node.name} ({node.target})"] if node is not None else []), *own[-1:]]
-    place = f" [{', '.join(parts)}]" if parts else ""
-    way = (
-        "move what depends on values of tensors out of forward, or replace it by operations with shapes that follow "
-        "from shapes (torch.where for a branch, a mask for a selection)"
-    )
-    return ExportError(
-        f"{stage.name}: the model cannot be traced with dynamic shapes: {type(error).__name__}: "
-        f"{text[:600]}{place}; {way}"
-    )
-
-
-def _read_value(error: BaseException) -> fx.Node | None:
-    """The node whose value Python asked for when tracing failed: the last that the tracer wrote down."""
-    trace, graph = error.__traceback__, None
-    while trace is not None:
-        for value in list(trace.tb_frame.f_locals.values()):
-            if isinstance(value, fx.Tracer) and hasattr(value, "graph"):
-                graph = value.graph
-        trace = trace.tb_next
-    calls = [n for n in graph.nodes if n.op == "call_function"] if graph is not None else []
-    node = next((n for n in reversed(calls) if n.target is aten.item.default), None)
-    if node is None:
-        return calls[-1] if calls else None
-    source = node.args[0]
-    while isinstance(source, fx.Node) and source.target is aten.ne.Scalar and source.args[1] == 0:
-        source = source.args[0]  # a truth value is read as "not 0"
-    return source if isinstance(source, fx.Node) else node
-
-
 def rewrite(found: CapturedStage, session: Session, name: str) -> Context:
     """Apply the passes; sizes that depend on data stay open, and rows may always keep different numbers of tokens."""
     added = AddedInputs(found.captured, session.prepared, always_ragged=True)
@@ -355,14 +312,14 @@ def lower(
             assert converted is not None
             simplify(converted.model)
     except Exception as error:
-        raise _not_convertible(captured, stage, error) from error
+        raise not_convertible(captured, stage.name, error) from error
     assert converted.exported_program is not None
     model = converted.model
     user = [*stage.inputs, *sizes]
-    _rename(placeholders, found, converted, user, names)
+    rename(placeholders, found.stage.axes, found.stage.output_axes, converted, user, names)
     for size, value in sizes.items():
-        _splice(model, size, value)
-    _strip(model)
+        splice(model, size, value)
+    strip(model)
     return Lowered(
         found,
         model,
@@ -398,63 +355,7 @@ def repair(captured: Captured, target: str) -> None:
         found = REPAIRS.get(node.target)
         function = None if found is None else found(node, target)
         if function is not None:
-            _inline(captured, node, function)
-
-
-def decompose(captured: Captured) -> None:
-    """Put what operations of kernels compute in their place."""
-    kernels = decompositions()
-    for node in list(captured.graph.nodes):
-        if node.target in kernels:
-            _inline(captured, node, kernels[node.target])
-
-
-def _inline(captured: Captured, node: fx.Node, function: Callable[..., Any]) -> None:
-    """Put the graph of ``function``, called as ``node`` is, in the place of ``node``."""
-    flat = list(dict.fromkeys(node.all_input_nodes))
-
-    def call(*values: Any) -> Any:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), dict(zip(flat, values, strict=True)).__getitem__)
-        return function(*args, **kwargs)
-
-    _replace(captured, node, inline(captured, call, flat, node))
-
-
-def _replace(captured: Captured, node: fx.Node, new: Any) -> None:
-    base = node.args[0]
-    if str(node.target).split(".")[1].endswith("_") and isinstance(base, fx.Node):  # in place: later readers too
-        later = False
-        for user in list(captured.graph.nodes):
-            if user is node:
-                later = True
-            elif later and base in user.all_input_nodes:
-                user.replace_input_with(base, new)
-    if isinstance(new, fx.Node):
-        node.replace_all_uses_with(new)
-    else:
-        for user in list(node.users):
-            user.replace_all_uses_with(new[user.args[1]])
-            captured.graph.erase_node(user)
-    captured.graph.erase_node(node)
-
-
-def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Operation of a kernel -> how its ``kernels/<name>/onnx.py`` decomposes it: ``DECOMPOSITIONS``, by name."""
-    table: dict[Any, Callable[..., Any]] = {}
-    for module in pkgutil.iter_modules(tokcompile.kernels.__path__):
-        if not module.ispkg:
-            continue
-        name = f"tokcompile.kernels.{module.name}"
-        try:
-            lowering = importlib.import_module(f"{name}.onnx")
-        except ModuleNotFoundError as error:
-            if error.name != f"{name}.onnx":
-                raise
-            continue
-        importlib.import_module(f"{name}.op")
-        for operation, function in lowering.DECOMPOSITIONS.items():
-            table[getattr(torch.ops.tokcompile, operation).default] = function
-    return table
+            inline_call(captured, node, function)
 
 
 def _program(found: CapturedStage, ctx: Context | None) -> ExportedProgram:
@@ -506,105 +407,6 @@ def _program(found: CapturedStage, ctx: Context | None) -> ExportedProgram:
         constants=constants,
         verifiers=[TrainingIRVerifier],
     )  # in-place operations are left to the exporter
-
-
-def _not_convertible(captured: Captured, stage: Stage, error: Exception) -> ExportError:
-    """Name the node of the captured graph that the exporter stumbled over."""
-    texts, cause = [], error
-    while cause is not None:
-        texts.append(str(cause))
-        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
-    text = "\n".join(texts)
-    ops = re.findall(r"OpOverload\(op='(\w+)\.(\w+)'(?:, overload='(\w+)')?\)", text) or [
-        (a, b, c) for a, b, c in re.findall(r"(\w+)[.:]+(\w+)\.(\w+)", text) if a in ("aten", "tokcompile", "prims")
-    ]
-    for namespace, name, _ in ops:
-        for node in captured.graph.nodes:
-            if str(node.target).startswith(f"{namespace}.{name}."):
-                place = ", ".join(p for p in (f"node {node.name}", module_path(node), source_line(node)) if p)
-                way = WAYS_OUT.get(
-                    name,
-                    "rewrite it with operations that ONNX has, or give its kernel a "
-                    "decomposition in kernels/<name>/onnx.py",
-                )
-                return ExportError(f"{stage.name}: {node.target} has no ONNX form [{place}]; {way}")
-    what = next((t for t in reversed(texts) if t), type(error).__name__)
-    named = re.search(r"[Nn]ode '?%?(\w+)'?", text)
-    node = next((n for n in captured.graph.nodes if named and n.name == named[1]), None)
-    place = "" if node is None else f" [node {node.name}, {source_line(node)}]"
-    return ExportError(f"{stage.name}: cannot be converted to ONNX: {' '.join(what.split())[:600]}{place}")
-
-
-def _rename(
-    placeholders: Sequence[fx.Node], found: CapturedStage, converted: Any, inputs: Sequence[str], outputs: Sequence[str]
-) -> None:
-    model = converted.model
-    symbols: dict[str, str] = {}
-    for node, name in zip(placeholders, inputs, strict=True):
-        for dim, axis in found.stage.axes.get(name, {}).items():
-            expr = node.meta["val"].shape[dim].node.expr
-            if expr.is_Symbol:
-                symbols.setdefault(str(expr), axis)
-        if isinstance(node.meta["val"], torch.SymInt):
-            symbols.setdefault(str(node.meta["val"].node.expr), f"{name}")
-    import onnx_ir as ir
-
-    graph = model.graph
-    assert len(graph.inputs) == len(inputs), ([v.name for v in graph.inputs], inputs)
-    results = list(graph.outputs)
-    assert len(results) == len(outputs), ([v.name for v in results], outputs)
-    taken = set(graph.inputs)
-    for i, value in enumerate(results):  # one value returned twice, or an input handed through
-        if value in taken:
-            copy = ir.node("Identity", [value])
-            copy.outputs[0].shape, copy.outputs[0].type = value.shape, value.type
-            graph.append(copy)
-            graph.outputs[i] = copy.outputs[0]
-        taken.add(graph.outputs[i])
-    wanted = {*inputs, *outputs}
-    kept = {*graph.inputs, *graph.outputs}
-    for node in graph.all_nodes():
-        for value in node.outputs:
-            if value.name in wanted and value not in kept:
-                value.name = f"{value.name}__inner"
-    for value, name in zip(graph.inputs, inputs, strict=True):
-        value.name = name
-    for value, name in zip(graph.outputs, outputs, strict=True):
-        value.name = name
-    converted.rename_axes(symbols)
-    for value in [*graph.inputs, *graph.outputs]:
-        axes = {**found.stage.axes.get(value.name, {}), **found.stage.output_axes.get(value.name, {})}
-        if value.shape is not None and axes:
-            dims = [axes.get(i, d) if not isinstance(d, int) else d for i, d in enumerate(value.shape)]
-            value.shape = ir.Shape(dims)
-
-
-def _splice(model: Any, size: str, value: str) -> None:
-    """Feed a data-dependent size from the value that the graph itself computes for it."""
-    graph = model.graph
-    inner = next(v for v in graph.inputs if v.name == size)
-    source = next(v for v in graph.outputs if v.name == value)
-    graph.inputs.remove(inner)
-    graph.outputs.remove(source)
-    inner.replace_all_uses_with(source)
-    graph.sort()
-
-
-def _strip(model: Any) -> None:
-    """Remove what only says where the model came from: stack traces with paths, signatures."""
-    for holder in [model.graph, *model.functions.values()]:
-        holder.metadata_props.clear()
-        holder.doc_string = None
-        for value in [*holder.inputs, *holder.outputs]:
-            value.metadata_props.clear()
-        for node in holder.all_nodes() if hasattr(holder, "all_nodes") else holder:
-            node.metadata_props.clear()
-            node.doc_string = None
-            for value in node.outputs:
-                value.metadata_props.clear()
-    for value in model.graph.initializers.values():
-        value.metadata_props.clear()
-    model.metadata_props.clear()
 
 
 @contextlib.contextmanager

@@ -31,6 +31,8 @@ from tokcompile.rewrite.pruned_cache import check_readers, narrow_pruned_cache
 class Matching:
     """The steps of one recipe on the graphs of one model; what came of them goes into the report.
 
+    One class: a step goes from its regions to its entry in the report, whatever becomes of it on the way.
+
     Attributes:
         passes: step and pass, in the order of the recipe.
         observed: what calibration saw; None where graphs are rewritten instead.

@@ -36,7 +36,10 @@ from tokcompile.runtime.recording import KeptEntry
 
 
 class Run:
-    """The models, and what is done with one step's items."""
+    """The models, and what is done with one step's items.
+
+    One class: items, losses and the step itself read the same models and settings.
+    """
 
     optimizer: torch.optim.Optimizer
     scheduler: Any

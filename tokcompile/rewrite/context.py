@@ -51,6 +51,8 @@ class Cuts:
 class Context:
     """One graph being rewritten.
 
+    One class: it is all that the author of a pass sees of a rewrite.
+
     Attributes:
         captured, regions: the graph and what was found in it.
         args: the real arguments of the call that triggered compilation.

@@ -4,6 +4,8 @@ The value at a cut loses the tokens that are not in its index, every value that 
 outside and carries the token axis is indexed alike (both axes of a mask, cos, sin, position ids, labels), the
 sizes that views name are written anew. Lowering derives all shapes again, so that anything inconsistent fails when
 the graph is compiled and not at run time. Each row of the batch has its own kept tokens, in ascending order.
+
+One file: nearly all of it is the walk over the graph, which says why it is one.
 """
 
 from __future__ import annotations
@@ -110,6 +112,11 @@ def _labels(shape: Sequence[Any], token_dim: int, axis: Axis, batch_dim: int, ba
 
 
 class _Narrower:
+    """The walk below the cuts of one graph.
+
+    One class: what is indexed at a node decides what its users need, and every rule reads the same labels and indices.
+    """
+
     def __init__(self, captured: Captured, cuts: Sequence[Cut]) -> None:
         self.captured, self.graph, self.cuts = captured, captured.graph, list(cuts)
         first = cuts[0]

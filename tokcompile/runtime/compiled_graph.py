@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from tokcompile.capture.capture import from_dynamo
+from tokcompile.capture.captured import Captured
 from tokcompile.capture.checks import give_back, take
 from tokcompile.capture.trace import ASSERTIONS, propagate
 from tokcompile.kinds import Stage
@@ -108,10 +109,7 @@ class CompiledGraph:
         give_back(captured, checks)
         inputs = [ctx.added.of[node] for node in captured.placeholders[len(args) :]]
         prologue = hoist(captured, ctx.cuts.indices)
-        captured.graph.eliminate_dead_code(
-            is_impure_node=lambda n: n.is_impure() and n.target not in (aten.item.default, *ASSERTIONS)
-        )
-        captured.graph_module.recompile()
+        _clean(captured)
         session.check_matches(self.stage)
         if session.observed is None:
             fold_constants(captured)
@@ -144,3 +142,11 @@ class CompiledGraph:
             cut=bool(ctx.cuts.kept),
         )
         return variant
+
+
+def _clean(captured: Captured) -> None:
+    """Leave out what no output needs, assertions on sizes included."""
+    captured.graph.eliminate_dead_code(
+        is_impure_node=lambda n: n.is_impure() and n.target not in (aten.item.default, *ASSERTIONS)
+    )
+    captured.graph_module.recompile()
