@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 import tokcompile
-from tokcompile.demo import tiny_llm, tiny_vit, tiny_vlm
+from tests.small_models import vit, vlm
+from tokcompile.demo import tiny_llm
+from tokcompile.kinds import Stage
 from tokcompile.runtime.fallback import TRIES, Failures, form_of
-from tokcompile.runtime.forward import Stage
 
-HALF = {"recipe_version": 1, "steps": [{"pass": "random", "params": {"keep": 0.5, "drop_layer": 2}}]}
-EXPERTS = {"recipe_version": 1, "steps": [{"pass": "class_attention", "params": {"keep": 0.5}}]}
+HALF = {"recipe_version": 1, "steps": [{"pass": "random", "params": {"keep": 0.5}}]}
+PATCHES = {"recipe_version": 1, "steps": [{"pass": "class_attention", "params": {"keep": [0.5], "at": [0.5]}}]}
 
 
 class Moody(nn.Module):
@@ -34,13 +35,13 @@ class Moody(nn.Module):
 
 @pytest.fixture
 def moody() -> tuple[nn.Module, torch.Tensor]:
-    model, inputs = tiny_vit()
-    return Moody(model).eval(), inputs["pixel_values"]
+    model, pixels = vit()
+    return Moody(model).eval(), pixels
 
 
 def test_one_call_falls_back_and_the_next_is_served(moody: tuple[nn.Module, torch.Tensor]) -> None:
     model, pixels = moody
-    fast = tokcompile.optimize(model, EXPERTS, lowering="eager")
+    fast = tokcompile.optimize(model, PATCHES, lowering="eager")
     with torch.no_grad():
         want, dense = fast(pixels), model(pixels)
         assert want.shape != dense.shape or not torch.allclose(want, dense)
@@ -62,7 +63,7 @@ def test_one_call_falls_back_and_the_next_is_served(moody: tuple[nn.Module, torc
 
 def test_a_first_call_that_cannot_be_served_raises_with_its_cause_first(moody: tuple[nn.Module, torch.Tensor]) -> None:
     model, pixels = moody
-    fast = tokcompile.optimize(model, EXPERTS, lowering="eager")
+    fast = tokcompile.optimize(model, PATCHES, lowering="eager")
     with torch.no_grad():
         for _ in range(2):  # not once only
             with pytest.raises(tokcompile.NoMatchError) as caught:
@@ -79,7 +80,7 @@ def test_a_first_call_that_cannot_be_served_raises_with_its_cause_first(moody: t
 
 
 def test_a_mistake_of_the_caller_is_told_by_the_model(moody: tuple[nn.Module, torch.Tensor]) -> None:
-    fast = tokcompile.optimize(moody[0], EXPERTS, lowering="eager")
+    fast = tokcompile.optimize(moody[0], PATCHES, lowering="eager")
     with pytest.raises(TypeError, match="wrong"):
         fast(moody[1], wrong=1)
     with pytest.raises(RuntimeError), torch.no_grad():
@@ -90,7 +91,7 @@ def test_a_mistake_of_the_caller_is_told_by_the_model(moody: tuple[nn.Module, to
 
 
 def test_a_call_on_a_pruned_cache_is_refused_with_its_cause_and_pruning_goes_on() -> None:
-    model, inputs = tiny_vlm()
+    model, inputs = vlm()
     fast = tokcompile.optimize(model, HALF, lowering="eager", on_no_match="ignore")
 
     def turn(**extra: Any) -> torch.Tensor:

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 import tokcompile
-from tokcompile.demo import tiny_vit, tiny_vlm
+from tests.small_models import vit, vlm
 from tokcompile.runtime.gate import Gate, Missing
 
-HALF = {"recipe_version": 1, "steps": [{"pass": "divprune", "params": {"keep": 0.5}}]}
-PATCHES = {"recipe_version": 1, "steps": [{"pass": "class_attention", "params": {"keep": 0.5}}]}
+HALF = {"recipe_version": 1, "steps": [{"pass": "random", "params": {"keep": 0.5}}]}
+PATCHES = {"recipe_version": 1, "steps": [{"pass": "class_attention", "params": {"keep": [0.5], "at": [0.5]}}]}
 
 
 def together(works: list[Callable[[], Any]]) -> list[Any]:
@@ -61,7 +61,7 @@ def answer(model: nn.Module, request: dict[str, Any]) -> torch.Tensor:
 
 
 def check_stress(threads: int, count: int) -> None:
-    model, inputs = tiny_vlm()
+    model, inputs = vlm()
     mixed = requests(inputs)
     alone = tokcompile.optimize(model, HALF, lowering="eager")
     with torch.no_grad():
@@ -90,11 +90,11 @@ def test_eight_cold_threads_with_fifty_requests_each() -> None:
 
 
 def test_first_calls_of_one_vision_model() -> None:
-    model, inputs = tiny_vit()
+    model, pixels = vit()
     with torch.no_grad():
-        want = tokcompile.optimize(model, PATCHES, lowering="eager")(**inputs).last_hidden_state
+        want = tokcompile.optimize(model, PATCHES, lowering="eager")(pixel_values=pixels).last_hidden_state
     fast = tokcompile.optimize(model, PATCHES, lowering="eager")
-    for found in together([lambda: fast(**inputs).last_hidden_state] * 4):
+    for found in together([lambda: fast(pixel_values=pixels).last_hidden_state] * 4):
         assert isinstance(found, torch.Tensor), found
         torch.testing.assert_close(found, want)
     assert tokcompile.report(fast).steps[0].fell_back == 0
@@ -102,11 +102,11 @@ def test_first_calls_of_one_vision_model() -> None:
 
 def test_first_calls_of_two_models() -> None:
     """What tracing changes is the process's, not the model's."""
-    model, inputs = tiny_vit()
+    model, pixels = vit()
     with torch.no_grad():
-        want = tokcompile.optimize(model, PATCHES, lowering="eager")(**inputs).last_hidden_state
+        want = tokcompile.optimize(model, PATCHES, lowering="eager")(pixel_values=pixels).last_hidden_state
     pair = [tokcompile.optimize(model, PATCHES, lowering="eager") for _ in range(2)]
-    for found in together([lambda fast=fast: fast(**inputs).last_hidden_state for fast in pair]):
+    for found in together([lambda fast=fast: fast(pixel_values=pixels).last_hidden_state for fast in pair]):
         assert isinstance(found, torch.Tensor), found
         torch.testing.assert_close(found, want)
 
@@ -154,9 +154,9 @@ class Moody(nn.Module):
 
 
 def check_soak(calls: int, warm: int) -> None:
-    model, inputs = tiny_vit()
+    model, pixels = vit()
     fast = tokcompile.optimize(Moody(model).eval(), PATCHES, lowering="eager")
-    pixels, held = inputs["pixel_values"], 0
+    held = 0
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         want = fast(pixels)

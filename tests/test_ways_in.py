@@ -11,13 +11,11 @@ import transformers as T
 from torch import nn
 
 import tokcompile
-from tests.oracle import hide_from
-from tokcompile.demo import tiny_vit, tiny_vlm
+from tests.small_models import vit, vlm
 from tokcompile.runtime.outer import running_methods
 
-assert hide_from  # the oracle's attention functions are registered
-HALF = {"recipe_version": 1, "steps": [{"pass": "divprune", "params": {"keep": 0.5}}]}
-PATCHES = {"recipe_version": 1, "steps": [{"pass": "class_attention", "params": {"keep": 0.5}}]}
+HALF = {"recipe_version": 1, "steps": [{"pass": "random", "params": {"keep": 0.5}}]}
+PATCHES = {"recipe_version": 1, "steps": [{"pass": "class_attention", "params": {"keep": [0.5], "at": [0.5]}}]}
 WINDOW = {"recipe_version": 1, "steps": [{"pass": "decode_control", "params": {
     "budget": 9, "sinks": 2, "recent": 3, "dense_below": 1, "choose": "window"}}]}  # fmt: skip
 SHORT = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
@@ -63,7 +61,7 @@ class Past(nn.Module):
 
 @pytest.fixture(scope="module")
 def answers() -> tuple[nn.Module, dict[str, Any], torch.Tensor]:
-    model, inputs = tiny_vlm()
+    model, inputs = vlm()
     with torch.no_grad():
         want = tokcompile.optimize(model, HALF, lowering="eager").generate(**inputs, **SHORT)
     return model, inputs, want
@@ -134,11 +132,10 @@ class Features(nn.Module):
 
 
 def test_forward_features_is_pruned() -> None:
-    model, inputs = tiny_vit()
+    model, pixels = vit()
     whole = Features(model).eval()
     assert running_methods(whole) == {"forward_features": {"body"}, "forward_head": {"head"}}
     fast = tokcompile.optimize(whole, PATCHES, lowering="eager")
-    pixels = inputs["pixel_values"]
     with torch.no_grad():
         features = fast.forward_features(pixels)
         assert tokcompile.report(fast).steps[0].status == "matched"
@@ -148,9 +145,9 @@ def test_forward_features_is_pruned() -> None:
 
 
 def test_forward_features_without_a_match_says_so() -> None:
-    fast = tokcompile.optimize(Features(tiny_vit()[0]).eval(), HALF, lowering="eager")
+    fast = tokcompile.optimize(Features(vit()[0]).eval(), HALF, lowering="eager")
     with pytest.raises(tokcompile.NoMatchError, match="merge_point"), torch.no_grad():
-        fast.forward_features(tiny_vit()[1]["pixel_values"])
+        fast.forward_features(vit()[1])
 
 
 def blip() -> tuple[nn.Module, dict[str, Any]]:
@@ -163,7 +160,7 @@ def blip() -> tuple[nn.Module, dict[str, Any]]:
     model = T.BlipForConditionalGeneration(config).eval()
     for parameter in model.parameters():
         parameter.data += torch.randn_like(parameter) * (0.1 if parameter.dim() > 1 else 0.02)
-    return model, {"pixel_values": torch.randn(1, 3, 48, 48), "input_ids": torch.tensor([[1, 7, 8, 9, 2]])}
+    return model, {"pixel_values": torch.randn(1, 3, 48, 48), "input_ids": torch.tensor([[1, *range(5, 20), 2]])}
 
 
 def test_a_caption_model_that_calls_the_models_inside() -> None:
@@ -212,7 +209,7 @@ def test_a_generate_that_reaches_no_graph_says_so(how: str, recwarn: pytest.Warn
     fast = tokcompile.optimize(Own(), HALF, lowering="eager", on_no_match=how)
     ids = torch.tensor([[1, 2, 3]])
     if how == "error":
-        with pytest.raises(tokcompile.NoMatchError, match=r"generate\(\) of Own ran without step 'divprune'"):
+        with pytest.raises(tokcompile.NoMatchError, match=r"generate\(\) of Own ran without step 'random'"):
             fast.generate(ids)
         return
     fast.generate(ids)

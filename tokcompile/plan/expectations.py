@@ -31,12 +31,11 @@ def check_supported(recipe: Recipe) -> None:
             problems.append(f"{where}: takes no target.layers; its own parameters say at which depth it acts")
         if step.target.modality is not None and method.regions != "merge_point":
             problems.append(f"{where}: images and video are told apart at merge points only; leave target.modality out")
-    if (
-        recipe.protect is not None
-        and recipe.protect.leading_tokens is not None
-        and not any(get_pass(step.pass_).protects_leading for step in recipe.steps)
-    ):
-        problems.append("protect.leading_tokens: no pass of this recipe removes tokens inside an encoder; leave it out")
+    for name in ("leading_tokens", "trailing_tokens"):
+        if getattr(recipe.protect, name, None) is not None and not any(
+            get_pass(step.pass_).protects_leading for step in recipe.steps
+        ):
+            problems.append(f"protect.{name}: no pass of this recipe removes tokens inside an encoder; leave it out")
     if problems:
         raise RecipeError("\n".join(problems))
 
@@ -67,15 +66,13 @@ def _no_merge(ctx: Context) -> str:
     given = [str(node.meta.get("argument", "")).lower() for node in ctx.captured.placeholders]
     given = [name for name in given if not any(word in name for word in ("modules_", "parameters_", "buffers_"))]
     crossed = [r for r in ctx.regions.of("attention") if r.variant.get("cross") == "cross"]
-    if any(word in name for name in given for word in ("pixel", "image", "cross_attention")) or (
-        crossed and ctx.regions.of("vision_encoder")
-    ):
-        if crossed:
-            where = ", ".join(path_globs(region.path or "(model)" for region in crossed))
-            return (
-                f"the image enters by cross-attention ({where}), so the sequence holds no visual tokens to drop; "
-                "use a recipe for the vision encoder, or one for attention or feed-forward layers"
-            )
+    if crossed:
+        where = ", ".join(path_globs(region.path or "(model)" for region in crossed))
+        return (
+            f"images enter this graph by cross-attention alone ({where}), so its sequence holds no visual tokens to "
+            "drop; use a recipe for the vision encoder, or one for attention or feed-forward layers"
+        )
+    if any(word in name for name in given for word in ("pixel", "image")):
         return (
             "the call has an image, but its features do not enter the token sequence as tokens of their own; use a "
             "recipe for the vision encoder"

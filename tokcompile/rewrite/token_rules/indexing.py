@@ -122,7 +122,7 @@ def _index(self: Follower, node: fx.Node) -> Any:
     if self.dims(value) is None:
         raise self.refuse(node, "tokens choose entries of a value from outside")
     dims = self.known(value)
-    tensors = [(i, t) for i, t in enumerate(indices) if t is not None]  # type: ignore[union-attr, arg-type]
+    tensors = [(i, t) for i, t in enumerate(indices) if t is not None]  # type: ignore[arg-type]
     if any(t.meta["val"].dtype == torch.bool for _, t in tensors):
         raise self.refuse(node, "a boolean mask picks tokens")
     if any(self.dims(t) is not None for _, t in tensors):
