@@ -36,12 +36,8 @@ from torch.fx.experimental import _config as fx_config
 
 from tokcompile.capture.capture import from_export
 from tokcompile.capture.captured import Captured
-<<<<<<< HEAD
-from tokcompile.capture.graph import source_line
-=======
 from tokcompile.capture.checks import Check, checks_in, describe
-from tokcompile.capture.graph import module_path, source_line
->>>>>>> main
+from tokcompile.capture.graph import source_line
 from tokcompile.capture.trace import ASSERTIONS, inline, propagate
 from tokcompile.errors import ExportError
 from tokcompile.kinds import Stage as CallStage
