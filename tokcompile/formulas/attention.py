@@ -8,6 +8,8 @@ Region detection names the roles; a rewrite has to know what is computed between
 
 Both spellings are read: ``scaled_dot_product_attention``, and two contractions (matmul, bmm, baddbmm, einsum) around a
 softmax. What is not of this form is refused with the node at which it differs.
+
+One file: nearly all of it is the reader of one region, which says why it is one.
 """
 
 from __future__ import annotations

@@ -78,6 +78,10 @@ class CompiledGraph:
         return results
 
     def _compile(self, args: Sequence[Any]) -> Variant:
+        """Compile for the kind of sizes at hand.
+
+        One function: the steps from a capture to a variant, in their order, each on what the one before left.
+        """
         session = self.session
         started = time.perf_counter()
         captured = from_dynamo(self.graph_module, args)
