@@ -44,7 +44,7 @@ def unique_ids(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 @unique_ids.register_fake
 def _(ids: Tensor) -> tuple[Tensor, Tensor]:
-    return tuple(torch.empty(ids.numel(), dtype=torch.int64, device="cpu") for _ in range(2))  # type: ignore
+    return tuple(torch.empty(ids.numel(), dtype=torch.int64, device="cpu") for _ in range(2))  # type: ignore[return-value]
 
 
 @operation("tokcompile::fetch_rows", mutates_args=())

@@ -87,7 +87,7 @@ class MoeRouterSmoothing(Pass):
         """Whether the choice is made among probabilities, not logits."""
         flow, node = Flow(ctx.captured.graph), top.args[0]
         while node is not region.roles["router"]:
-            if flow.op[node] in SOFTMAX:  # type: ignore[index]
+            if flow.op[node] in SOFTMAX:
                 return True
             if flow.op[node] not in TRIVIAL | LAYOUT or len(flow.inputs[node]) != 1:  # type: ignore[index]
                 raise ctx.refuse(

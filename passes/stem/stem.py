@@ -281,7 +281,7 @@ class Stem(Pass):
                 return found
             return found.reshape(-1, found.shape[-1])  # the down-projection of some models reads a list of tokens
 
-        return ctx.emit(block, *given.values(), before=formula.down.node)  # type: ignore[no-any-return]
+        return ctx.emit(block, *given.values(), before=formula.down.node)
 
 
 def _without(ids: Tensor, first: Tensor) -> Tensor:

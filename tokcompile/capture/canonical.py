@@ -69,10 +69,10 @@ def _masked_add(captured: Captured, put: fx.Node) -> bool:
     x, indices, values = put.args[:3]
     if (len(put.args) > 3 and put.args[3]) or not isinstance(values, fx.Node) or values.target not in _ADD:
         return False
-    if len([i for i in indices if i is not None]) != 1 or not isinstance(indices[0], fx.Node):  # type: ignore
+    if len([i for i in indices if i is not None]) != 1 or not isinstance(indices[0], fx.Node):  # type: ignore[index, union-attr]
         return False
     mask = indices[0]  # type: ignore[index]
-    if mask.meta["val"].dtype != torch.bool or mask.meta["val"].dim() != x.meta["val"].dim() - 1:  # type: ignore
+    if mask.meta["val"].dtype != torch.bool or mask.meta["val"].dim() != x.meta["val"].dim() - 1:  # type: ignore[union-attr]
         return False
     picked = [a for a in values.args[:2] if isinstance(a, fx.Node) and a.target is aten.index.Tensor]
     picked = [a for a in picked if a.args[0] is x and a.args[1][0] is mask]  # type: ignore[index]
@@ -93,6 +93,6 @@ def _masked_add(captured: Captured, put: fx.Node) -> bool:
     if put.target is aten.index_put_.default:  # later readers of x see the new value
         for user in list(x.users):  # type: ignore[union-attr]
             if user in order and order[user] > order[put]:
-                user.replace_input_with(x, total)  # type: ignore[arg-type]
+                user.replace_input_with(x, total)
     captured.graph.erase_node(put)
     return True

@@ -72,7 +72,7 @@ class _Inputs:
 def _with_history(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` as the result of some operation: gradients flow to it, and it may be changed in place."""
     with torch.enable_grad():
-        return torch._C._functions.DelayedError("an example input has no history", 1)(tensor)  # type: ignore
+        return torch._C._functions.DelayedError("an example input has no history", 1)(tensor)
 
 
 def _sizes(examples: Sequence[Any], args: Sequence[Any]) -> dict[Any, int]:

@@ -8,6 +8,8 @@ Region detection names the roles; a rewrite has to know what is computed between
 
 Both spellings are read: ``scaled_dot_product_attention``, and two contractions (matmul, bmm, baddbmm, einsum) around a
 softmax. What is not of this form is refused with the node at which it differs.
+
+One file: nearly all of it is the reader of one region, which says why it is one.
 """
 
 from __future__ import annotations
@@ -318,7 +320,7 @@ class _Reader:
 
         if any(not equal(n.meta["val"].shape[0], query.meta["val"].shape[0]) for n in (key, value)):
             raise self._refuse(scores, "queries and keys are folded into their leading axis in different ways")
-        return (*(self._emit(unfold, n) for n in (query, key, value)), lambda t: t.flatten(0, 1))  # type: ignore
+        return (*(self._emit(unfold, n) for n in (query, key, value)), lambda t: t.flatten(0, 1))  # type: ignore[return-value]
 
     def _einsum(
         self, query: fx.Node, key: fx.Node, value: fx.Node
@@ -451,7 +453,7 @@ class _Reader:
         name = self.flow.op.get(value, "")
         place = {"full": 1, "scalar_tensor": 0, "full_like": 1}.get(name)
         if place is not None and value.meta["val"].dim() == 0 and isinstance(value.args[place], (int, float)):
-            return float(value.args[place])  # type: ignore[arg-type]
+            return float(value.args[place])
         return None
 
     def _hides(self, value: Any) -> bool:

@@ -103,7 +103,7 @@ def _pick(x: Tensor, rows: int | fx.Node | None, *index: Tensor) -> Tensor:
     if index:
         place = index[0].clamp(min=0)[:, None, :, None]
         return x.gather(2, place.expand(-1, x.shape[1], -1, x.shape[3]))
-    return x if rows is None else x[:, :, :rows]  # type: ignore[misc]
+    return x if rows is None else x[:, :, :rows]
 
 
 def _and_causal(

@@ -175,7 +175,7 @@ def _evaluate(
         try:
             for node in between:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), functools.partial(_value, values=values, ones=ones))
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                values[node] = node.target(*args, **kwargs)
             return values[target].reshape(-1, values[target].shape[-1])[:1].float(), rounded
         except Exception as caught:  # any operation of the model's own
             error = caught

@@ -123,7 +123,7 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
     results = profile.profiler.kineto_results if profile.profiler is not None else None
     if results is None:
         return None
-    cpu = torch.autograd.DeviceType.CPU
+    cpu = torch.autograd.DeviceType.CPU  # type: ignore[attr-defined]
     events = [e for e in results.events() if e.name() == "[memory]" and e.device_type() == cpu]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

@@ -279,7 +279,7 @@ def decoder_stage(
     out: dict[str, dict[int, str]] = {"logits": {0: BATCH} if last else {0: BATCH, 1: SEQUENCE}}
     rows = {0: BATCH, 1: SEQUENCE}
     if images:
-        inputs["inputs_embeds"], axes["inputs_embeds"] = model.get_input_embeddings()(ids), rows  # type: ignore
+        inputs["inputs_embeds"], axes["inputs_embeds"] = model.get_input_embeddings()(ids), rows  # type: ignore[operator]
     else:
         inputs["input_ids"], axes["input_ids"] = ids, rows
     full = torch.cat([mask.new_ones(batch, past), mask], 1)

@@ -133,7 +133,7 @@ def check_generation(
     model: OnnxModel, reference: nn.Module, inputs: Mapping[str, Any], token: int | None, per_image: int
 ) -> Iterator[tuple[list[Parity], dict[str, Any]]]:
     """Compare tokens and logits of :data:`STEPS` steps, on the given prompts and on others of other shapes."""
-    vocabulary = int(reference.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
+    vocabulary = int(reference.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     for label, drawn in prompts(inputs, token, per_image):
         logits: list[Any] = []
         arrays: dict[str, Any] = {n: v.cpu().numpy() for n, v in drawn.items()}

@@ -157,7 +157,7 @@ def _spread(base: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
 
 def _masked_scatter(node: fx.Node, target: str) -> Callable[..., Any] | None:
     base, mask = (n.meta["val"] for n in node.args[:2])  # type: ignore[union-attr]
-    whole = mask.dim() == base.dim() == 3 and (_one(mask.shape[2]) or _same_along_last(node.args[1]))  # type: ignore
+    whole = mask.dim() == base.dim() == 3 and (_one(mask.shape[2]) or _same_along_last(node.args[1]))  # type: ignore[arg-type]
 
     def scatter(base: Tensor, mask: Tensor, source: Tensor) -> Tensor:
         if whole:

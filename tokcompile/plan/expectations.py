@@ -125,7 +125,7 @@ class Expectations:
                 problems.append(
                     f"step '{step.pass_}' changed {entry.matches} region(s), expected at least {least}: {entry.reason}"
                 )
-                uncaptured |= entry.status == "not_captured" or not any(s.captured for s in self.report.stages)
+                uncaptured |= entry.status == Status.NOT_CAPTURED or not any(s.captured for s in self.report.stages)
                 self.note(index, problems[-1])
             elif most is not None and entry.matches > most:
                 problems.append(f"step '{step.pass_}' changed {entry.matches} regions, expected at most {most}")

@@ -87,7 +87,7 @@ def _merge(flow: Flow, node: fx.Node, embeddings: int, images: list[fx.Node]) ->
         sides, mask = [args[1], args[2]], args[0]
     elif op == "index_put":
         indices = args[1]
-        sides, mask = [args[0], args[2]], indices[0] if indices else None  # type: ignore[index, arg-type]
+        sides, mask = [args[0], args[2]], indices[0] if indices else None  # type: ignore[index]
     elif op in ("index_copy", "scatter"):
         sides = [args[0], args[3]]
     elif op in ("slice_scatter", "copy"):

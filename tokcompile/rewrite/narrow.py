@@ -449,7 +449,7 @@ class _Narrower:
     def _gather(self, value: fx.Node, dims: Dims, before: fx.Node) -> fx.Node:
         """Index every token axis of ``value``, whose dimensions (with leading ones added) are ``dims``."""
         axes = [f.axis for d in dims for f in d if f.axis is not None and f.axis.kind == "token"]
-        indices = [self.index(a, before) for a in axes]  # type: ignore[arg-type]
+        indices = [self.index(a, before) for a in axes]
         flat = [f for d in dims for f in d]
         composite = any(len(d) > 1 and is_tracked(d) for d in dims)
         split = [self.number(f.size, before) for f in flat] if composite else []
@@ -578,7 +578,7 @@ class _Narrower:
             if node.target not in (aten.sym_size.int, aten.sym_numel.default) or node.args[0] in cut:
                 continue
             dims = self.flow.labels.get(node.args[0])  # type: ignore[arg-type]
-            which = slice(None) if len(node.args) < 2 else slice(int(node.args[1]), int(node.args[1]) + 1)  # type: ignore
+            which = slice(None) if len(node.args) < 2 else slice(int(node.args[1]), int(node.args[1]) + 1)  # type: ignore[arg-type]
             if isinstance(dims, tuple) and any(is_token(d) for d in dims[which]):
                 if node.users:
                     value = self.number(node.meta["val"], node)

@@ -62,7 +62,10 @@ def overloads(*names: str) -> list[Any]:
 
 
 class Follower:
-    """Applies the rules along the graph. One use: ``Follower(graph, batch).follow(cuts)``."""
+    """Applies the rules along the graph. One use: ``Follower(graph, batch).follow(cuts)``.
+
+    One class: every rule adds to the same labels, which the next one reads.
+    """
 
     def __init__(self, graph: fx.Graph, batch: Axis | None) -> None:
         self.graph = graph

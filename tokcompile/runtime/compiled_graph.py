@@ -78,6 +78,10 @@ class CompiledGraph:
         return results
 
     def _compile(self, args: Sequence[Any]) -> Variant:
+        """Compile for the kind of sizes at hand.
+
+        One function: the steps from a capture to a variant, in their order, each on what the one before left.
+        """
         session = self.session
         started = time.perf_counter()
         captured = from_dynamo(self.graph_module, args)
@@ -98,7 +102,7 @@ class CompiledGraph:
         )
         session.rewrite(ctx, self.stage)
         output = next(iter(captured.graph.find_nodes(op="output")))
-        results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+        results: list[Any] = list(output.args[0])
         memories = [
             (m, captured.placeholders.index(m.past), None if m.grown is None else results.index(m.grown))
             for m in ctx.added.memories or ()

@@ -20,7 +20,7 @@ class Memories:
 
     def get(self, keys: torch.Tensor) -> list[torch.Tensor] | None:
         version, values = self._of.get(keys, (None, None))
-        return values if version == _version(keys) else None  # type: ignore[no-any-return]
+        return values if version == _version(keys) else None
 
     def put(self, keys: torch.Tensor, values: list[torch.Tensor], in_place: bool) -> None:
         if not (in_place and keys.is_inference()):

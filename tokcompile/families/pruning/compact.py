@@ -28,8 +28,8 @@ from tokcompile.formulas.attention import read_attention
 from tokcompile.formulas.mask import read_mask
 from tokcompile.formulas.rope import read_rope
 from tokcompile.regions.flow import Flow
-from tokcompile.rewrite import token_axis
 from tokcompile.rewrite.context import Context
+from tokcompile.rewrite.labels import Flow as AxisFlow
 
 _SAME = LAYOUT | SELECT | TRIVIAL
 _TRIG = {"cos", "sin", "polar"}
@@ -60,7 +60,7 @@ class Compact:
         CacheError: the prompt continues from a cache that holds tokens.
     """
 
-    def __init__(self, ctx: Context, merged: fx.Node, below: token_axis.Flow) -> None:
+    def __init__(self, ctx: Context, merged: fx.Node, below: AxisFlow) -> None:
         self.ctx, self.merged = ctx, merged
         self.flow = Flow(ctx.captured.graph)
         self.factors = self._factors(self._masks(), below)
@@ -128,7 +128,7 @@ class Compact:
             raise self._refuse(self.merged, "no attention is recognised below this merge point")
         return list(masks)
 
-    def _factors(self, masks: list[fx.Node], below: token_axis.Flow) -> list[_Factor]:
+    def _factors(self, masks: list[fx.Node], below: AxisFlow) -> list[_Factor]:
         """What enters below the cut, one value for each token, and is no mask: the factors of the rotations."""
         users: dict[fx.Node, list[fx.Node]] = {}
         for user, demands in below.demands.items():

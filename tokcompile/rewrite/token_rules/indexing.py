@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 @rule(aten.slice.Tensor)
 def _slice(self: Follower, node: fx.Node) -> Any:
-    dims, shape = self.known(node.args[0]), shape_of(node)  # type: ignore[arg-type]
+    dims, shape = self.known(node.args[0]), shape_of(node)
     args: list[Any] = [*node.args, *[None] * 5]
     dim = int(args[1] or 0) % len(dims)
     start, end, step = args[2] or 0, MAX_INT if args[3] is None else args[3], args[4] or 1
@@ -79,7 +79,7 @@ def self_slice(self: Follower, node: fx.Node, axis: Axis, start: Any, end: Any, 
 
 @rule(aten.select.int)
 def _select(self: Follower, node: fx.Node) -> Any:
-    dims = self.known(node.args[0])  # type: ignore[arg-type]
+    dims = self.known(node.args[0])
     dim, index = int(node.args[1]) % len(dims), node.args[2]  # type: ignore[arg-type]
     if is_token(dims[dim]):
         axis = dims[dim][0].axis
@@ -96,7 +96,7 @@ def _select(self: Follower, node: fx.Node) -> Any:
 
 @rule(aten.index_select.default)
 def _index_select(self: Follower, node: fx.Node) -> Any:
-    dims = self.known(node.args[0])  # type: ignore[arg-type]
+    dims = self.known(node.args[0])
     dim = int(node.args[1]) % len(dims)  # type: ignore[arg-type]
     if is_tracked(dims[dim]):
         raise self.refuse(node, "index_select picks tokens or rows")
@@ -121,16 +121,16 @@ def _index(self: Follower, node: fx.Node) -> Any:
     value, indices = node.args[:2]
     if self.dims(value) is None:
         raise self.refuse(node, "tokens choose entries of a value from outside")
-    dims = self.known(value)  # type: ignore[arg-type]
-    tensors = [(i, t) for i, t in enumerate(indices) if t is not None]  # type: ignore[union-attr, arg-type]
-    if any(t.meta["val"].dtype == torch.bool for _, t in tensors):  # type: ignore[union-attr]
+    dims = self.known(value)
+    tensors = [(i, t) for i, t in enumerate(indices) if t is not None]  # type: ignore[arg-type]
+    if any(t.meta["val"].dtype == torch.bool for _, t in tensors):
         raise self.refuse(node, "a boolean mask picks tokens")
     if any(self.dims(t) is not None for _, t in tensors):
         raise self.refuse(node, "an index is computed from tokens")
     positions = [i for i, _ in tensors]
     if positions != list(range(positions[0], positions[0] + len(positions))):
         raise self.refuse(node, "indices with a gap are not followed")
-    rank = max(len(shape_of(t)) for _, t in tensors)  # type: ignore[arg-type]
+    rank = max(len(shape_of(t)) for _, t in tensors)
     made = [plain(s) for s in shape_of(node)[positions[0] : positions[0] + rank]]
     batch = self.flow.batch
     for i, _ in tensors:

@@ -114,17 +114,17 @@ def _isin(self: Follower, node: fx.Node) -> Any:
 def _prelu(self: Follower, node: fx.Node) -> Any:
     """``prelu(x [B, C, ...], weight [C] or [1])``"""
     x, weight = node.args[:2]
-    dims = self.known(x)  # type: ignore[arg-type]
+    dims = self.known(x)
     if any(is_token(d) for d in self._flat(weight)) or (  # type: ignore[arg-type]
         len(dims) > 1 and is_token(dims[1]) and not equal(product(shape_of(weight)), 1)
-    ):  # type: ignore[arg-type]
+    ):
         raise self.refuse(node, "prelu has one slope for each token")
     return dims
 
 
 @rule(aten.glu.default)
 def _glu(self: Follower, node: fx.Node) -> Any:
-    dims = self.known(node.args[0])  # type: ignore[arg-type]
+    dims = self.known(node.args[0])
     dim = dim_argument(node, 1, -1, len(dims))
     if is_token(dims[dim]):
         raise self.refuse(node, "glu divides the token axis")
@@ -236,11 +236,11 @@ def _along(self: Follower, node: fx.Node) -> Any:
     if name in ("tril", "triu"):
         touched = [len(dims) - 2, len(dims) - 1]
     elif name == "topk":
-        touched = [int(node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", -1)) % len(dims)]  # type: ignore
+        touched = [int(node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", -1)) % len(dims)]  # type: ignore[arg-type]
     elif name in ("flip", "roll"):
         place = 1 if name == "flip" else 2
         which = node.args[place] if len(node.args) > place else []
-        touched = [int(d) % len(dims) for d in which] or list(range(len(dims)))  # type: ignore
+        touched = [int(d) % len(dims) for d in which] or list(range(len(dims)))  # type: ignore[arg-type, union-attr]
     else:
         touched = [dim_argument(node, 1, -1, len(dims))]
     if any(is_token(dims[d]) for d in touched):

@@ -24,7 +24,7 @@ def _linear(self: Follower, node: fx.Node) -> Any:
     x, weight = node.args[:2]
     if self.dims(weight) is not None and any(is_token(d) for d in self._flat(weight)):  # type: ignore[arg-type]
         raise self.refuse(node, "the weight of a linear layer depends on tokens")
-    dims = self.known(x)  # type: ignore[arg-type]
+    dims = self.known(x)
     if is_token(dims[-1]):
         raise self.refuse(node, "a linear layer mixes the token axis (a token-mixing MLP)")
     return (*dims[:-1], plain(shape_of(node)[-1]))
@@ -33,7 +33,7 @@ def _linear(self: Follower, node: fx.Node) -> Any:
 @rule(aten.matmul.default, aten.bmm.default, aten.mm.default)
 def _matmul(self: Follower, node: fx.Node) -> Any:
     a, b = node.args[:2]
-    ra, rb = len(shape_of(a)), len(shape_of(b))  # type: ignore[arg-type]
+    ra, rb = len(shape_of(a)), len(shape_of(b))
     rank = max(ra, rb, 2)
     lead = [("b", i) for i in range(rank - 2)]
     keys_a = [*lead, "i", "k"] if ra > 1 else ["k"]
@@ -60,7 +60,7 @@ def _einsum(self: Follower, node: fx.Node) -> Any:
     left, arrow, right = equation.replace(" ", "").partition("->")  # type: ignore[union-attr]
     if not arrow:  # letters that occur once, in alphabetical order
         right = "".join(sorted(c for c in set(left) - {","} if left.count(c) == 1))
-    table = self.product(node, [(arg, list(keys)) for arg, keys in zip(operands, left.split(","), strict=True)], right)  # type: ignore
+    table = self.product(node, [(arg, list(keys)) for arg, keys in zip(operands, left.split(","), strict=True)], right)  # type: ignore[arg-type]
     return self.output(node, list(right), table)
 
 
@@ -148,7 +148,7 @@ def _cross_entropy(self: Follower, node: fx.Node) -> Any:
 )
 def _grid(self: Follower, node: fx.Node) -> Any:
     name = op_name(node)
-    dims = self.known(node.args[0])  # type: ignore[arg-type]
+    dims = self.known(node.args[0])
     if name in ("pad", "constant_pad_nd"):
         amounts = list(node.args[1])  # type: ignore[arg-type]
         touched = {len(dims) - 1 - i // 2 for i, amount in enumerate(amounts) if amount != 0}

@@ -112,7 +112,7 @@ def _permute(self: Follower, node: fx.Node) -> Any:
     rank, name = len(dims), op_name(node)
     order = list(range(rank))
     if name == "permute":
-        order = [int(d) % rank for d in node.args[1]]  # type: ignore
+        order = [int(d) % rank for d in node.args[1]]  # type: ignore[arg-type, union-attr]
     elif name in ("t", "mT", "adjoint"):
         order[-2:] = order[-2:][::-1]
     elif name == "numpy_T":
@@ -148,12 +148,12 @@ def _repeat_interleave(self: Follower, node: fx.Node) -> Any:
     which = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
     if which is None or is_tracked(dims[int(which) % len(dims)]):  # type: ignore[arg-type]
         raise self.refuse(node, "repeat_interleave repeats tokens")
-    return tuple(plain(shape[i]) if i == int(which) % len(dims) else d for i, d in enumerate(dims))  # type: ignore
+    return tuple(plain(shape[i]) if i == int(which) % len(dims) else d for i, d in enumerate(dims))  # type: ignore[arg-type]
 
 
 @rule(aten.cat.default, aten.concat.default)
 def _cat(self: Follower, node: fx.Node) -> Any:
-    tensors: list[fx.Node] = [t for t in node.args[0] if not equal(product(shape_of(t)), 0)]  # type: ignore
+    tensors: list[fx.Node] = [t for t in node.args[0] if not equal(product(shape_of(t)), 0)]  # type: ignore[misc, union-attr]
     shape = shape_of(node)
     rank = len(shape)
     dim = dim_argument(node, 1, 0, rank)
@@ -217,4 +217,4 @@ def _split(self: Follower, node: fx.Node) -> Any:
 @rule(operator.getitem)
 def _getitem(self: Follower, node: fx.Node) -> Any:
     dims = self.dims(node.args[0])
-    return dims[node.args[1]] if isinstance(dims, list) else None  # type: ignore[index]
+    return dims[node.args[1]] if isinstance(dims, list) else None
