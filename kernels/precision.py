@@ -14,15 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 
-def operation(name: str, **kwargs: Any) -> Callable[[Callable[..., Any]], Any]:
+def operation(name: str, **kwargs: Any) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """``torch.library.custom_op`` for a function that runs with autocast off."""
 
-    def make(function: Callable[..., Any]) -> Any:
+    def make(function: Callable[..., Any]) -> CustomOpDef:
         @functools.wraps(function)
         def alone(*args: Any, **kwargs: Any) -> Any:
-            with torch._C._DisableAutocast():  # type: ignore[attr-defined]
+            with torch._C._DisableAutocast():
                 return function(*args, **kwargs)
 
         schema = torch.library.infer_schema(function, mutates_args=kwargs["mutates_args"])
@@ -61,7 +62,7 @@ exact_matmul.register_autograd(_differentiate, setup_context=_keep)
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` in the precision of its operands. Traceable; autocast that is off costs nothing."""
-    return exact_matmul(a, b) if torch.is_autocast_enabled(a.device.type) else torch.matmul(a, b)  # type: ignore
+    return exact_matmul(a, b) if torch.is_autocast_enabled(a.device.type) else torch.matmul(a, b)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -127,7 +127,7 @@ def _frames() -> str:
     """The calls that led here, as a stack trace of the model's own files, the innermost last."""
     lines: list[str] = []
     frame = sys._getframe(2)
-    while frame is not None and frame.f_code is not trace_known.__code__:  # type: ignore[name-defined]
+    while frame is not None and frame.f_code is not trace_known.__code__:
         code = frame.f_code
         if not code.co_filename.startswith((_TORCH, __file__, "<")):
             lines.append(f'  File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}\n')

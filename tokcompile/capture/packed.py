@@ -199,9 +199,9 @@ def _steps(branches: Sequence[_Branch], lengths: Sequence[int], dim: int) -> lis
             rank = len(_shape(step))
             order = list(range(rank))
             if name == "permute":
-                order = [axis % rank for axis in step.args[1]]  # type: ignore[union-attr]
+                order = [axis % rank for axis in step.args[1]]
             else:
-                a, b = (axis % rank for axis in step.args[1:])  # type: ignore[operator]
+                a, b = (axis % rank for axis in step.args[1:])
                 order[a], order[b] = order[b], order[a]
             place = order.index(place)
         result.append((step.target, tuple(step.args[1:])))

@@ -135,7 +135,7 @@ class _Reader:
             query,
             key,
             value,
-            1 / math.sqrt(width) if scale is None else float(scale),  # type: ignore
+            1 / math.sqrt(width) if scale is None else float(scale),
             0.0,
             False,
             mask,
@@ -466,7 +466,7 @@ class _Reader:
 
     def _emit(self, function: Callable[..., Tensor], *nodes: fx.Node) -> fx.Node:
         written = any(n in self.flow.position and self.flow.written(n) for n in nodes)
-        return self.ctx.emit(function, *nodes, before=self.output if written else self.ctx.after(*nodes))  # type: ignore[no-any-return]
+        return self.ctx.emit(function, *nodes, before=self.output if written else self.ctx.after(*nodes))
 
     def _refuse(self, node: fx.Node, reason: str) -> Exception:
         return self.ctx.refuse(node, reason)

@@ -205,7 +205,8 @@ def tokens_around(flow: Flow, start: fx.Node, patches: fx.Node) -> tuple[Any, An
             behind = behind + sum(flow.sizes(n)[axis] for n in operands[place + 1 :])
             token = token or (node if place else None)
         elif flow.op[node] in ("pad", "constant_pad_nd") and len(node.args[1]) == 4:  # type: ignore[arg-type]
-            count, behind = count + node.args[1][2], behind + node.args[1][3]  # type: ignore[index, operator]
+            pads: Any = node.args[1]
+            count, behind = count + pads[2], behind + pads[3]
         elif flow.op[node] == "slice" and axis == len(flow.dims(node) or ()) - 2:
             first = node.args[2] if len(node.args) > 2 else 0
             if isinstance(first, int) and first > 0:

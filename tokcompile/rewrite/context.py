@@ -170,7 +170,7 @@ class Context:
                     f"the weight is a {kind}, whose entries cannot be read one by one; change the model with plain "
                     "weights first, and quantise or shard what comes out",
                 )
-            return value  # type: ignore[no-any-return]
+            return value
         raise self.refuse(node, "expected a parameter of the model, found a value that is computed in the graph")
 
     def observe(self, function: Callable[..., None], *nodes: fx.Node) -> None:
