@@ -52,6 +52,10 @@ class NoMatchError(TokcompileError):
     """A recipe step changed nothing (or less than it expects), and ``on_no_match="error"``."""
 
 
+class CheckError(TokcompileError, RuntimeError):
+    """A check that the model makes on its inputs does not hold, so there is no result."""
+
+
 class CaptureError(TokcompileError):
     """A stage of the model could not be captured as one graph."""
 

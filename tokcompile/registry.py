@@ -90,7 +90,7 @@ def register(pass_class: PassClass) -> PassClass:
     if not (isinstance(params, type) and issubclass(params, BaseModel)):
         raise TypeError(f"{who}.Params: expected a pydantic model (see PassParams), found {params!r}")
     if params.model_config.get("extra") != "forbid":
-        raise TypeError(f"{who}.Params: must forbid unknown keys; derive it from tokcompile.registry.PassParams")
+        raise TypeError(f"{who}.Params: must forbid unknown keys; derive it from tokcompile.authoring.PassParams")
     bare = [field for field, info in params.model_fields.items() if not info.description]
     if bare:
         raise TypeError(f"{who}.Params: no description on {', '.join(bare)}")

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from ..attend import check_heads, check_numbers, differ, kernel_limits, shape_of, wide
 from ..launch import runs_on
+from ..precision import operation
 from . import triton as kernel
 from .reference import attention_rows_reference
 
 
-@torch.library.custom_op("tokcompile::attention_rows", mutates_args=())
+@operation("tokcompile::attention_rows", mutates_args=())
 def attention_rows(
     query: Tensor,
     key: Tensor,

@@ -15,11 +15,12 @@ from torch.utils.flop_counter import register_flop_formula
 from ..attend import check_heads, check_numbers, check_range, differ, kernel_limits, register_derivative, shape_of, wide
 from ..attention_rows.op import check_position
 from ..launch import runs_on
+from ..precision import operation
 from . import triton as kernel
 from .reference import Settings, backward_reference, block_list_attention_reference
 
 
-@torch.library.custom_op("tokcompile::block_list_attention", mutates_args=())
+@operation("tokcompile::block_list_attention", mutates_args=())
 def block_list_attention(
     query: Tensor,
     key: Tensor,
@@ -79,7 +80,7 @@ def _(
     )
 
 
-@torch.library.custom_op("tokcompile::block_list_attention_backward", mutates_args=())
+@operation("tokcompile::block_list_attention_backward", mutates_args=())
 def block_list_attention_backward(
     grad_output: Tensor,
     grad_lse: Tensor,

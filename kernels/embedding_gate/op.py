@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ..activation import activate, check_activation, slope
 from ..launch import runs_on
+from ..precision import operation
 from . import triton as kernel
 from .reference import rows
 
 
-@torch.library.custom_op("tokcompile::embedding_gate", mutates_args=())
+@operation("tokcompile::embedding_gate", mutates_args=())
 def embedding_gate(
     gate: Tensor,
     table: Tensor,
@@ -141,7 +142,7 @@ def _values(gate: Tensor, table: Tensor, place: Tensor, fallback: Tensor | None)
     return torch.where(missing, fallback.to(gate.dtype), value)
 
 
-@torch.library.custom_op("tokcompile::embedding_gate_backward", mutates_args=())
+@operation("tokcompile::embedding_gate_backward", mutates_args=())
 def embedding_gate_backward(
     grad: Tensor,
     gate: Tensor,

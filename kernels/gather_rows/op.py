@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ..attend import FLOATS, KERNEL_FLOATS, check_range, differ, shape_of
 from ..launch import runs_on
+from ..precision import operation
 from . import triton as kernel
 from .reference import gather_backward_reference, gather_rows_reference, scatter_rows_reference
 
 
-@torch.library.custom_op("tokcompile::gather_rows", mutates_args=())
+@operation("tokcompile::gather_rows", mutates_args=())
 def gather_rows(source: Tensor, index: Tensor) -> Tensor:
     """Rows by head; see ``reference.gather_rows_reference``.
 
@@ -36,7 +37,7 @@ def gather_rows(source: Tensor, index: Tensor) -> Tensor:
     return gather_rows_reference(source, index)
 
 
-@torch.library.custom_op("tokcompile::scatter_rows", mutates_args=())
+@operation("tokcompile::scatter_rows", mutates_args=())
 def scatter_rows(rows: Tensor, index: Tensor, length: int) -> Tensor:
     """Rows back to their places; see ``reference.scatter_rows_reference``.
 
@@ -56,7 +57,7 @@ def scatter_rows(rows: Tensor, index: Tensor, length: int) -> Tensor:
     return scatter_rows_reference(rows, index, length)
 
 
-@torch.library.custom_op("tokcompile::gather_rows_backward", mutates_args=())
+@operation("tokcompile::gather_rows_backward", mutates_args=())
 def gather_rows_backward(grad: Tensor, index: Tensor, heads: int, length: int) -> Tensor:
     """Derivative of :func:`gather_rows` for its source."""
     return gather_backward_reference(grad, index, heads, length)

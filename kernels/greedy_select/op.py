@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..precision import operation
 from . import triton as kernel
 from .reference import EPSILON, MAX_WIDTH, NORM, check_criterion, first_token, mean_similarity
 
@@ -30,7 +31,7 @@ _POOL = 4  # tokens among which they are guessed, per choice
 _CHUNK = 1 << 17  # entries that are quantised at a time
 
 
-@torch.library.custom_op("tokcompile::greedy_select", mutates_args=())
+@operation("tokcompile::greedy_select", mutates_args=())
 def greedy_select(
     features: Tensor, segment: Tensor, budget: Tensor, criterion: str, pivot: Tensor | None = None
 ) -> Tensor:

@@ -21,11 +21,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..activation import activate, check_activation, slope
 from ..launch import runs_on
+from ..precision import operation
 from . import triton as kernel
 from .reference import is_gated
 
 
-@torch.library.custom_op("tokcompile::grouped_ffn", mutates_args=())
+@operation("tokcompile::grouped_ffn", mutates_args=())
 def grouped_ffn(
     x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, activation: str, bias: Tensor | None = None
 ) -> Tensor:
@@ -143,7 +144,7 @@ def grouped_ffn_host(
     return result.to(x.dtype)
 
 
-@torch.library.custom_op("tokcompile::grouped_ffn_backward", mutates_args=())
+@operation("tokcompile::grouped_ffn_backward", mutates_args=())
 def grouped_ffn_backward(
     grad: Tensor,
     x: Tensor,

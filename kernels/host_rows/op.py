@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..precision import operation
 from .reference import fetch_rows_reference, unique_ids_reference, wanted_rows
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -26,7 +27,7 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
     return _streams[device]
 
 
-@torch.library.custom_op("tokcompile::unique_ids", mutates_args=())
+@operation("tokcompile::unique_ids", mutates_args=())
 def unique_ids(ids: Tensor) -> tuple[Tensor, Tensor]:
     """The ids that differ, and where each id is among them, in host memory; see ``reference.unique_ids_reference``.
 
@@ -46,7 +47,7 @@ def _(ids: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(torch.empty(ids.numel(), dtype=torch.int64, device="cpu") for _ in range(2))  # type: ignore
 
 
-@torch.library.custom_op("tokcompile::fetch_rows", mutates_args=())
+@operation("tokcompile::fetch_rows", mutates_args=())
 def fetch_rows(table: Tensor, remap: Tensor, unique: Tensor, place: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Start to bring the rows of some ids to the device of ``ids``; see ``reference.fetch_rows_reference``.
 
@@ -109,7 +110,7 @@ def _started(table: Tensor, wanted: Tensor, index: Tensor, device: torch.device)
     return rows, places
 
 
-@torch.library.custom_op("tokcompile::await_rows", mutates_args=())
+@operation("tokcompile::await_rows", mutates_args=())
 def await_rows(rows: Tensor, index: Tensor) -> Tensor:
     """Let the current stream wait for what :func:`fetch_rows` started.
 

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..precision import operation
 
-@torch.library.custom_op("tokcompile::linear_where", mutates_args=())
+
+@operation("tokcompile::linear_where", mutates_args=())
 def linear_where(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
     """A linear layer for the tokens of ``mask``.
 
@@ -39,7 +41,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.custom_op("tokcompile::linear_where_backward", mutates_args=())
+@operation("tokcompile::linear_where_backward", mutates_args=())
 def linear_where_backward(grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
     result, above = torch.zeros_like(x), grad[mask].to(weight.dtype)  # under autocast x can be narrower than weight

@@ -20,8 +20,10 @@ from tokcompile.kernels.block_list_attention import block_list_attention
 from tokcompile.kernels.gather_rows import gather_rows
 from tokcompile.kernels.token_sparse_attention.reference import compute, select
 
+from ..precision import operation
 
-@torch.library.custom_op("tokcompile::token_sparse_attention", mutates_args=())
+
+@operation("tokcompile::token_sparse_attention", mutates_args=())
 def token_sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -69,7 +71,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> T
     return query.new_empty(*query.shape[:3], value.shape[3])
 
 
-@torch.library.custom_op("tokcompile::token_sparse_attention_backward", mutates_args=())
+@operation("tokcompile::token_sparse_attention_backward", mutates_args=())
 def token_sparse_attention_backward(
     grad: Tensor,
     query: Tensor,

@@ -12,11 +12,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..attend import differ, kernel_limits
 from ..launch import runs_on
+from ..precision import operation
 from . import triton as kernel
 from .reference import token_votes_reference
 
 
-@torch.library.custom_op("tokcompile::token_votes", mutates_args=())
+@operation("tokcompile::token_votes", mutates_args=())
 def token_votes(
     query: Tensor,
     key: Tensor,

@@ -29,6 +29,7 @@ from torch.nn import functional
 from tokcompile.capture.ops import LAYOUT, SOFTMAX, TRIVIAL
 from tokcompile.capture.sizes import dims_of, equal
 from tokcompile.formulas.attention import AttentionForm, read_attention
+from tokcompile.kernels.precision import matmul
 from tokcompile.plan.pass_base import Pass
 from tokcompile.regions.flow import Flow
 from tokcompile.regions.model import Region
@@ -140,10 +141,10 @@ def coupled(
         mask = mask.to(query.dtype)
     values = own.unsqueeze(1).expand(-1, heads, -1, -1)
     if softcap:
-        logits = softcap * torch.tanh(query @ key.transpose(-1, -2) * (scale / softcap))
+        logits = softcap * torch.tanh(matmul(query.to(key.dtype), key.transpose(-1, -2)) * (scale / softcap))
         if mask is not None:
             logits = logits + mask if mask.is_floating_point() else logits.masked_fill(~mask, -torch.inf)
-        found = logits.softmax(-1) @ values
+        found = matmul(logits.softmax(-1).to(values.dtype), values)
     else:
         found = functional.scaled_dot_product_attention(query, key, values, mask, is_causal=causal, scale=scale)
     mean = found.mean(1)

@@ -48,7 +48,7 @@ class ClassAttention(PatchSelection):
         self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int, *inputs: Tensor
     ) -> Scores:
         context, rows = inputs
-        weights = rows.mean(2)[:, :, prefix:]  # [B, H, patches]
+        weights = rows.mean(2)[:, :, prefix:]  # [B, H, patches and what stands behind them]
         if prefix:
             norm = torch.linalg.vector_norm(context[:, :, prefix:].to(torch.float32), dim=-1)
             weights = weights * (norm / (norm.sum(1, keepdim=True) + 1e-8))

@@ -27,6 +27,7 @@ from torch import Tensor, fx
 from tokcompile.families.pruning.patches import PatchParams, PatchSelection
 from tokcompile.families.scores import Scores
 from tokcompile.formulas.attention import AttentionForm, read_attention
+from tokcompile.kernels.precision import matmul
 from tokcompile.regions.model import Layer, Region
 from tokcompile.registry import about, register
 from tokcompile.rewrite.context import Context
@@ -145,7 +146,7 @@ def merged(
     like = like / (torch.linalg.vector_norm(like, dim=-1, keepdim=True) + 1e-8)
     odd = torch.remainder(segment_positions(segment), 2)
     gives, takes = torch.logical_and(segment >= 0, odd == 0), torch.logical_and(segment >= 0, odd == 1)
-    cosine = torch.matmul(like, like.transpose(1, 2)).masked_fill(torch.logical_not(takes)[:, None], -2.0)
+    cosine = matmul(like, like.transpose(1, 2)).masked_fill(torch.logical_not(takes)[:, None], -2.0)
     index = torch.arange(tokens.shape[1], device=tokens.device)
     if reach is not None:
         cosine = cosine.masked_fill((index[:, None] - index).abs() > reach, -2.0)

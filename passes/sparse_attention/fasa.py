@@ -30,6 +30,7 @@ from tokcompile.families.sparse_attention.decode.base import SparseDecode, Spars
 from tokcompile.formulas.attention import AttentionForm, read_attention
 from tokcompile.formulas.mask import is_visible
 from tokcompile.formulas.rope import read_rope
+from tokcompile.kernels.precision import matmul
 from tokcompile.plan.pass_base import Seen
 from tokcompile.regions.model import Region
 from tokcompile.registry import about, register
@@ -145,4 +146,4 @@ class Fasa(SparseDecode):
     ) -> Scores:
         groups = query.unflatten(1, (key.shape[1], -1)).sum(2)  # scores add up over the heads that share a key head
         masked = groups * more[0].to(query.dtype).unsqueeze(1)
-        return Scores(torch.matmul(masked, key.transpose(-1, -2)).squeeze(2).float())
+        return Scores(matmul(masked.to(key.dtype), key.transpose(-1, -2)).squeeze(2).float())

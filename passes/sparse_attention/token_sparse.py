@@ -24,6 +24,7 @@ from tokcompile.capture.sizes import equal
 from tokcompile.errors import CalibrationError, UnprofitableError
 from tokcompile.formulas.attention import AttentionForm, read_attention
 from tokcompile.formulas.mask import MaskForm, read_mask
+from tokcompile.kernels.precision import as_autocast
 from tokcompile.kernels.token_sparse_attention import op as _ops  # noqa: F401  registers the operation
 from tokcompile.plan.pass_base import Pass, Seen
 from tokcompile.plan.plan import Taken
@@ -210,6 +211,7 @@ class TokenSparse(Pass):
 
         def sparse(query: Tensor, key: Tensor, value: Tensor, *masks: Tensor) -> Tensor:
             given = dict(zip(names, masks, strict=True))
+            query, key, value = as_autocast(query, key, value)
             return torch.ops.tokcompile.token_sparse_attention(  # type: ignore[no-any-return]
                 query, key, value, given.get("keys"), given.get("mask"), *settings
             )

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from tokcompile.capture.captured import Captured
+from tokcompile.capture.packed import pack
 from tokcompile.capture.trace import inline, propagate
 
 aten = torch.ops.aten
@@ -31,7 +32,7 @@ _VIEWS = {
 def canonicalise(captured: Captured) -> int:
     """Apply all rewrites in place; returns how many were made."""
     _share_views(captured.graph)
-    count = 0
+    count = pack(captured)
     for node in list(captured.graph.nodes):
         if node.target in _PUT and _masked_add(captured, node):
             count += 1

@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from tokcompile.capture.captured import Captured
+from tokcompile.capture.checks import CheckedInterpreter
 from tokcompile.capture.graph import module_path, source_line
 from tokcompile.capture.trace import trace
 from tokcompile.errors import CaptureError
@@ -111,7 +112,7 @@ def from_dynamo(graph_module: fx.GraphModule, args: Sequence[Any] = ()) -> Captu
     inputs = _Inputs(mode, _sizes(examples, args))
     fakes = [inputs.value(example) for example in examples]
     graph_module = _flatten_vmap(graph_module, fakes, mode)
-    traced = trace(lambda *args: fx.Interpreter(graph_module).run(*args), fakes, mode)
+    traced = trace(lambda *args: CheckedInterpreter(graph_module).run(*args), fakes, mode)
     for node in traced.graph.find_nodes(op="get_attr"):
         if isinstance(getattr(traced, node.target), FakeTensor):
             raise CaptureError(f"a value computed at {source_line(node)} ({module_path(node)}) cannot be traced")
@@ -130,7 +131,7 @@ def from_export(program: torch.export.ExportedProgram, same: Mapping[Any, Any] |
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     inputs = _Inputs(mode, same=same)
     fakes = [inputs.value(node.meta["val"]) for node in graph_module.graph.nodes if node.op == "placeholder"]
-    traced = trace(lambda *args: fx.Interpreter(graph_module).run(*args), fakes, mode)
+    traced = trace(lambda *args: CheckedInterpreter(graph_module).run(*args), fakes, mode)
     _name_arguments(traced, graph_module)
     return Captured(traced, mode, "export", inputs.symbols)
 

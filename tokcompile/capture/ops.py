@@ -158,7 +158,7 @@ REDUCE = {"mean", "var", "std", "sum", "linalg_vector_norm", "norm", "var_mean",
 
 CONTRACTION = {"matmul", "bmm", "einsum", "baddbmm", "mm"}
 SOFTMAX = {"softmax", "_softmax", "_safe_softmax"}
-SDPA = {"scaled_dot_product_attention"}
+SDPA = {"scaled_dot_product_attention", "packed_attention"}
 
 #: Whole layers as one operation (nn.TransformerEncoderLayer and nn.MultiheadAttention without gradients).
 FUSED = {"_transformer_encoder_layer_fwd", "_native_multi_head_attention"}

@@ -15,8 +15,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from tokcompile.capture.captured import Captured
 
 aten = torch.ops.aten
-#: Run-time assertions that model code makes about its inputs; they compute nothing.
-ASSERTIONS = {aten._assert_scalar.default, aten._assert_async.msg, aten._assert_tensor_metadata.default}
+#: Run-time assertions that compute nothing: what tracing learns of numbers (see :mod:`tokcompile.capture.checks`).
+ASSERTIONS = {aten._assert_scalar.default, aten._assert_tensor_metadata.default}
 
 
 def trace(call: Callable[..., Any], inputs: Sequence[Any], mode: FakeTensorMode) -> fx.GraphModule:

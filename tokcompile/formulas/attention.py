@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
 from tokcompile.capture.graph import erase
 from tokcompile.capture.ops import TRIVIAL, sdpa_arguments
+from tokcompile.capture.packed import block_mask
 from tokcompile.capture.sizes import equal
 from tokcompile.kernels.hidden import hides
 from tokcompile.regions.flow import Flow
@@ -112,7 +113,29 @@ class _Reader:
         self.output = region.roles["output"]
 
     def read(self) -> AttentionForm:
+        if self.region.variant["form"] == "packed":
+            return self._packed()
         return self._sdpa() if self.region.variant["form"] == "sdpa" else self._eager()
+
+    def _packed(self) -> AttentionForm:
+        """Pieces of one row: the mask says which keys are of the same piece."""
+        node = self.output
+        query, key, value, lengths, scale = cast(tuple[Any, ...], (*node.args, None)[:5])
+        mask = self._emit(lambda q: block_mask(lengths, q.device), query)
+        key, value = self._single(key, value)
+        width = query.meta["val"].shape[-1]
+        return AttentionForm(
+            query,
+            key,
+            value,
+            1 / math.sqrt(width) if scale is None else float(scale),  # type: ignore
+            0.0,
+            False,
+            mask,
+            None,
+            node,
+            lambda t: t,
+        )
 
     # .. scaled_dot_product_attention
 

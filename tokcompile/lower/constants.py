@@ -9,9 +9,7 @@ import torch
 from torch import fx
 
 from tokcompile.capture.captured import Captured
-
-#: A constant of more elements than this is computed anew in each call rather than kept in memory.
-MOST_CONSTANT = 2**20
+from tokcompile.capture.known import MOST_CONSTANT
 
 
 def fold_constants(captured: Captured) -> int:

@@ -13,6 +13,7 @@ from tokcompile.capture.captured import Captured
 from tokcompile.lower.cpu_linear import choose_linears
 from tokcompile.lower.repeated import compile_repeated
 from tokcompile.lower.repeated_parts import WholeError
+from tokcompile.lower.wrapped import call_functions, example
 
 LOWERINGS = ("inductor", "eager")
 
@@ -26,8 +27,13 @@ def lower(
     Args:
         streams: the residual streams of its stacks of layers, see :func:`compile_repeated`.
     """
+    wrapped = call_functions(captured)
     if lowering == "eager":
         return captured.graph_module, lowering
+    if wrapped:
+        values = [example(node) for node in captured.placeholders]
+        how = f"as a whole: weights are {', '.join(wrapped)}"
+        return _inductor(captured.graph_module, values, captured.fake_mode), how
     choose_linears(captured)
     try:
         return compile_repeated(captured, streams, _inductor)

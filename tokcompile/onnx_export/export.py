@@ -395,6 +395,8 @@ class _Job:
             "eos_token_id": getattr(config, "eos_token_id", None),
             "pad_token_id": getattr(config, "pad_token_id", None),
             "suppress_tokens": getattr(config, "suppress_tokens", None),
+            # no file sees ids and features both; OnnxModel.generate counts them
+            "checks": [] if token is None else ["input_ids hold one image_token_id for each row of image_features"],
             "cache_groups": [
                 {"layers": group, "positions": f"past_positions.{i}", "length": f"past_length_{i}"}
                 for i, group in enumerate(groups)

@@ -83,7 +83,8 @@ def save_model(lowered: Lowered, folder: Path, relative: str, inline_bytes: int 
         "weights_bytes": sum(weights.values()),
         "nodes": lowered.nodes,
         "inputs": [_value(v) for v in lowered.model.graph.inputs],
-        "outputs": [_value(v) for v in lowered.model.graph.outputs],
+        "outputs": [_value(v) for v in lowered.model.graph.outputs if v.name not in lowered.checks],
+        "checks": [{"output": name, "message": check.portable()} for name, check in lowered.checks.items()],
     }
 
 

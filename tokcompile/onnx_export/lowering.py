@@ -39,6 +39,7 @@ from torch.fx.experimental import _config as fx_config
 import tokcompile.kernels
 from tokcompile.capture.capture import from_export
 from tokcompile.capture.captured import Captured
+from tokcompile.capture.checks import Check, checks_in, describe
 from tokcompile.capture.graph import module_path, source_line
 from tokcompile.capture.trace import ASSERTIONS, inline, propagate
 from tokcompile.errors import ExportError
@@ -103,6 +104,7 @@ class Lowered:
         inputs, outputs: names in order. sizes: names of data-dependent sizes and of the values that they have.
         nodes: number of ONNX nodes. context: what the passes did.
         lines: name of an FX node -> source line of the model code.
+        checks: outputs (bool, one element) that say whether the inputs pass a check of the model. A file cannot raise.
     """
 
     found: CapturedStage
@@ -113,6 +115,7 @@ class Lowered:
     sizes: dict[str, str]
     context: Context | None
     lines: dict[str, str]
+    checks: dict[str, Check] = field(default_factory=dict)
 
     @property
     def stage(self) -> Stage:
@@ -314,9 +317,11 @@ def lower(
         extra_outputs: nodes to return beside the outputs of the stage.
     """
     captured, stage = found.captured, found.stage
-    names = [*found.outputs, *(extra_outputs or {})]
+    checks = _checks(captured)
+    extra_outputs = {**(extra_outputs or {}), **{name: node for name, (node, _) in checks.items()}}
+    names = [*found.outputs, *extra_outputs]
     output = captured.graph.output_node()
-    results = [*output.args[0], *(extra_outputs or {}).values()]  # type: ignore[misc]
+    results = [*output.args[0], *extra_outputs.values()]  # type: ignore[misc]
     sizes: dict[str, str] = {}
     added = ctx.added.of if ctx else {}
     for node, item in added.items():
@@ -367,7 +372,17 @@ def lower(
         sizes,
         ctx,
         lines,
+        {name: check for name, (_, check) in checks.items()},
     )
+
+
+def _checks(captured: Captured) -> dict[str, tuple[fx.Node, Check]]:
+    """Take the checks of the model out of the graph: name of an output -> the value that says whether it holds."""
+    found: dict[fx.Node, Check] = {}
+    for node in checks_in(captured.graph):
+        found.setdefault(node.args[0], describe(node))  # type: ignore[arg-type]
+        captured.graph.erase_node(node)
+    return {f"check_{number}": pair for number, pair in enumerate(found.items())}
 
 
 def _clean(captured: Captured) -> None:

@@ -10,6 +10,7 @@
 ``scatter_reduce("mean")``         the exporter silently overwrites; sum and count are right.
 ``tokcompile::held``, ``visual_scores``  marks for the passes, which have done with them: what they mark stays.
 ``where``, ``masked_fill`` of bools  onnxruntime has Where for numbers only.
+``_is_all_true``, ``_is_any_true``  what checks of a model ask, by their common names.
 ``sort(stable=)``                  ONNX breaks ties by the lower index already; the exporter has no stable form.
 """
 
@@ -243,6 +244,8 @@ def _marked(place: int) -> Repair:
 
 REPAIRS: dict[Any, Repair] = {
     aten.scaled_dot_product_attention.default: _attention,
+    aten._is_all_true.default: lambda node, target: torch.all,
+    aten._is_any_true.default: lambda node, target: torch.any,
     aten.div.Tensor_mode: _div,
     aten.div.Scalar_mode: _div,
     aten.masked_scatter.default: _masked_scatter,

@@ -95,7 +95,7 @@ class OnnxModel:
         """Run one file by its role in the manifest.
 
         Raises:
-            ExportError: an input is missing or unknown.
+            ExportError: an input is missing or unknown, or does not pass a check of the model.
         """
         wanted = self._inputs[role]
         wrong = sorted(set(wanted) ^ set(inputs))
@@ -104,7 +104,11 @@ class OnnxModel:
         feed: dict[str, Array] = {
             name: np.ascontiguousarray(np.asarray(value), _DTYPES[wanted[name].type]) for name, value in inputs.items()
         }
-        return dict(zip(self._outputs[role], self.sessions[role].run(None, feed), strict=True))
+        results = dict(zip(self._outputs[role], self.sessions[role].run(None, feed), strict=True))
+        for check in self.manifest["files"][role].get("checks", ()):  # a file cannot raise; it says what it found
+            if not np.all(results.pop(check["output"])):
+                raise ExportError(f"{role}: {check['message']}")
+        return results
 
     # .. generation
 

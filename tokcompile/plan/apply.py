@@ -70,6 +70,7 @@ class Matching:
         ]
         if self.recipe is not None and self.recipe.protect is not None:
             ctx.leading_tokens = self.recipe.protect.leading_tokens
+            ctx.trailing_tokens = self.recipe.protect.trailing_tokens
 
     def plan(self, ctx: Context, stage: str) -> Plan:
         """What the recipe will do to the graph of ``ctx``, in which regions were found; changes nothing."""

@@ -31,12 +31,11 @@ def check_supported(recipe: Recipe) -> None:
             problems.append(f"{where}: takes no target.layers; its own parameters say at which depth it acts")
         if step.target.modality is not None and method.regions != "merge_point":
             problems.append(f"{where}: images and video are told apart at merge points only; leave target.modality out")
-    if (
-        recipe.protect is not None
-        and recipe.protect.leading_tokens is not None
-        and not any(get_pass(step.pass_).protects_leading for step in recipe.steps)
-    ):
-        problems.append("protect.leading_tokens: no pass of this recipe removes tokens inside an encoder; leave it out")
+    for name in ("leading_tokens", "trailing_tokens"):
+        if getattr(recipe.protect, name, None) is not None and not any(
+            get_pass(step.pass_).protects_leading for step in recipe.steps
+        ):
+            problems.append(f"protect.{name}: no pass of this recipe removes tokens inside an encoder; leave it out")
     if problems:
         raise RecipeError("\n".join(problems))
 

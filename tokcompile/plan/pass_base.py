@@ -33,7 +33,7 @@ class Pass:
     #: "decode": acts in decode steps only, so a prefill without a match is no mistake.
     #: "prefill": has nothing to do in decode steps.
     stage: ClassVar[Literal["any", "decode", "prefill"]] = "any"
-    #: Whether it keeps the ``ctx.leading_tokens`` of an encoder.
+    #: Whether it keeps the ``ctx.leading_tokens`` and ``ctx.trailing_tokens`` of an encoder.
     protects_leading: ClassVar[bool] = False
 
     class Params(BaseModel):

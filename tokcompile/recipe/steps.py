@@ -107,6 +107,9 @@ class Protect(RecipeModel):
     leading_tokens: int | None = Field(
         None, ge=0, description="Tokens kept at the head of an encoder's axis; left out, as found in the graph."
     )
+    trailing_tokens: int | None = Field(
+        None, ge=0, description="Tokens kept at the end of an encoder's axis; left out, as found in the graph."
+    )
 
     def covers(self, path: str) -> bool:
         """Whether the region at that module path has to be left alone."""

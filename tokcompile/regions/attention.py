@@ -81,6 +81,10 @@ def find_attention(flow: Flow, misses: Misses) -> list[Region]:
 
 
 def _from_sdpa(flow: Flow, node: fx.Node) -> Region:
+    if flow.op[node] == "packed_attention":
+        query, key, value = node.all_input_nodes[:3]
+        packed = {"query": query, "key": key, "value": value, "output": node}
+        return _describe(flow, node, packed, {"form": "packed", "mask": "blocks", "softcap": "no"})
     given = sdpa_arguments(node)
     roles = {"query": given.query, "key": given.key, "value": given.value, "output": node}
     if given.mask is not None:

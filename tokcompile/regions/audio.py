@@ -23,7 +23,7 @@ from .flow import Flow
 from .misses import Misses
 from .model import Region
 from .stack import Stream
-from .vision import common_prefix, tokens_in_front
+from .vision import common_prefix, tokens_around
 
 
 def find_audio_encoders(flow: Flow, streams: Sequence[Stream], misses: Misses) -> tuple[list[Region], list[Stream]]:
@@ -66,10 +66,12 @@ def _along_time(flow: Flow, node: fx.Node) -> bool:
 def _describe(flow: Flow, stream: Stream, convs: Sequence[fx.Node]) -> Region:
     sizes, last = flow.sizes(stream.start), convs[-1]
     roles = {"convolution": last, "tokens": stream.start, "output": stream.output}
-    prefix, token = tokens_in_front(flow, stream.start, last)
+    prefix, suffix, token = tokens_around(flow, stream.start, last)
     if token is not None:
         roles["class_token"] = token
     shapes: dict[str, Any] = {"B": sizes[0] if len(sizes) > 2 else 1, "D": sizes[-1], "N": sizes[-2], "prefix": prefix}
+    if not (isinstance(suffix, int) and suffix == 0):
+        shapes["suffix"] = suffix
     path = common_prefix(module_path(last), stream.layers[0].path)
     return Region(
         "audio_encoder", path, roles, shapes, {"convolutions": str(len(convs))}, source_line(last), list(stream.layers)

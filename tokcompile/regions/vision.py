@@ -2,7 +2,8 @@
 
 ::
 
-    pixels -> patch_embedding (conv, stride = kernel; or unfold and linear) -> flatten -> [cat class_token in front]
+    pixels -> patch_embedding (conv, stride = kernel; or unfold and linear) -> flatten
+           -> [cat class_token in front, or learned tokens behind]
            -> [+ positions, norm] -> tokens -> layers -> output
 """
 
@@ -158,8 +159,10 @@ def _describe(flow: Flow, stream: Stream, patches: Patches) -> Region:
         "P": count,
         "N": sizes[1] * sizes[2] if grid else sizes[-2],
     }
-    prefix, token = tokens_in_front(flow, stream.start, patches.node)
+    prefix, suffix, token = tokens_around(flow, stream.start, patches.node)
     shapes["prefix"] = prefix
+    if not (isinstance(suffix, int) and suffix == 0):
+        shapes["suffix"] = suffix
     if token is not None:
         roles["class_token"] = token
     variant = {"patches": patches.form, "stages": "1", "tokens": "grid" if grid else "sequence"}
@@ -182,9 +185,10 @@ def _patch_count(flow: Flow, patches: Patches) -> Any:
     return sizes[0] if isinstance(space, int) and space == 1 else space
 
 
-def tokens_in_front(flow: Flow, start: fx.Node, patches: fx.Node) -> tuple[Any, fx.Node | None]:
-    """Tokens in front of those that ``patches`` makes, and the (last) ``cat`` that put them there."""
+def tokens_around(flow: Flow, start: fx.Node, patches: fx.Node) -> tuple[Any, Any, fx.Node | None]:
+    """Tokens in front of those that ``patches`` makes, tokens behind, and the (last) ``cat`` that put any in front."""
     count: Any = 0
+    behind: Any = 0
     token: fx.Node | None = None
     node = start
     while node is not patches:
@@ -196,14 +200,21 @@ def tokens_in_front(flow: Flow, start: fx.Node, patches: fx.Node) -> tuple[Any, 
         if flow.op[node] == "cat" and axis == len(flow.dims(node) or ()) - 2:
             following = max(sources, key=lambda n: (hint(flow.sizes(n)[-2], 0), flow.position[n]))
             operands = list(node.args[0])  # type: ignore[arg-type]
-            count = count + sum(flow.sizes(n)[axis] for n in operands[: operands.index(following)])
-            token = token or node
+            place = operands.index(following)
+            count = count + sum(flow.sizes(n)[axis] for n in operands[:place])
+            behind = behind + sum(flow.sizes(n)[axis] for n in operands[place + 1 :])
+            token = token or (node if place else None)
+        elif flow.op[node] in ("pad", "constant_pad_nd") and len(node.args[1]) == 4:  # type: ignore[arg-type]
+            count, behind = count + node.args[1][2], behind + node.args[1][3]  # type: ignore[index, operator]
         elif flow.op[node] == "slice" and axis == len(flow.dims(node) or ()) - 2:
             first = node.args[2] if len(node.args) > 2 else 0
             if isinstance(first, int) and first > 0:
                 count = count - first
+            before, after = flow.sizes(following)[axis], flow.sizes(node)[axis]
+            if isinstance(before, int) and isinstance(after, int) and isinstance(first, int) and first >= 0:
+                behind = behind - (before - first - after)
         node = following
-    return count, token
+    return count, behind, token
 
 
 def _axis(flow: Flow, node: fx.Node) -> int:

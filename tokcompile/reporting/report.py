@@ -67,6 +67,7 @@ class StageReport:
     Attributes:
         name: "encoder", "prefill", "decode", "forward".
         captured: whether it runs as a graph; if not, it runs uncompiled and ``reason`` says why.
+        reason: also of a graph for some values of its inputs only: which ones, the how many-th it is, and why.
         nodes: nodes of the graph after the rewrite.
         seconds: time to capture, rewrite and lower it.
         compiled: how: "eager", part by part, or as a whole and why.

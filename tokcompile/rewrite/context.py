@@ -14,6 +14,7 @@ from tokcompile.capture.graph import ancestors, module_path, refuse
 from tokcompile.capture.markers import HELD
 from tokcompile.capture.trace import inline
 from tokcompile.errors import NarrowError
+from tokcompile.lower.wrapped import wrapped_kind
 from tokcompile.regions.model import Layer, Region, Regions
 from tokcompile.regions.places import layer_of, region_keys
 from tokcompile.rewrite.added_inputs import AddedInputs
@@ -57,7 +58,8 @@ class Context:
         whole: the graph is a whole forward, so its outputs may be shorter than before.
         places: region key -> its layer, in the graph as it was found.
         streams: for each stack what enters it and what leaves its layers, likewise.
-        leading_tokens: how many tokens at the head of an encoder the recipe protects; None: those that are found.
+        leading_tokens, trailing_tokens: how many tokens at the head and at the end of an encoder the recipe protects;
+            None: those that are found.
         shared: what passes emit once for several regions, by a key of their own.
         counting: whether observers note what they see.
         added: the inputs that the rewrite adds. cuts: what was cut so far.
@@ -70,6 +72,7 @@ class Context:
     step: int = 0
     whole: bool = True
     leading_tokens: int | None = None
+    trailing_tokens: int | None = None
     places: dict[str, tuple[int, int] | None] = field(default_factory=dict)
     streams: list[list[fx.Node]] = field(default_factory=list)
     shared: dict[Any, Any] = field(default_factory=dict)
@@ -154,11 +157,18 @@ class Context:
         """The tensor behind an input of the graph, such as a weight.
 
         Raises:
-            NarrowError: ``node`` is computed in the graph.
+            NarrowError: ``node`` is computed in the graph, or it is no plain tensor.
         """
         placeholders = self.captured.placeholders
         if node in placeholders and placeholders.index(node) < len(self.args):
-            return self.args[placeholders.index(node)]
+            value = self.args[placeholders.index(node)]
+            if kind := wrapped_kind(value):
+                raise self.refuse(
+                    node,
+                    f"the weight is a {kind}, whose entries cannot be read one by one; change the model with plain "
+                    "weights first, and quantise or shard what comes out",
+                )
+            return value  # type: ignore[no-any-return]
         raise self.refuse(node, "expected a parameter of the model, found a value that is computed in the graph")
 
     def observe(self, function: Callable[..., None], *nodes: fx.Node) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tokcompile.kernels.hidden import is_visible
+from tokcompile.kernels.precision import matmul
 from tokcompile.kernels.segments import (
     NO_RANK,
     budgets,
@@ -194,7 +195,7 @@ def row_attention(
     query_rows, key = query_rows.to(torch.float32), key.to(torch.float32)
     if groups != heads:  # fold the heads that share a key head into the rows instead of repeating the keys
         query_rows = query_rows.reshape(batch, groups, heads // groups * rows, width)
-    logits = torch.matmul(query_rows * scale, key.transpose(-1, -2))
+    logits = matmul(query_rows * scale, key.transpose(-1, -2))
     if groups != heads:
         logits = logits.reshape(batch, heads, rows, key.shape[2])
     if softcap is not None:

@@ -11,14 +11,15 @@ What folds tokens away (a convolution over tokens, a 2-D grid, windows) raises :
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from tokcompile.capture.graph import refuse
-from tokcompile.capture.ops import op_name
+from tokcompile.capture.graph import refuse, source_line
+from tokcompile.capture.ops import LAYOUT, SOFTMAX, TRIVIAL, op_name
 from tokcompile.capture.sizes import equal, expr, guarded_equal, product, shape_of
 from tokcompile.errors import NarrowError
 from tokcompile.rewrite.labels import (
@@ -180,6 +181,14 @@ class Follower:
         return table
 
     def _demand(self, node: fx.Node, side: fx.Node, keys: list[Any], wanted: list[Dim], table: dict[Any, Dim]) -> None:
+        shares = _normalised(side, [size_of(d) for d in wanted if is_token(d)])
+        if shares is not None:
+            raise self.refuse(
+                node,
+                f"'{side.name}' holds shares that sum to one over all tokens ({shares.name}, {source_line(shares)}) "
+                "and does not depend on these; without some of them they no longer do. Leave this encoder out with "
+                "protect.paths, or cut below the last layer that uses them",
+            )
         batch = self.flow.batch
         has_batch = batch is None or any(f.axis is batch for d in wanted for f in d)
         if not has_batch:
@@ -261,9 +270,44 @@ class Follower:
         return self._concats[key]
 
 
+#: Operations through which a share of something stays one, or nearly.
+_KEEP_SHARES = TRIVIAL | LAYOUT | {"mul", "add", "sub", "getitem", "select", "slice", "stack", "cat", "where"}
+
+
+def _normalised(side: fx.Node, sizes: Sequence[Any]) -> fx.Node | None:
+    """Where the entries of ``side`` were divided by their sum over an axis of one of ``sizes``; None: they were not."""
+    seen, todo = {side}, [side]
+    while todo:
+        node = todo.pop()
+        name = op_name(node).rstrip("_")
+        if name in SOFTMAX:
+            dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)
+            if isinstance(dim, int) and any(equal(shape_of(node)[dim], size) for size in sizes):
+                return node
+        elif name == "div" and isinstance(node.args[1], fx.Node):
+            total = node.args[1]
+            while op_name(total) in TRIVIAL | LAYOUT | {"add", "clamp", "clamp_min"} and total.all_input_nodes:
+                total = total.all_input_nodes[0]
+            if (
+                op_name(total) == "sum"
+                and total.all_input_nodes[0] is node.args[0]
+                and any(equal(shape_of(total.args[0])[d], size) for d in _axes(total.args[1]) for size in sizes)
+            ):
+                return node
+        if name in _KEEP_SHARES or node.target is operator.getitem or name == "div":
+            todo += [n for n in node.all_input_nodes if n not in seen and is_tensor(n)]
+            seen.update(node.all_input_nodes)
+    return None
+
+
 def is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _is_one(dim: Dim | None) -> bool:
     return dim is not None and equal(product(f.size for f in dim), 1)
+
+
+def _axes(given: Any) -> list[int]:
+    """The dimensions that an argument ``dim`` names."""
+    return [given] if isinstance(given, int) else list(given)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import os
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -13,20 +12,22 @@ from typing import Any
 
 import torch
 
+from tokcompile.capture.by_values import ByValues
 from tokcompile.capture.capture import DYNAMO_CONFIG
-from tokcompile.errors import TokcompileError
+from tokcompile.capture.known_trace import UntraceableError
+from tokcompile.errors import CheckError, TokcompileError
 from tokcompile.kinds import Stage
 from tokcompile.runtime.gate import GATE, Missing
 from tokcompile.runtime.session import Session
 
 #: What Dynamo raises when it cannot capture a stage as one graph.
 CAPTURE_FAILURES = (
+    UntraceableError,
     torch._dynamo.exc.TorchDynamoException,
     torch._dynamo.exc.InternalTorchDynamoError,
     torch._dynamo.exc.FailOnRecompileLimitHit,
     torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode,
 )
-_CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 _LOSES_CHECKS = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 12)
 
 
@@ -40,8 +41,21 @@ def _fresh(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def captured_only() -> None:
     """The first line of a function for :class:`CompiledStage`: where no graph fits and none may be made, it stops."""
-    if not torch.compiler.is_dynamo_compiling():
+    if not torch.compiler.is_dynamo_compiling() and not getattr(_UNCAPTURED, "allowed", False):
         raise Missing
+
+
+#: Whether this thread may run such a function without Dynamo: traced for the values of its inputs, say.
+_UNCAPTURED = threading.local()
+
+
+@contextlib.contextmanager
+def _uncaptured() -> Iterator[None]:
+    _UNCAPTURED.allowed = True
+    try:
+        yield
+    finally:
+        _UNCAPTURED.allowed = False
 
 
 class CompiledStage:
@@ -59,29 +73,39 @@ class CompiledStage:
         *,
         dynamic: bool = False,
         merges: bool = True,
+        by_values: bool = False,
     ) -> None:
         """
         Args:
             function: calls :func:`captured_only` first.
             dynamic: sizes are symbolic from the start.
             merges: whether image features can enter a sequence of tokens in here.
+            by_values: what cannot be captured for sizes of any value is captured for the values of its small integer
+                inputs.
         """
-        self.function, self.stage = function, stage
+        self.function, self.stage, self.by_values = function, stage, by_values
+        self._forget = session.forget
         self._backend = functools.partial(session.backend, stage=stage, merges=merges)
-        self._forms = [_Form(function, self._backend, True if dynamic else None)]
+        self._forms: list[_Form | _ValueForm] = [_Form(function, self._backend, True if dynamic else None)]
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """
         Raises:
             CAPTURE_FAILURES: this call cannot be captured. The graphs of other calls stay.
+            CheckError: a check that the model makes failed, where the model itself does not say so.
         """
         with torch._dynamo.config.patch(**DYNAMO_CONFIG), _open_forms():
-            for form in list(self._forms):
-                with contextlib.suppress(Missing), GATE.shared():
-                    return form.run(*args, **kwargs)
-            with GATE.alone():
-                return self._capture(args, kwargs)
+            try:
+                for form in list(self._forms):
+                    with contextlib.suppress(Missing), GATE.shared():
+                        return form.run(*args, **kwargs)
+                with GATE.alone():
+                    return self._capture(args, kwargs)
+            except CheckError:
+                with _uncaptured():
+                    self.function(*args, **kwargs)  # the model says best what is wrong
+                raise
 
     def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         form = self._forms[-1]
@@ -90,12 +114,23 @@ class CompiledStage:
         except torch._dynamo.exc.FailOnRecompileLimitHit:
             self._forms[-1] = _Form(self.function, self._backend, form.dynamic)  # the old graphs go
             return self._forms[-1].capture(*args, **kwargs)
-        except CAPTURE_FAILURES:
-            if form.dynamic:
+        except CAPTURE_FAILURES as error:
+            if isinstance(error, UntraceableError) or (form.dynamic and not self.by_values):
                 raise
-        symbolic = _Form(self.function, self._backend, True)
-        result = symbolic.capture(*args, **kwargs)
-        self._forms.append(symbolic)
+            failed: BaseException = error
+        if not form.dynamic:
+            try:
+                return self._by(_Form(self.function, self._backend, True), args, kwargs)
+            except CAPTURE_FAILURES as error:
+                if not self.by_values:
+                    raise
+                failed = error
+        return self._by(_ValueForm(ByValues(self.function, self._backend, self._forget, failed)), args, kwargs)
+
+    def _by(self, form: _Form | _ValueForm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call by a form that is kept where it can capture the call."""
+        result = form.capture(*args, **kwargs)
+        self._forms.append(form)
         return result
 
 
@@ -108,25 +143,44 @@ class _Form:
         self.run = torch._dynamo.run(self.capture)
 
 
+class _ValueForm:
+    """As :class:`_Form`, for the values of small integer inputs."""
+
+    dynamic = True
+
+    def __init__(self, values: ByValues) -> None:
+        self.values = values
+
+    def run(self, *args: Any) -> Any:
+        if not self.values.has(*args):
+            raise Missing
+        return self.values(*args)
+
+    def capture(self, *args: Any) -> Any:
+        with _uncaptured():
+            return self.values(*args)
+
+
 class _OpenForms:
     """Ask for forms that can be captured, for as long as any thread is inside.
 
-    nn.TransformerEncoder's inference fast path is one opaque operation. torch before 2.12 loses track of the checks
-    that transformers makes on tensors while it compiles (PendingUnbackedSymbolNotFound); they have a switch.
+    nn.TransformerEncoder's inference fast path is one opaque operation. torch before 2.12 loses track of the numbers
+    that a check of a whole tensor reads while it compiles (PendingUnbackedSymbolNotFound); asserted as a tensor, it
+    reads none.
     """
 
     def __init__(self) -> None:
         self._lock, self._inside = threading.Lock(), 0
-        self._fastpath, self._checks = True, os.environ.get(_CHECKS)
+        self._fastpath, self._check = True, torch._check_tensor_all
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
         with self._lock:
             if self._inside == 0:
-                self._fastpath, self._checks = torch.backends.mha.get_fastpath_enabled(), os.environ.get(_CHECKS)
+                self._fastpath, self._check = torch.backends.mha.get_fastpath_enabled(), torch._check_tensor_all
                 torch.backends.mha.set_fastpath_enabled(False)
                 if _LOSES_CHECKS:
-                    os.environ[_CHECKS] = "1"
+                    torch._check_tensor_all = _assert_all
             self._inside += 1
         try:
             yield
@@ -135,9 +189,11 @@ class _OpenForms:
                 self._inside -= 1
                 if self._inside == 0:
                     torch.backends.mha.set_fastpath_enabled(self._fastpath)
-                    if _LOSES_CHECKS:
-                        os.environ.pop(_CHECKS, None)
-                        os.environ |= {} if self._checks is None else {_CHECKS: self._checks}
+                    torch._check_tensor_all = self._check
+
+
+def _assert_all(cond: torch.Tensor, message: Any = None) -> None:
+    torch._assert_async(cond.all(), "")
 
 
 _open_forms = _OpenForms()

@@ -10,12 +10,14 @@ import torch
 from torch import fx
 
 from tokcompile.capture.capture import from_dynamo
+from tokcompile.capture.checks import give_back, take
 from tokcompile.capture.trace import ASSERTIONS, propagate
 from tokcompile.kinds import Stage
 from tokcompile.lower.constants import fold_constants
 from tokcompile.lower.guard import Guard
 from tokcompile.lower.hoist import hoist
 from tokcompile.lower.inductor import lower
+from tokcompile.lower.wrapped import note_wrapped
 from tokcompile.regions.model import Regions
 from tokcompile.reporting.report import StageReport
 from tokcompile.rewrite.added_inputs import AddedInputs
@@ -52,11 +54,12 @@ class CompiledGraph:
         for variant in list(self.variants):
             extra = variant.extra(args)
             if extra is not None and variant.guard([*args, *extra]):
+                variant.checks.ask(args)
                 return variant, extra
         return None
 
     def _run(self, variant: Variant, args: Sequence[Any], extra: list[int]) -> Any:
-        results = variant.run(*args, *extra)
+        results = variant.checks.read(variant.run(*args, *extra))
         if not variant.kept and not variant.memories:
             return results
         count = len(variant.kept)
@@ -77,6 +80,9 @@ class CompiledGraph:
         session = self.session
         started = time.perf_counter()
         captured = from_dynamo(self.graph_module, args)
+        note_wrapped(captured, args)
+        checks = take(captured)
+        checks.ask(args)
         # the first compilation of a graph of static sizes is static throughout, as torch.compile does it
         static = not captured.symbols and not self.variants
         added = AddedInputs(captured, session.prepared, static=static, memories=[])
@@ -99,6 +105,7 @@ class CompiledGraph:
         handed = [n for m, _, _ in memories for n in (*m.outputs, m.reused)]
         if ctx.cuts.kept or handed:
             output.args = ((*results, *(k.node for k in ctx.cuts.kept), *handed),)
+        give_back(captured, checks)
         inputs = [ctx.added.of[node] for node in captured.placeholders[len(args) :]]
         prologue = hoist(captured, ctx.cuts.indices)
         captured.graph.eliminate_dead_code(
@@ -122,12 +129,14 @@ class CompiledGraph:
             session.prepared,
             memories,
             session.remembered,
+            checks,
         )
         self.variants.append(variant)
         session.note_compiled(
             StageReport(
                 name=self.stage.value,
                 captured=True,
+                reason=self.graph_module.meta.get("values", ""),
                 nodes=len(captured.graph.nodes),
                 compiled=compiled,
                 seconds=time.perf_counter() - started,

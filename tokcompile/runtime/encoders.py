@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokcompile.capture.failures import explain_failure
 from tokcompile.kinds import Stage
 from tokcompile.runtime.compiled_call import CAPTURE_FAILURES, CompiledStage, by_name, captured_only
-from tokcompile.runtime.fallback import Failures, reason_of
+from tokcompile.runtime.fallback import Failures
 from tokcompile.runtime.session import Session
 
 
@@ -36,7 +37,7 @@ class _EncoderStage:
             try:
                 found = self.compiled(*args)
             except CAPTURE_FAILURES as error:
-                reason = reason_of(error)
+                reason = explain_failure(error)
                 self.failures.note(stage, given, reason)
             else:
                 self.session.served(stage)
@@ -65,7 +66,7 @@ class Encoder(_EncoderStage):
             return result, torch.ops.tokcompile.feature_scores(rows)
 
         self.compiled = CompiledStage(
-            encode_and_score if session.wants_scores else encode, session, Stage.ENCODER, merges=False
+            encode_and_score if session.wants_scores else encode, session, Stage.ENCODER, merges=False, by_values=True
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -162,9 +162,3 @@ def form_of(given: Any) -> tuple[Hashable, Hashable]:
         return type(value).__name__
 
     return (torch.is_grad_enabled(), form(given)), tuple(sizes)
-
-
-def reason_of(error: BaseException) -> str:
-    """The first lines of what Dynamo says, on one line."""
-    text = " ".join(str(error).split("\n\n")[0].split())[:500]
-    return f"{type(error).__name__}: {text}"

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokcompile.capture.failures import explain_failure
 from tokcompile.errors import CacheError, TokcompileError
 from tokcompile.kinds import MERGED, Stage
 from tokcompile.runtime.cache import adopt, append_held, cache_argument, layers_of, note_held
 from tokcompile.runtime.calls import Call
 from tokcompile.runtime.compiled_call import CAPTURE_FAILURES, CompiledStage, by_name, captured_only
 from tokcompile.runtime.encoders import detach_scores
-from tokcompile.runtime.fallback import Failures, reason_of
+from tokcompile.runtime.fallback import Failures
 from tokcompile.runtime.session import Session
 
 VISUAL_MASK = "visual_mask"
@@ -84,7 +85,7 @@ class Stages:
             marked = None if scores is None else torch.ops.tokcompile.visual_scores(scores)
             return original(model, **_merged(kwargs)), None, marked
 
-        self.forward = CompiledStage(plain, session, Stage.FORWARD)
+        self.forward = CompiledStage(plain, session, Stage.FORWARD, by_values=not self.cache_name)
         self.prefill = CompiledStage(plain, session, Stage.PREFILL)
         self.decode = CompiledStage(plain, session, Stage.DECODE, dynamic=True)  # no two steps have one length
         self.tracked = CompiledStage(tracked, session, Stage.PREFILL)
@@ -199,7 +200,7 @@ class Stages:
             try:
                 result = compiled(model, kwargs, *scores)
             except CAPTURE_FAILURES as error:
-                reason = reason_of(error)
+                reason = explain_failure(error)
                 self.failures.note(stage, kwargs, reason)
             else:
                 self.session.served(stage)

@@ -121,6 +121,10 @@ class Session:
         self.graphs.append(graph)
         return graph
 
+    def forget(self, graph: CompiledGraph) -> None:
+        """A graph that nothing will call again."""
+        self.graphs.remove(graph)
+
     @property
     def compilations(self) -> int:
         """How many graphs were lowered so far (each variant counts)."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from tokcompile.capture.checks import Checks
 from tokcompile.lower.guard import Guard
 from tokcompile.rewrite.graph_inputs import HostSize, Kept, Memory, MemoryInput, StateInput
 from tokcompile.runtime.memories import Memories
@@ -30,6 +31,7 @@ class Variant:
     #: each with the number of the argument that holds the keys so far, and of the result that holds the grown ones
     memories: list[tuple[Memory, int, int | None]] = field(default_factory=list)
     remembered: Memories = field(default_factory=Memories)
+    checks: Checks = field(default_factory=Checks)
 
     def __post_init__(self) -> None:
         self.forms = [_form(self._state(item)) for item in self.inputs if isinstance(item, StateInput)]
@@ -63,8 +65,12 @@ class Variant:
             return more
         choose, inputs = self.prologue
         given = [*args, *more]
-        with torch.no_grad():
-            return [*more, *choose(*(given[i] for i in inputs))]
+        try:
+            with torch.no_grad():
+                return [*more, *choose(*(given[i] for i in inputs))]
+        except Exception:
+            self.checks.ask(args)  # a choice among inputs that do not fit together fails before the graph would
+            raise
 
     def _state(self, item: StateInput) -> torch.Tensor:
         assert self.prepared is not None

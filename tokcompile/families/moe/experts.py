@@ -25,6 +25,7 @@ from torch.nn import functional
 from tokcompile.families.moe.split import Split
 from tokcompile.kernels.activation import activate
 from tokcompile.kernels.grouped_ffn import grouped_ffn
+from tokcompile.kernels.precision import as_autocast, linear
 
 _EPS = 1e-6
 
@@ -85,8 +86,10 @@ def parts(
 def logits(x: Tensor, t: Mapping[str, Tensor], activation: str) -> Tensor:
     """How active the typical neuron of each expert is, or what a fitted router predicts: fp32 [N, E], at least 0."""
     if "router" in t:
-        return functional.linear(x.float(), t["router"].float(), t["router_offset"].float()).sigmoid()
-    value = functional.linear(x, t["router_in"], t.get("router_bias")).float()
+        return linear(x.float(), t["router"].float(), t["router_offset"].float()).sigmoid()
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(t["router_in"].dtype)
+    value = linear(x, t["router_in"], t.get("router_bias")).float()
     gate, up = value.chunk(2, dim=-1) if t["router_in"].shape[0] == 2 * t["scale"].shape[0] else (None, value)
     return hidden(up, gate, activation).abs()
 
@@ -120,7 +123,8 @@ def route(x: Tensor, t: Mapping[str, Tensor], activation: str, router: str, acti
 def run(x: Tensor, t: Mapping[str, Tensor], activation: str, router: str, active: int) -> Tensor:
     """The layer without the bias of its down-projection: [N, d] -> [N, d]."""
     index, weight = route(x, t, activation, router, active)
-    value = grouped_ffn(x, index, weight, t["gate_up"], t["down"], activation, t.get("bias"))
+    x, gate_up, down, bias = as_autocast(x, t["gate_up"], t["down"], t.get("bias"))
+    value = grouped_ffn(x, index, weight, gate_up, down, activation, bias)
     if "shared_in" not in t:
         return value
     gated = t["shared_in"].shape[0] == 2 * t["shared_out"].shape[1]

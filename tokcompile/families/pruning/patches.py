@@ -76,7 +76,8 @@ class PatchSelection(Pass):
 
         Args:
             tokens: ``[B, S, D]``, the residual stream. segment: int64 ``[B, S]``, 0 for patches, -1 for the ``prefix``
-            tokens in front. budget: int64 ``[B, S]``. stage: number of the layer that follows.
+            tokens in front and for tokens behind the patches. budget: int64 ``[B, S]``. stage: number of the layer
+            that follows.
 
         Returns:
             ``values [B, S]``, larger is kept first; ``tokens`` if the method changes them, ``into`` if it puts patches
@@ -99,18 +100,25 @@ class PatchSelection(Pass):
     def plan(self, ctx: Context, region: Region) -> Taken:
         stages, prefix = self._stages(ctx, region), int(region.shapes.get("prefix", 0))
         first = region.layers[stages[0] - 1].output
-        front, tokens = self._front(ctx, first, prefix), hint(first.meta["val"].shape[1])
+        front, behind = self._ends(ctx, first, prefix, int(region.shapes.get("suffix", 0)))
+        tokens = hint(first.meta["val"].shape[1])
         cuts = []
         for stage, keep in zip(stages, self.params.keep, strict=True):
             self.check_layer(ctx, region.layers[stage - 1])
             if not getattr(self.params, "restore", False):  # else what leaves the layers keeps all of its tokens
-                ctx.check(region.layers[stage - 1].output, prefix=front)
-            tokens = keep.count(tokens - front) + front
+                ctx.check(region.layers[stage - 1].output, prefix=front, suffix=behind)
+            tokens = keep.count(tokens - front - behind) + front + behind
             cuts.append(LayerCut(stage, tokens))
         return Taken(region, tuple(cuts))
 
     def _stages(self, ctx: Context, region: Region) -> list[int]:
         """The first layer below each cut."""
+        if region.roles["tokens"].meta["val"].dim() == 2:
+            raise ctx.refuse(
+                region.roles["tokens"],
+                "the encoder has the patches of all images one behind the other in one row, and each image would need "
+                "a cut of its own; choose visual tokens where they enter the language model (todre and others)",
+            )
         depth = len(region.layers)
         stages = [max(1, min(depth - 1, round(f * depth))) for f in self.params.at]
         if len(set(stages)) != len(stages):
@@ -123,7 +131,7 @@ class PatchSelection(Pass):
     def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
         depth, prefix = len(region.layers), int(region.shapes.get("prefix", 0))
         stages = self._stages(ctx, region)
-        front = self._front(ctx, region.layers[stages[0] - 1].output, prefix)
+        ends = self._ends(ctx, region.layers[stages[0] - 1].output, prefix, int(region.shapes.get("suffix", 0)))
         restored = Restored(ctx, region, stages[0]) if getattr(self.params, "restore", False) else None
         try:
             for stage in stages:
@@ -135,14 +143,14 @@ class PatchSelection(Pass):
                         "padding into them; give clips of one length without attention_mask, or use "
                         "class_attention",
                     )
-                ctx.check(region.layers[stage - 1].output, prefix=front)
+                ctx.check(region.layers[stage - 1].output, prefix=ends[0], suffix=ends[1])
         except NarrowError:
             if restored is not None:
                 restored.take_back()
             raise
         counts = [hint(region.layers[stages[0] - 1].output.meta["val"].shape[1])]
         for stage, end, keep in zip(stages, [*stages[1:], depth], self.params.keep, strict=True):
-            counts.append(self._cut(ctx, region, stage, end, keep, prefix, front, restored))
+            counts.append(self._cut(ctx, region, stage, end, keep, prefix, ends, restored))
         details = {
             "tokens_before": counts[0],
             "tokens_after": counts[-1],
@@ -156,23 +164,25 @@ class PatchSelection(Pass):
     def check_layer(self, ctx: Context, layer: Layer) -> None:
         """Refuse a layer that cannot be scored, before anything is cut."""
 
-    def _front(self, ctx: Context, node: fx.Node, prefix: int) -> int:
-        """How many tokens in front are kept: those that are class and register tokens, or as many as protected."""
-        front, tokens = ctx.leading_tokens, node.meta["val"].shape[1]
-        if front is None:
-            return prefix
-        if front < prefix:
-            raise ctx.refuse(
-                node,
-                f"protect.leading_tokens is {front}, and the {prefix} class and register tokens in "
-                "front are always kept; leave it out",
+    def _ends(self, ctx: Context, node: fx.Node, prefix: int, suffix: int) -> tuple[int, int]:
+        """How many tokens in front and behind are kept: all that are no patches, or as many as protected."""
+        tokens = node.meta["val"].shape[1]
+        found = []
+        for name, place, given, known in (
+            ("leading_tokens", "class and register tokens in front", ctx.leading_tokens, prefix),
+            ("trailing_tokens", "tokens behind the patches", ctx.trailing_tokens, suffix),
+        ):
+            if given is not None and given < known:
+                raise ctx.refuse(
+                    node, f"protect.{name} is {given}, and the {known} {place} are always kept; leave it out"
+                )
+            found.append(known if given is None else given)
+        if bool(tokens <= sum(found)):
+            both = f"protect.leading_tokens is {found[0]}" + (
+                f" and protect.trailing_tokens {found[1]}" if found[1] else ""
             )
-        if bool(tokens <= front):
-            raise ctx.refuse(
-                node,
-                f"protect.leading_tokens is {front}, of {hint(tokens)} tokens in all; no patch is left to choose from",
-            )
-        return front
+            raise ctx.refuse(node, f"{both}, of {hint(tokens)} tokens in all; no patch is left to choose from")
+        return found[0], found[1]
 
     def _cut(
         self,
@@ -182,10 +192,10 @@ class PatchSelection(Pass):
         end: int,
         keep: Budget,
         prefix: int,
-        front: int,
+        ends: tuple[int, int],
         restored: Restored | None,
     ) -> int:
-        layer = region.layers[stage - 1]
+        (front, behind), layer = ends, region.layers[stage - 1]
         node, inputs = layer.output, self.inputs(ctx, layer, prefix)
         mask = _mask(ctx, layer) if region.kind == "audio_encoder" else None
         padding = () if mask is None else (mask,)
@@ -193,7 +203,8 @@ class PatchSelection(Pass):
         def choose(x: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
             inputs, padding = inputs[:given], inputs[given:]
             position = torch.arange(x.shape[1], device=x.device)
-            segment = segments((position >= front)[None].expand(x.shape[0], x.shape[1]))
+            patch = torch.logical_and(position >= front, position < x.shape[1] - behind)
+            segment = segments(patch[None].expand(x.shape[0], x.shape[1]))
             budget = budgets_count(segment, keep.num) if keep.is_count else budgets(segment, keep.num, keep.den)
             result = self.score(x, segment, budget, prefix, stage, *inputs)
             scores = read_scores(result, self.name, 2, "tokens", "carried", "into")
@@ -213,9 +224,11 @@ class PatchSelection(Pass):
         tokens, chosen, *more = ctx.emit(choose, node, *inputs, *padding, before=ctx.after(node, *inputs, *padding))
         count = node.meta["val"].shape[1]
         size: Any = (
-            keep.count(count - front) + front
+            keep.count(count - front - behind) + front + behind
             if isinstance(count, int)
-            else ctx.emit(lambda x: keep.count(x.shape[1] - front) + front, node, before=ctx.after(node))
+            else ctx.emit(
+                lambda x: keep.count(x.shape[1] - front - behind) + front + behind, node, before=ctx.after(node)
+            )
         )
         kept = ctx.cut(
             node,
@@ -225,6 +238,7 @@ class PatchSelection(Pass):
             layer=region.layers[stage],
             index=stage,
             prefix=front,
+            suffix=behind,
             value=None if tokens is node else tokens,
         )
         into, values = (more[0], more[1:]) if len(more) > len(names) else (None, more)

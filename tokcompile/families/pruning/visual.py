@@ -130,6 +130,8 @@ def visual_tokens(region: Region) -> tuple[int | None, int]:
 def check_rows(ctx: Context, encoder: Region, features: fx.Node) -> None:
     """Raise unless ``features`` are, row by row, the patches of ``encoder`` (one image after the other)."""
     tokens, prefix = encoder.roles["tokens"], int(encoder.shapes.get("prefix", 0))
+    if int(encoder.shapes.get("suffix", 0)):
+        raise ctx.refuse(tokens, "tokens stand behind the patches of the encoder, so scores of its tokens do not fit")
     flow = check(ctx.captured, tokens, prefix=prefix)
     dims = flow.labels.get(features)
     axes = [f.axis for d in dims[:-1] for f in d if f.axis is not None and f.axis.kind == "token"] if dims else []

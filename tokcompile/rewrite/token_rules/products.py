@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from tokcompile.capture.ops import op_name, sdpa_arguments
+from tokcompile.capture.packed import PACKED
 from tokcompile.capture.sizes import shape_of
 from tokcompile.rewrite.labels import is_token, plain, same_dim
 from tokcompile.rewrite.token_axis import Follower, overloads, rule
@@ -83,6 +84,19 @@ def _sdpa(self: Follower, node: fx.Node) -> Any:
         raise self.refuse(node, "is_causal aligns queries with keys by position, and they are pruned differently")
     if is_token(query) or is_token(key):
         self.flow.attention[node] = (query, key)
+    return self.output(node, [*lead, "q", "v"], table)
+
+
+@rule(PACKED)
+def _packed(self: Follower, node: fx.Node) -> Any:
+    lead = [("b", 0), ("b", 1)]
+    table = self.align(node, [(arg, [*lead, "q", width]) for arg, width in zip(node.args, "ddv", strict=False)])
+    if is_token(table.get("q", plain(1))):
+        raise self.refuse(
+            node,
+            "attention within pieces of one row of tokens (images or windows one behind the other) "
+            "is divided where the pieces are, and tokens would leave them",
+        )
     return self.output(node, [*lead, "q", "v"], table)
 
 

@@ -26,6 +26,7 @@ from tokcompile.families.scores import Scores, read_scores
 from tokcompile.families.sparse_attention.decode.form import decode_form, visible_keys
 from tokcompile.families.sparse_attention.decode.lists import chosen, ends, joined, least_length, width_of
 from tokcompile.formulas.attention import AttentionForm, with_sink
+from tokcompile.kernels.precision import as_autocast
 from tokcompile.kernels.token_list_attention import token_list_attention
 from tokcompile.plan.pass_base import Pass
 from tokcompile.plan.plan import Taken
@@ -121,6 +122,7 @@ class SparseDecode(Pass):
             query: Tensor, key: Tensor, value: Tensor, best: Tensor, oldest: Tensor, newest: Tensor, *sink: Tensor
         ) -> Tensor:
             index = joined(best, oldest, newest)
+            query, key, value = as_autocast(query, key, value)
             index = index.expand(query.shape[0], key.shape[1], index.shape[2])
             output, lse = token_list_attention(query, key, value, index, None, form.scale, False, form.softcap)
             return with_sink(output, lse, sink[0]) if sink else output
