@@ -276,3 +276,14 @@ def test_forward_keeps_the_arguments_that_it_requires(kind: str) -> None:
         torch.testing.assert_close(fast(**inputs, use_cache=False).logits, model(**inputs, use_cache=False).logits)
     assert tokcompile.report(fast).steps[0].regions == [""]  # not those of the Q-Former
     assert any(region["kind"] == "merge_point" for region in tokcompile.explain(model, inputs).regions)
+
+
+def test_continuous_batching_is_refused_by_name(answers: tuple[nn.Module, dict[str, Any], torch.Tensor]) -> None:
+    model, inputs, _ = answers
+    for optimized in (model, Passing(copy.deepcopy(model))):
+        fast = tokcompile.optimize(optimized, HALF, lowering="eager")
+        inner = getattr(fast, "model", fast) if isinstance(fast, Passing) else fast
+        with pytest.raises(tokcompile.CacheError, match="generate_batch: continuous batching"):
+            inner.generate_batch(inputs=[inputs["input_ids"][0].tolist()])
+        with pytest.raises(tokcompile.TokcompileError, match="continuous batching"):
+            inner.init_continuous_batching()

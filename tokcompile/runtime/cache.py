@@ -145,8 +145,9 @@ def adopt(cache: Cache) -> None:
             continue
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise CacheError(
-                f"cache layer {i} is a {type(layer).__name__}, which cannot hold fewer tokens; for a model whose own "
-                "layers keep such a state, use a recipe that does not drop tokens of the prompt"
+                f"cache layer {i} is a {type(layer).__name__}, which cannot hold fewer tokens; use a "
+                "plain dynamic cache or, where the model itself keeps such layers, a recipe that does not drop "
+                "tokens of the prompt"
             )
         new = PrunedLayer(is_sliding=bool(layer.is_sliding))
         if layer.is_initialized and layer.get_seq_length() > 0:

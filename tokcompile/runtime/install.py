@@ -14,7 +14,7 @@ from tokcompile.kinds import Stage
 from tokcompile.runtime.cache import cache_argument
 from tokcompile.runtime.encoders import Encoder, Part, SequenceEncoder
 from tokcompile.runtime.forward import Forward, Stages
-from tokcompile.runtime.outer import Generate, PassedOn, running_methods
+from tokcompile.runtime.outer import BATCHING, Generate, PassedOn, Refused, running_methods
 from tokcompile.runtime.session import Session
 from tokcompile.state import NAMESPACE
 
@@ -22,7 +22,7 @@ Model = TypeVar("Model", bound=nn.Module)
 #: Attribute of an optimized model that holds its session.
 SESSION = "_tokcompile_session"
 _FEATURES = ("get_image_features", "get_video_features")
-_INSTALLED = (Forward, PassedOn, Generate, Encoder, SequenceEncoder, Part)
+_INSTALLED = (Forward, PassedOn, Generate, Encoder, SequenceEncoder, Part, Refused)
 
 
 def share(model: Model) -> Model:
@@ -100,6 +100,9 @@ def install(model: nn.Module, session: Session) -> None:
 def _install_one(model: nn.Module, session: Session) -> Stages:
     stages = Stages(type(model), session)
     _put(model, "forward", Forward(model, stages))
+    for name in BATCHING:
+        if hasattr(type(model), name):
+            _put(model, name, Refused(model, name))
     encoder = _own_encoder(model)
     if encoder is not None:
         _put(encoder, "forward", SequenceEncoder(model, type(encoder).forward, session))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokcompile.errors import CacheError
 from tokcompile.runtime.calls import Call
 from tokcompile.runtime.forward import Stages
 from tokcompile.runtime.session import Session
@@ -80,6 +81,31 @@ class PassedOn:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PassedOn, (self._tokcompile_owner, self.stages)
+
+
+class Refused:
+    """A method that would go past what the recipe does: continuous batching, with its paged cache."""
+
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        self._tokcompile_owner, self.name = owner, name
+        functools.update_wrapper(self, types.MethodType(getattr(type(owner), name), owner))
+
+    def __call__(self, *_args: Any, **_kwargs: Any) -> Any:
+        """
+        Raises:
+            CacheError: always.
+        """
+        raise CacheError(
+            f"{self.name}: continuous batching keeps the requests in one paged cache, and an optimized model does not "
+            "serve that; call generate() with a padded batch, or use the original model"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Refused, (self._tokcompile_owner, self.name)
+
+
+#: Methods for continuous batching.
+BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
 def _bound(function: Any, owner: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
