@@ -178,7 +178,7 @@ def test_a_saved_model_keeps_its_tables_in_host_memory(tmp_path: Path) -> None:
     tokcompile.save_pretrained(model, tmp_path / "saved")
     again = tokcompile.load(tmp_path / "saved", lowering="eager")
     assert torch.equal(output(again, inputs), expected)
-    assert again.tokcompile.scope("stem", "model.layers.0.mlp").host == ("table", "remap")
+    assert again.tokcompile.scope("stem", "model.layers.0.mlp").host_buffers == ("table", "remap")
     assert tokcompile.report(again).steps[0].details["table"] == "host"
 
 

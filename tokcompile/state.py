@@ -19,12 +19,12 @@ _ROOT = "_root"
 
 
 class _Scope(nn.Module):
-    """One component of a module path; the buffers ``host`` stay in host memory wherever the module is moved."""
+    """One component of a module path; the buffers ``host_buffers`` stay in host memory wherever the module is moved."""
 
-    host: Sequence[str] = ()
+    host_buffers: Sequence[str] = ()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Scope:
-        kept = {name: self._buffers[name] for name in self.host if name in self._buffers}
+        kept = {name: self._buffers[name] for name in self.host_buffers if name in self._buffers}
         for name in kept:
             self._buffers[name] = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -66,7 +66,7 @@ class PreparedState(nn.Module):
             else:
                 scope.register_buffer(name, tensor)
         self.facts[pass_name, key] = dict(facts or {})
-        scope.host = tuple(self.facts[pass_name, key].get("host", ()))  # type: ignore[assignment]
+        scope.host_buffers = tuple(self.facts[pass_name, key].get("host", ()))  # type: ignore[assignment]
 
     def has(self, pass_name: str, key: str) -> bool:
         return (pass_name, key) in self.facts

@@ -245,6 +245,8 @@ class ByValues:
         try:
             if not any(isinstance(leaf, torch.Tensor) and leaf.is_floating_point() for leaf in leaves):
                 raise UntraceableError("no floating-point input: graphs for the values of integers alone are not made")
+            if self.first is not None and not any(is_value(leaf) for leaf in leaves):
+                raise self.first  # there is nothing that could be taken by value
             specialised = specialise(self.function, args)
         except UntraceableError as error:
             raise UntraceableError(f"{error}; and with sizes of any value: {why}" if why else str(error)) from error

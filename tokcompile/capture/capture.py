@@ -21,10 +21,12 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tokcompile.capture.captured import Captured
 from tokcompile.capture.checks import CheckedInterpreter
 from tokcompile.capture.graph import module_path, source_line
+from tokcompile.capture.known_trace import UntraceableError
 from tokcompile.capture.trace import trace
 from tokcompile.errors import CaptureError
 
@@ -112,7 +114,17 @@ def from_dynamo(graph_module: fx.GraphModule, args: Sequence[Any] = ()) -> Captu
     inputs = _Inputs(mode, _sizes(examples, args))
     fakes = [inputs.value(example) for example in examples]
     graph_module = _flatten_vmap(graph_module, fakes, mode)
-    traced = trace(lambda *args: CheckedInterpreter(graph_module).run(*args), fakes, mode)
+    kinds = sorted({type(value).__name__ for value in examples if is_traceable_wrapper_subclass(value)})
+    try:
+        traced = trace(lambda *args: CheckedInterpreter(graph_module).run(*args), fakes, mode)
+    except Exception as error:
+        if not kinds:
+            raise
+        raise UntraceableError(
+            f"weights are of class {', '.join(kinds)}, and the graph does more with them than with a plain weight, as "
+            "tensor parallelism does where it moves activations into shards inside a layer; fully_shard of the whole "
+            "model can be used (optimize(..., inplace=True)), and so can weights that torchao quantised"
+        ) from error
     for node in traced.graph.find_nodes(op="get_attr"):
         if isinstance(getattr(traced, node.target), FakeTensor):
             raise CaptureError(f"a value computed at {source_line(node)} ({module_path(node)}) cannot be traced")

@@ -6,6 +6,13 @@ import re
 
 #: A part of a message (cause, explanation, advice) is cut after this many characters.
 _LONGEST = 300
+#: Where hooks move weights while the model runs, and what to do about it.
+_MOVED = {
+    "/accelerate/hooks.py": "accelerate moves the weights of each layer to the device when it runs (offload), which a "
+    "graph cannot do; load the model with all its weights on one device",
+    "/fsdp/_fully_shard/": "FSDP gathers the weights of single layers while the model runs, which a graph cannot do; "
+    "shard the model as a whole: fully_shard(model), and optimize(..., inplace=True)",
+}
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -25,12 +32,14 @@ def explain_failure(error: BaseException) -> str:
     place = _place(text)
     if place:
         parts[0] += f" [{place}]"
-    for label in ("Explanation", "Hint"):
+    advice = next((text for file, text in _MOVED.items() if file in place), None)
+    for label in () if advice else ("Explanation", "Hint"):
         found = re.search(
             rf"^ *{label}: *(.+(?:\n(?! *(?:Explanation|Hint|Developer debug context):| *$).+)*)", text, re.MULTILINE
         )
         if found:
             parts.append(f"{label.lower()}: {_short(' '.join(found.group(1).split()))}")
+    parts += [advice] if advice else []
     return "; ".join(parts)
 
 

@@ -65,8 +65,10 @@ OWNER = "_tokcompile_owner"
 
 
 def clean_path(path: str) -> str:
-    path = re.sub(r"^L\[['\"]\w+['\"]\]\.?", "", path)
-    path = re.sub(r"\._modules\[['\"]([^'\"]+)['\"]\]", r".\1", "." + path)
+    """The path as ``named_modules()`` has it, of the source that Dynamo gives for a module."""
+    path = "." + re.sub(r"^L\[['\"]\w+['\"]\]\.?", "", path)
+    path = re.sub(r"\.__dict__\[['\"]_modules['\"]\]", "._modules", path)  # of a module with its own __getattr__
+    path = re.sub(r"\._modules\[['\"]([^'\"]+)['\"]\]", r".\1", path)
     path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path)
     path = re.sub(rf"\.\w+\.{OWNER}\b", "", path)
     return path.lstrip(".").removeprefix("_orig_mod.")

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from tokcompile.capture.ops import LAYOUT, TRIVIAL
+from tokcompile.capture.graph import ancestors
+from tokcompile.capture.ops import LAYOUT, TRIVIAL, is_in_place
 from tokcompile.capture.sizes import dims_of, shape_of
 from tokcompile.errors import NarrowError
 from tokcompile.formulas.attention import AttentionForm, read_attention
@@ -127,7 +128,7 @@ def first_for(ctx: Context, region: Region, count: int) -> fx.Node:
     for other in (other for other in beside if flow.dims(other.input) == sizes):
         try:
             if other.attention is not None:
-                return _first(ctx, flow, other, other.attention, count)
+                return _in_front(ctx, _first(ctx, flow, layer, other.attention, count), where)
         except NarrowError as error:
             reasons.append(error.reason)
     raise ctx.refuse(
@@ -136,6 +137,29 @@ def first_for(ctx: Context, region: Region, count: int) -> fx.Node:
         f"{reasons[0] if reasons else 'none is left in the graph'}; set dense_first: 0, or put "
         "this step in front of those that rewrite attention",
     )
+
+
+def _in_front(ctx: Context, node: fx.Node, where: fx.Node) -> fx.Node:
+    """``node``, moved in front of ``where`` with all that it is computed from where that stands further down.
+
+    Raises:
+        NarrowError: it is computed from ``where``, or memory that it writes to is read in between.
+    """
+    order = {n: i for i, n in enumerate(ctx.captured.graph.nodes)}
+    flow, start = Flow(ctx.captured.graph), order[where]
+    if order[node] < start:
+        return node
+    above = {*ancestors([node]), node}
+    known = [n for n in above if n in flow.position]  # what writes to these is no ancestor
+    below = [n for n in ctx.captured.graph.nodes if order[n] > start]
+    chain = [n for n in below if n in above or (n in flow.position and any(flow.reaches(n, m) for m in known))]
+    for n in chain:
+        between = [m for m in flow.nodes if start < order[m] < order[n] and m not in chain and n.args[0] in m.args]
+        if where in ancestors([n]) or (is_in_place(n) and between):
+            raise ctx.refuse(n, "which tokens come first is known only below the layer")
+    for n in chain:
+        where.prepend(n)
+    return node
 
 
 def _first(ctx: Context, flow: Flow, layer: Layer, attention: Region, count: int) -> fx.Node:

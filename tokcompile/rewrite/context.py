@@ -167,8 +167,8 @@ class Context:
             if kind := wrapped_kind(value):
                 raise self.refuse(
                     node,
-                    f"the weight is a {kind}, whose entries cannot be read one by one; change the model with plain "
-                    "weights first, and quantise or shard what comes out",
+                    f"the weight is of class {kind}, whose entries cannot be read one by one; change the model with "
+                    "plain weights first, and quantise or shard what comes out",
                 )
             return value
         raise self.refuse(node, "expected a parameter of the model, found a value that is computed in the graph")

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from tokcompile.errors import TokcompileError
 from tokcompile.kinds import Stage
 from tokcompile.runtime.cache import cache_argument
 from tokcompile.runtime.encoders import Encoder, Part, SequenceEncoder
@@ -37,7 +38,13 @@ def share(model: Model) -> Model:
             alias = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
             alias.__dict__.update(parameter.__dict__)
             memo[id(parameter)] = alias
-    return copy.deepcopy(model, memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TokcompileError(
+            f"the model cannot be copied: {str(error).splitlines()[0] if str(error) else type(error).__name__}; pass "
+            "inplace=True to change the model itself"
+        ) from error
 
 
 def run(model: nn.Module, inputs: Mapping[str, Any]) -> None:
