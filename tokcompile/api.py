@@ -47,13 +47,18 @@ def optimize(
             what :func:`~tokcompile.calibration.calibrate` returned earlier.
         on_no_match: "error", "warn" or "ignore": what to do when a step changes nothing.
         lowering: "inductor", or "eager" (no code generation: slow, exact, quick to compile).
-        inplace: change ``model`` itself instead of a copy that shares its parameters.
+        inplace: change ``model`` itself instead of a copy that shares the memory of its parameters.
         visual_mask: for calls with ``inputs_embeds`` that hold image features already: takes the arguments of the call
             of ``generate`` or ``forward``, gives bool ``[B, S]``, True for the tokens of images (None: not known). A
             single call takes such a tensor as its argument ``visual_mask``.
 
     Returns:
-        A model of the same class that shares the parameters of ``model``. ``model`` is left as it was.
+        A model of the same class. ``model`` is left as it was. The two share the memory of their parameters: what is
+        written in place into one (an optimizer step, ``load_state_dict``, a merged adapter) shows in both. Parameters
+        are objects of their own with a ``.grad`` of their own, so make an optimizer over the parameters of the
+        *returned* model. Where an optimizer over parameters of ``model`` exists already, these parameters are the
+        same objects in both models, and it trains both. Parts prepared from weights (``calibration``) do not follow
+        later changes of these; the next call warns.
 
     Raises:
         RecipeError: the recipe is not valid.
@@ -83,6 +88,7 @@ def optimize(
     target = model if inplace else share(model)
     install(target, session)
     session.note_origin(origin(target))
+    session.check_sources(target)  # as they are now
     if inputs is not None:
         try:
             run_once(target, inputs)

@@ -97,5 +97,46 @@ def origin(model: nn.Module) -> dict[str, tuple[int, torch.dtype]]:
     }
 
 
+class Sources:
+    """The weights that prepared parts were made from, as they were then.
+
+    Parts do not follow their sources: a layer of experts goes on computing with the neurons that it was given.
+    """
+
+    def __init__(self, model: nn.Module, prepared: PreparedState) -> None:
+        keys = {key.split("#")[0] for _, key in prepared.facts}
+        self._places = [
+            (path, module, name)
+            for path, module in model.named_modules()
+            if not f"{path}.".startswith(f"{NAMESPACE}.") and any(_inside(path, key) for key in keys)
+            for name in module._parameters
+        ]
+        self._seen = [_form(module, name) for _, module, name in self._places]
+
+    def changed(self) -> list[str]:
+        """Names of the parameters that were written to or exchanged since they were last asked for."""
+        now = [_form(module, name) for _, module, name in self._places]
+        found = [
+            f"{path}.{name}"
+            for (path, _, name), old, new in zip(self._places, self._seen, now, strict=True)
+            if old != new and old[2:] == new[2:]  # a change of type or device is one of the parts, too
+        ]
+        self._seen = now
+        return found
+
+
+def _inside(path: str, key: str) -> bool:
+    """Whether a module is the region's, or inside of it; the region may be named from a module further in."""
+    return f".{path}.".find(f".{key}.") >= 0 if key else True
+
+
+def _form(module: nn.Module, name: str) -> tuple[Any, ...]:
+    tensor = module._parameters[name]
+    if tensor is None or tensor.is_meta:
+        return None, None, None, None
+    version = None if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.dtype, tensor.device
+
+
 def _parts(pass_name: str, key: str) -> list[str]:
     return [pass_name, *(key.split(".") if key else [_ROOT])]

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.fx.traceback as fx_traceback
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from tokcompile.capture.captured import Captured
 from tokcompile.capture.flops import node_flops
@@ -94,6 +95,8 @@ class CheckedInterpreter(fx.Interpreter):
         if n.target is not aten._assert_scalar.default:
             value, message = value >= 0, "expected a size"
         if isinstance(value, torch.SymBool):
+            if not free_unbacked_symbols(value):
+                return  # of sizes of inputs: guards, or axes of one name
             value = torch.scalar_tensor(torch.sym_ite(value, 1, 0), dtype=torch.int64)
         if isinstance(value, torch.Tensor):
             torch.ops.aten._assert_async.msg(value, "" if _NO_MESSAGE.match(message) else message)

@@ -96,6 +96,7 @@ class Stages:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.session.calls.enter()
+        self.session.check_sources(model)
         kwargs = by_name(self.original, model, args, kwargs)
         if self.cache_name == "cache" and "past_key_values" in kwargs:  # its older name
             kwargs = {**kwargs, "cache": kwargs["past_key_values"]}

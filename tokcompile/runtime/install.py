@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
@@ -30,14 +31,23 @@ def share(model: Model) -> Model:
     """A copy of the module tree over the memory of the same parameters and buffers.
 
     Parameters are objects of their own, so ``.to()``, ``.requires_grad_()`` and ``.grad`` of the one leave the other
-    alone; what is written into them in place (an optimizer step, ``load_state_dict``) shows in both.
+    alone; what is written into them in place (an optimizer step, ``load_state_dict``) shows in both. Those that an
+    optimizer steps already stay the same objects, or it would find no gradient. Adapters that are merged into shared
+    weights are merged in both: the list that says so is shared too.
     """
+    stepped = _stepped()
     memo: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     for parameter in model.parameters():
-        if type(parameter) is nn.Parameter:  # others (quantised ones) know best what they are
+        if (
+            type(parameter) is nn.Parameter and id(parameter) not in stepped
+        ):  # others (quantised ones) know best what they are
             alias = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
             alias.__dict__.update(parameter.__dict__)
             memo[id(parameter)] = alias
+    for module in model.modules():
+        merged = module.__dict__.get("merged_adapters")
+        if isinstance(merged, list):
+            memo[id(merged)] = merged
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
@@ -45,6 +55,13 @@ def share(model: Model) -> Model:
             f"the model cannot be copied: {str(error).splitlines()[0] if str(error) else type(error).__name__}; pass "
             "inplace=True to change the model itself"
         ) from error
+
+
+def _stepped() -> set[int]:
+    """Identities of the parameters that some optimizer of this process steps."""
+    kind = torch.optim.Optimizer
+    found = [item for item in gc.get_objects() if issubclass(type(item), kind)]
+    return {id(p) for optimizer in found for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
 
 
 def run(model: nn.Module, inputs: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from tokcompile.runtime.compiled_graph import CompiledGraph
 from tokcompile.runtime.fallback import Fallbacks
 from tokcompile.runtime.memories import Memories
 from tokcompile.runtime.recording import Recordings
-from tokcompile.state import PreparedState
+from tokcompile.state import PreparedState, Sources
 
 
 class Session:
@@ -76,7 +76,25 @@ class Session:
         self.graphs: list[CompiledGraph] = []
         self.recordings, self.remembered, self.calls = Recordings(), Memories(), Calls()
         self.origin: dict[str, tuple[int, torch.dtype]] = {}
+        self.sources: Sources | None = None
         self.changed: dict[str, str] = {}
+
+    def check_sources(self, model: torch.nn.Module) -> None:
+        """Warn, once for each change, when weights changed that prepared parts were made from."""
+        if self.prepared is None:
+            return
+        if self.sources is None:
+            self.sources = Sources(model, self.prepared)
+        changed = self.sources.changed()
+        if changed:
+            more = f" and {len(changed) - 1} more parameters" if len(changed) > 1 else ""
+            names = ", ".join(dict.fromkeys(name for name, _ in self.prepared.facts))
+            text = (
+                f"weights changed that {names} was prepared from ({changed[0]}{more}), and what was prepared is used "
+                "as it was; call tokcompile.optimize again on the changed model, with calibration= made from it"
+            )
+            self.report.problems.append(text)
+            warnings.warn(text, stacklevel=4)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a copy starts without compiled graphs: they read the state of this session
