@@ -1,4 +1,4 @@
-"""Result rows, CSV files and plots: what all benchmarks share. The timing is that of ``tokcompile.benching``."""
+"""Result rows, CSV files and plots: what all benchmarks share. The timing is that of ``tokcompile.measure.timing``."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from tests import oracle
 from tests.zoo.encoders_for_pruning import ENCODERS, EncoderCase
 from tests.zoo.vlm import VARIANTS, VLMS, Case
 from tokcompile.capture.capture import DYNAMO_CONFIG, from_dynamo
+from tokcompile.capture.checks import take
 from tokcompile.capture.captured import Captured
 from tokcompile.capture.graph import module_path, source_line
 from tokcompile.capture.trace import is_fake
@@ -33,10 +34,12 @@ class Recorder:
 
     def __call__(self, graph_module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         captured, index = from_dynamo(graph_module), len(self.graphs)
+        checks = take(captured)  # as whoever runs the graph does
         self.graphs.append(captured)
 
         def call(*args: Any) -> Any:
             self.calls.append(index)
+            checks.ask(args)
             expected, found = graph_module(*args), captured.graph_module(*args)
             for one, other in zip(tree_leaves(expected), tree_leaves(found), strict=True):
                 assert not is_fake(other), "the captured graph returns a tensor without data"

@@ -44,7 +44,7 @@ def optimize(
         inputs: keyword arguments of ``forward`` or ``generate``; given, the recipe is matched (and the graphs are
             compiled) now, else at the first call.
         calibration: for passes that need it, any iterable of inputs like ``inputs`` (or of ``input_ids`` tensors), or
-            what :func:`~tokcompile.calibration.calibrate` returned earlier.
+            what :func:`~tokcompile.prepare.calibrate.calibrate` returned earlier.
         on_no_match: "error", "warn" or "ignore": what to do when a step changes nothing.
         lowering: "inductor", or "eager" (no code generation: slow, exact, quick to compile).
         inplace: change ``model`` itself instead of a copy that shares the memory of its parameters.

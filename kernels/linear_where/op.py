@@ -32,7 +32,8 @@ def linear_where(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -
     """
     result = x.new_zeros(*x.shape[:-1], weight.shape[0])
     if bool(mask.any()):
-        result[mask] = functional.linear(x[mask], weight, bias).to(x.dtype)  # autocast may choose another type
+        # under autocast the weight can be wider than x
+        result[mask] = functional.linear(x[mask].to(weight.dtype), weight, bias).to(x.dtype)
     return result
 
 

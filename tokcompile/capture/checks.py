@@ -56,18 +56,26 @@ class CheckedInterpreter(fx.Interpreter):
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
-        self._tensors: dict[
-            fx.Node, torch.Tensor
-        ] = {}  # a number -> the same as a tensor that tracing knows nothing of
+        #: a number -> the same as a tensor that tracing knows nothing of
+        self._tensors: dict[fx.Node, torch.Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         if n.target in SCALAR:
             with fx_traceback.set_current_meta(n):
                 self._hold(n)
         result = super().run_node(n)
+        with fx_traceback.set_current_meta(n):
+            self._follow(n, result)
+        return result
+
+    def _follow(self, n: fx.Node, result: Any) -> None:
+        """Note the tensor that stands for a number."""
         read = n.target in _READS or (n.op == "call_method" and n.target == "item")
         source = self.env.get(n.args[0]) if read and isinstance(n.args[0], fx.Node) else None
-        if isinstance(source, torch.Tensor):
+        counted = self._counted(n)
+        if counted is not None:
+            self._tensors[n] = counted
+        elif isinstance(source, torch.Tensor):
             self._tensors[n] = source.reshape(()).double() if source.is_floating_point() else source.reshape(())
         elif (
             n.op == "call_function"
@@ -77,7 +85,18 @@ class CheckedInterpreter(fx.Interpreter):
             found = self._as_tensor(n)
             if found is not None:
                 self._tensors[n] = found
-        return result
+
+    def _counted(self, n: fx.Node) -> torch.Tensor | None:
+        """How many entries a boolean mask picks, where ``n`` is the size of what it picked: the mask tells it too."""
+        if n.target is not aten.sym_size.int or n.args[1] != 0 or not isinstance(n.args[0], fx.Node):
+            return None
+        picked = n.args[0]
+        if picked.target not in (operator.getitem, aten.index.Tensor):
+            return None
+        index: Any = picked.args[1]
+        first = index[0] if isinstance(index, list | tuple) else index
+        mask = self.env.get(first) if isinstance(first, fx.Node) else None
+        return mask.sum() if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool else None
 
     def _as_tensor(self, n: fx.Node) -> torch.Tensor | None:
         args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: self._tensors.get(a, self.env.get(a)))

@@ -88,7 +88,7 @@ class Batch:
         rows: int64 ``[N]``, their row in the batch. positions: their place in the unpruned sequence.
         labels: int64 ``[N]``, the token that follows; None without token ids.
         hidden: of each layer, ``[N, D]`` of student and teacher.
-        on_prompt: see :func:`~tokcompile.distillation.sstoken_scores`.
+        on_prompt: see :func:`~tokcompile.recovery.losses.sstoken_scores`.
     """
 
     student: Tensor

@@ -22,7 +22,7 @@ def chosen_parameters(model: nn.Module, trainable: str | Sequence[str]) -> dict[
     fixed = [
         f"{name}.{buffer}"
         for name, module in model.named_modules()
-        for buffer in getattr(module, "host", ())
+        for buffer in getattr(module, "host_buffers", ())
         if name.startswith(f"{NAMESPACE}.")
     ]
     for wish in [trainable] if isinstance(trainable, str) else trainable:

@@ -64,8 +64,8 @@ def recover(
         loss: "forward_kl" (``KL(teacher | model)``) or "reverse_kl".
         temperature: divides the logits; the loss is multiplied by its square.
         hidden_weight: weight of the squared error of all hidden states over their squared norm, beside the loss.
-        tokens: "all", "tip", "sstoken", or a :class:`~tokcompile.distillation.Tip` or
-            :class:`~tokcompile.distillation.SsToken`.
+        tokens: "all", "tip", "sstoken", or a :class:`~tokcompile.recovery.losses.Tip` or
+            :class:`~tokcompile.recovery.losses.SsToken`.
         lr, weight_decay: of AdamW. schedule: a name that ``transformers.get_scheduler`` knows.
         warmup: share of the steps in which the rate rises. max_grad_norm: gradients are clipped to this norm.
         checkpoints: a folder. The run goes on from the checkpoint in it, if any, as if it had not been interrupted,

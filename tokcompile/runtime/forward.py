@@ -38,6 +38,11 @@ class Forward:
             return self.stages.original(self._tokcompile_owner, *args, **kwargs)
         return self.stages(self._tokcompile_owner, args, kwargs)
 
+    @property
+    def owner(self) -> nn.Module:
+        """The model that this is the forward of."""
+        return self._tokcompile_owner
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Forward, (self._tokcompile_owner, self.stages)
 
