@@ -17,8 +17,8 @@ from tests import oracle
 from tests.zoo.encoders_for_pruning import ENCODERS, EncoderCase
 from tests.zoo.vlm import VARIANTS, VLMS, Case
 from tokcompile.capture.capture import DYNAMO_CONFIG, from_dynamo
-from tokcompile.capture.checks import take
 from tokcompile.capture.captured import Captured
+from tokcompile.capture.checks import take
 from tokcompile.capture.graph import module_path, source_line
 from tokcompile.capture.trace import is_fake
 
