@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -345,6 +346,107 @@ def test_a_function_in_a_file_and_a_pass_in_a_file(call: Any, tmp_path: Path, mo
     (tmp_path / "mine.py").write_text("raise RuntimeError('mine')\n")
     code, _, err = call("--passes", tmp_path / "mine.py", "recipes", "list")
     assert (code, "RuntimeError: mine" in err) == (REFUSED, True)
+
+
+def test_passes_anywhere_on_the_line(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_passes", dict(registry._passes))
+    (tmp_path / "mine.py").write_text(
+        "from pydantic import Field\n"
+        "from tokcompile.authoring import PassParams, register\n"
+        "@register\nclass Mine:\n    'Mine.'\n    name, regions = 'mine', 'merge_point'\n"
+        "    class Params(PassParams):\n        keep: int = Field(3, description='Tokens.')\n"
+    )
+    (tmp_path / "mine.yaml").write_text("recipe_version: 1\nsteps: [{pass: mine}]\n")
+    assert call("lint", tmp_path / "mine.yaml")[0] == RECIPE
+    for words in (
+        ("lint", "--passes", tmp_path / "mine.py", tmp_path / "mine.yaml"),
+        ("lint", tmp_path / "mine.yaml", f"--passes={tmp_path / 'mine.py'}"),
+    ):
+        registry._passes.pop("mine", None)
+        code, out, _ = call(*words)
+        assert (code, "ok" in out) == (OK, True)
+
+
+def test_a_budget_of_one_token_is_a_warning(call: Any, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("recipe_version: 1\nsteps:\n  - pass: random\n    params: {keep: 1}\n")
+    code, out, _ = call("lint", path)
+    assert code == OK
+    warning, ok = out.strip().split("\n")
+    assert warning == f"{path}:4:20: steps[0].params.keep: 1 keeps one token; write 1.0 to keep all (warning)"
+    assert ok == f"{path}: ok"
+    [entry] = json.loads(call("lint", path, "--json")[1])
+    assert (entry["ok"], [w["line"] for w in entry["warnings"]]) == (True, [4])
+    path.write_text("recipe_version: 1\nsteps:\n  - pass: random\n    params: {keep: 1.0}\n")
+    assert call("lint", path)[1] == f"{path}: ok\n"
+
+
+def test_what_is_missing_is_said_before_the_work(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every package of an extra at once; a plot that is left out is said; nothing is loaded before."""
+    from importlib.util import find_spec
+
+    def gone(*names: str) -> None:
+        monkeypatch.setattr(
+            "importlib.util.find_spec", lambda name, *rest: None if name in names else find_spec(name, *rest)
+        )
+
+    gone("onnx", "onnxruntime", "PIL")
+    monkeypatch.setattr("tokcompile.model_source.load", lambda request: pytest.fail("loaded a model first"))
+    code, _, err = call("export", VIT, "--out", tmp_path / "out")
+    assert (code, err) == (MISSING, "error: export needs onnx, onnxruntime: pip install 'tokcompile[onnx]'\n")
+    (tmp_path / "cat.png").write_bytes(b"")
+    code, _, err = call("explain", VLM, "--image", tmp_path / "cat.png")
+    assert (code, err) == (MISSING, "error: --image needs PIL: pip install 'tokcompile[demo]'\n")
+
+
+def test_a_plot_that_is_left_out_is_said(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokcompile.reporting.bench_result import BenchResult
+
+    def no_plot(*_: Any) -> None:
+        raise TokcompileError("a plot needs matplotlib: pip install matplotlib")
+
+    monkeypatch.setattr(BenchResult, "plot", no_plot)
+    result = BenchResult("Tiny", "cpu", 1, 2, "dense eager", [])
+    monkeypatch.setattr("tokcompile.measure.bench.bench", lambda *_, **__: result)
+    code, _, err = call("bench", VIT, "--out", tmp_path, "--json")
+    assert code == OK
+    assert "bench.png is left out: a plot needs matplotlib: pip install matplotlib" in err
+    assert "bench.csv" in err
+
+
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_overwriting_asks_whoever_sits_there(
+    call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("mine")
+    assert call("recipes", "new", path)[0] == REFUSED  # nobody sits there
+    assert path.read_text() == "mine"
+    monkeypatch.setattr("sys.stdin", Terminal(f"{answer}\n"))
+    code, _, err = call("recipes", "new", path)
+    assert f"{path} exists. Replace it?" in err
+    assert (code, path.read_text() == "mine") == ((OK, False) if answer == "y" else (REFUSED, True))
+
+
+class Terminal(io.StringIO):
+    """Standard input at which somebody sits."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_explain_takes_calibration(call: Any, tmp_path: Path) -> None:
+    (tmp_path / "make.py").write_text(
+        "import torch\nfrom tokcompile.demo import tiny_llm\n"
+        "def make():\n    return tiny_llm()\n"
+        "def data():\n    return [tiny_llm()[1]]\n"
+    )
+    (tmp_path / "mine.yaml").write_text("recipe_version: 1\nsteps: [{pass: moe_from_dense}]\n")
+    model, recipe = f"{tmp_path / 'make.py'}:make", tmp_path / "mine.yaml"
+    code, out, _ = call("explain", model, "-r", recipe, "--json")
+    assert (code, json.loads(out)["steps"][0]["status"]) == (NO_MATCH, "condition_failed")
+    code, out, err = call("explain", model, "-r", recipe, "--json", "--calibration", f"{tmp_path / 'make.py'}:data")
+    assert (code, json.loads(out)["steps"][0]["status"]) == (OK, "unprofitable"), err
 
 
 def test_every_command_has_help_with_an_example(call: Any) -> None:

@@ -38,11 +38,12 @@ GOOD: dict[str, Any] = {
     "steps": [
         {
             "pass": "sample_keep",
-            "target": {"region": "merge_point", "layers": [0, "2-4", -1], "path": "model.*", "modality": "image"},
+            "target": {"region": "merge_point", "path": "model.*", "modality": "image"},
             "params": {"keep": 0.1, "criterion": "max_sum"},
             "expect": {"min_matches": 1, "max_matches": 3},
         },
         {"pass": "sample_stages", "params": {"keep": [0.7, 0.5], "at": [0.25, 0.5]}},
+        {"pass": "sample_layers", "target": {"layers": [0, "2-4", -1]}, "params": {"share": 0.5}},
     ],
     "protect": {"paths": ["lm_head*"], "leading_tokens": 5},
 }
@@ -65,10 +66,21 @@ class SampleStages:
 
     name = "sample_stages"
     regions = "vision_encoder"
+    protects_leading = True
 
     class Params(PassParams):
         keep: list[float] = Field(description="Ratios.")
         at: list[float] = Field(description="Fractions of depth.")
+
+
+class SampleLayers:
+    """Changes layers, one by one."""
+
+    name = "sample_layers"
+    regions = "attention"
+
+    class Params(PassParams):
+        share: float = Field(description="Of something.")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -77,6 +89,7 @@ def _sample_passes():
     known = dict(registry._passes)
     register(SampleKeep)
     register(SampleStages)
+    register(SampleLayers)
     yield
     registry._passes.clear()
     registry._passes.update(known)
@@ -209,6 +222,52 @@ def test_bad_layers(layers, message):
         f"recipe_version: 1\nsteps:\n  - pass: sample_keep\n    params: {{keep: 1}}\n    target: {{layers: {layers}}}\n"
     )
     assert mistakes(text) == [f"r.yaml:5:22: steps[0].target.layers: {message}"]
+
+
+def test_what_a_pass_does_not_look_at_comes_with_the_other_mistakes():
+    text = """\
+recipe_version: 1
+steps:
+  - pass: sample_keep
+    target: {region: attention, layers: [1]}
+    params: {keep: 10%}
+  - pass: sample_layers
+    target: {modality: image}
+    params: {share: 0.5}
+"""
+    assert mistakes(text) == [
+        "r.yaml:4:22: steps[0].target.region: sample_keep works on merge_point, not on attention; leave target.region "
+        "out",
+        "r.yaml:4:41: steps[0].target.layers: sample_keep takes no target.layers; its own parameters say at which depth "
+        "it acts",
+        "r.yaml:5:20: steps[0].params.keep: should be a ratio in (0, 1] or a whole number of tokens, found '10%'; "
+        "write 0.1",
+        "r.yaml:7:24: steps[1].target.modality: images and video are told apart at merge points only; leave "
+        "target.modality out",
+    ]
+    text = "recipe_version: 1\nextends: vlm_prune_90\nprotect: {leading_tokens: 3}\n"
+    assert mistakes(text) == [
+        "r.yaml:3:27: protect.leading_tokens: no pass of this recipe removes tokens inside an encoder; leave it out"
+    ]
+
+
+def test_extends_and_single_values(tmp_path):
+    base = Recipe.load("vlm_prune_90")
+    text = "recipe_version: 1\nextends: vlm_prune_90\nset:\n  steps[0].params.keep: 0.25\n"
+    recipe = Recipe.parse(text, "mine.yaml")
+    assert recipe.to_dict() == base.override({"steps[0].params.keep": 0.25}).to_dict()
+    assert recipe.steps[0].params.keep == Budget(1, 4)
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    again = Recipe.load({"recipe_version": 1, "extends": str(tmp_path / "mine.yaml"), "description": "Other."})
+    assert (again.description, again.steps) == ("Other.", recipe.steps)
+    wrong = text + "  steps[0].params.kep: 0.3\n  steps[3].pass: random\n"
+    assert mistakes(wrong) == [
+        "r.yaml:5:24: set['steps[0].params.kep']: unknown key (did you mean 'keep'?)",
+        "r.yaml:6:18: set['steps[3].pass']: steps has 1 entries, numbered from 0",
+    ]
+    assert mistakes(
+        "recipe_version: 1\nset: {'steps[0].pass': random}\nsteps: [{pass: random, params: {keep: 2}}]\n"
+    ) == ["r.yaml:2:6: set: changes values of the recipe that `extends` names, and there is none"]
 
 
 def test_a_dict_has_no_lines_but_all_mistakes():
@@ -485,7 +544,7 @@ def test_paths_and_protection():
 
 def test_region_defaults_to_that_of_the_pass():
     recipe = Recipe.load(GOOD)
-    assert [step.region for step in recipe.steps] == ["merge_point", "vision_encoder"]
+    assert [step.region for step in recipe.steps] == ["merge_point", "vision_encoder", "attention"]
     assert isinstance(recipe.steps[0], Step)
 
 

@@ -75,6 +75,28 @@ def measured() -> BenchResult:
     return BenchResult("Tiny", "cpu", 1, 8, "dense eager", rows, versions, 0.5)
 
 
+def test_it_opens_with_a_verdict_and_the_recipe() -> None:
+    """What changed, how much faster, how good, against what; then every parameter of every step."""
+    model, inputs = tiny_vlm()
+    report = tokcompile.explain(model, inputs, "vlm_prune_90")
+    text = Checker(page(report.to_dict(), bench=measured())).text
+    order = ["What changed", "todre: 1 region, 72 → 15 tokens", "How much faster", "first token 2.00×", "How good"]
+    order += [
+        "Measured on",
+        "Against what",
+        "dense eager, in the same run, on cpu",
+        "The recipe pass target",
+        "criterion: ",
+    ]
+    order += ['"max_sum"', "What each step did"]
+    places = [text.find(part) for part in order]
+    assert -1 not in places, [part for part, place in zip(order, places, strict=True) if place < 0]
+    assert places == sorted(places)
+    alone = Checker(page(report.to_dict())).text
+    assert "Not measured here (tokcompile bench measures it). The FLOPs allow " in alone
+    assert "What changed" not in Checker(page(tokcompile.explain(model, inputs).to_dict())).text
+
+
 def picture() -> bytes:
     image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
     stream = io.BytesIO()

@@ -52,7 +52,8 @@ class ToDRE(VisualSelection):
         )
         drop_layer: Annotated[float, Field(ge=0, le=1)] | Annotated[int, Field(ge=0)] | None = Field(
             0.875,
-            description="Layer after which no visual token is left; null keeps them to the end.",
+            description="Layer after which no visual token is left, for the text has read them by then: a fraction "
+            "of the layers (0.875: after 28 of 32) or a layer number; null keeps them to the end.",
             json_schema_extra=about(unit="fraction of the depth, or layer number from 0", source="paper: 7/8"),
         )
 

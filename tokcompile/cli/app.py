@@ -46,7 +46,11 @@ def _main(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (works anywhere).")] = False,
     passes: Annotated[
         list[Path] | None,
-        typer.Option("--passes", metavar="FILE", help="Python file with passes of your own; it is run. Repeatable."),
+        typer.Option(
+            "--passes",
+            metavar="FILE",
+            help="Python file with passes of your own; it is run (works anywhere). Repeatable.",
+        ),
     ] = None,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_version)

@@ -15,11 +15,25 @@ from tokcompile.cli.codes import DEFECT, OK, exit_code, message
 from tokcompile.cli.output import stderr
 
 
+def in_front(given: Sequence[str], option: str) -> list[str]:
+    """``given`` with each ``option VALUE`` (or ``option=VALUE``) ahead of the command, where the program reads it."""
+    first, rest, words = [], [], list(given)
+    while words:
+        word = words.pop(0)
+        if word == "--":  # what follows is not for us
+            return [*first, *rest, word, *words]
+        if word == option and words:
+            first += [word, words.pop(0)]
+        else:
+            (first if word.startswith(f"{option}=") else rest).append(word)
+    return [*first, *rest]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script. Gives the exit code; prints no traceback without ``--debug``."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
-    given = [argument for argument in given if argument != "--debug"]
+    given = in_front([argument for argument in given if argument != "--debug"], "--passes")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("torch._dynamo").setLevel(logging.CRITICAL)  # what cannot be captured is in the report

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +21,8 @@ from tokcompile.cli.options import (
     load_calibration,
     load_model,
     load_recipe,
+    may_replace,
+    need,
     takes_model,
 )
 from tokcompile.cli.output import stderr, stdout, working, write_json
@@ -37,6 +38,7 @@ def explain(
     request: Any,
     recipe: Annotated[str, typer.Option("--recipe", "-r", metavar="R", help="Left out, only what is found.")] = "",
     sets: Sets = None,
+    calibration: Calibration = "",
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as a page, too.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -48,8 +50,8 @@ def explain(
         raise FileNotFoundError(2, "no such folder", str(html.parent))
     with working("loading the model") as say:
         module, inputs = load_model(request)
-        say("capturing, finding regions")
-        report = tokcompile.explain(module, inputs, loaded)
+        say("calibrating, finding regions" if calibration else "capturing, finding regions")
+        report = tokcompile.explain(module, inputs, loaded, calibration=load_calibration(calibration))
     if html is not None:
         report.to_html(html)
         stderr().print(f"wrote {html}", markup=False)
@@ -151,8 +153,10 @@ def bench(
         (out / "bench.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
         for name, report in result.reports.items():
             report.to_html(out / f"report_{name}.html", bench=result)
-        with contextlib.suppress(TokcompileError):  # matplotlib is optional
+        try:
             result.plot(out / "bench.png")
+        except TokcompileError as error:
+            stderr().print(f"bench.png is left out: {error}", markup=False, soft_wrap=True)
         stderr().print(f"wrote {', '.join(sorted(str(path) for path in out.iterdir()))}", markup=False, soft_wrap=True)
     write_json(result.to_dict()) if as_json else stdout().print(Text(str(result)), soft_wrap=True)
 
@@ -174,7 +178,10 @@ def export(
     """Write ONNX files that onnxruntime runs, and compare both."""
     import tokcompile
 
+    need("export", ["onnx", "onnxscript", *([] if no_check else ["onnxruntime"])], "onnx")
     loaded = load_recipe(recipe, sets) if recipe else None
+    if out.exists() and any(out.iterdir()):  # now rather than after the work
+        overwrite = may_replace(out, overwrite)
     with working("loading the model") as say:
         module, inputs = load_model(request)
         say("exporting" if no_check else "exporting, comparing with onnxruntime")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,6 +54,8 @@ def _request(
     missing = [path for path in images or [] if not path.is_file()]
     if missing:
         raise FileNotFoundError(2, "no such picture", str(missing[0]))
+    if images:
+        need("--image", ["PIL"], "demo")
     return Request(model, prompt, list(images or []), tokens, batch, dtype, device, random_weights)
 
 
@@ -75,6 +79,22 @@ def load_recipe(name: str, sets: Sequence[str] | None) -> Any:
     from tokcompile.recipes import Recipe
 
     return Recipe.load(name, recipe_overrides.parse(sets or []))
+
+
+def need(what: str, packages: Sequence[str], extra: str) -> None:
+    """Refuse a command at once where it would miss packages after its work, all of them named.
+
+    Raises:
+        ImportError: some of ``packages`` are not installed.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"{what} needs {', '.join(missing)}: pip install 'tokcompile[{extra}]'")
+
+
+def may_replace(place: Path, given: bool) -> bool:
+    """Whether to overwrite ``place``: as the option says, else asked of whoever sits at a terminal."""
+    return given or (sys.stdin.isatty() and typer.confirm(f"{place} exists. Replace it?", err=True))
 
 
 def load_model(request: Any) -> Any:

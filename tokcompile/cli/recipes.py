@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from tokcompile.cli.app import recipes_app
-from tokcompile.cli.options import AsJson, Sets, load_recipe
+from tokcompile.cli.options import AsJson, Sets, load_recipe, may_replace
 from tokcompile.cli.output import first_sentence, stderr, stdout, table_of, write_json, yaml_text
 from tokcompile.errors import TokcompileError
 
@@ -110,7 +110,7 @@ def recipes_new(
     if file.suffix not in (".yaml", ".yml"):
         raise typer.BadParameter(f"{file}: a recipe ends in .yaml")
     schema = file.with_name("tokcompile.schema.json")
-    if file.exists() and not force:
+    if file.exists() and not may_replace(file, force):
         raise TokcompileError(f"{file} exists; choose another name, or --force to overwrite it")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f"{EDITOR_LINE.format(schema.name)}\n{yaml_text(recipe.to_dict())}", encoding="utf-8")

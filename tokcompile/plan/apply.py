@@ -12,7 +12,7 @@ from tokcompile.capture.canonical import canonicalise
 from tokcompile.capture.flops import graph_flops
 from tokcompile.capture.markers import FEATURE_SCORES
 from tokcompile.errors import NarrowError, RecipeError, UnprofitableError
-from tokcompile.kinds import LOCAL, MERGED
+from tokcompile.kinds import LOCAL, MERGED, Stage
 from tokcompile.plan.expectations import Expectations, miss
 from tokcompile.plan.layer_tokens import LayerTokens
 from tokcompile.plan.observed import Observed
@@ -22,6 +22,7 @@ from tokcompile.recipes import Recipe, Step
 from tokcompile.regions import find_regions
 from tokcompile.regions.model import Region
 from tokcompile.regions.places import layer_of, region_keys
+from tokcompile.reporting.paths import path_globs
 from tokcompile.reporting.report import Report, StepReport
 from tokcompile.reporting.status import Status
 from tokcompile.rewrite.context import Context
@@ -53,6 +54,9 @@ class Matching:
         self.on_no_match = on_no_match
         self.expectations = Expectations(recipe, passes, report, on_no_match)
         self.scored_features = self.pruned_encoder = False
+        self._shallow: dict[
+            int, dict[str, int]
+        ] = {}  # step -> regions of a stack without a layer that it names, with its depth
 
     @property
     def wants_scores(self) -> bool:
@@ -86,7 +90,7 @@ class Matching:
 
     def _plan_step(self, ctx: Context, step: Step, method: Pass, stage: str) -> PlannedStep:
         planned = PlannedStep(ctx.step, step.pass_)
-        for region in self._candidates(ctx, step):
+        for region in self._candidates(ctx, step, stage):
             if ctx.prepared is not None and ctx.prepared.has(step.pass_, ctx.key(region)):
                 planned.state.append(region.path)
             try:
@@ -97,14 +101,14 @@ class Matching:
             planned.reason = miss(ctx, step, self.recipe, stage)
         return planned
 
-    def _candidates(self, ctx: Context, step: Step) -> list[Region]:
+    def _candidates(self, ctx: Context, step: Step, stage: str) -> list[Region]:
         """The regions that a step is for.
 
         Raises:
             RecipeError: ``target.layers`` asks for a layer that no stack has.
         """
         protect = self.recipe.protect if self.recipe else None
-        found, outside = [], None
+        found, shallow = [], self._shallow.setdefault(ctx.step, {})
         for region in ctx.regions.of(step.region):
             if not step.target.matches_path(region.path) or (protect and protect.covers(region.path)):
                 continue
@@ -112,15 +116,18 @@ class Matching:
                 continue
             if step.target.layers is not None:
                 place = ctx.layer(region)
+                if place is None:
+                    continue
                 try:
-                    if place is None or place[0] not in step.target.layer_indices(place[1]):
+                    if place[0] not in step.target.layer_indices(place[1]):
                         continue
-                except RecipeError as error:
-                    outside = error  # another stack of the model may be deeper
+                except RecipeError:
+                    shallow[region.path] = place[1]
                     continue
             found.append(region)
-        if outside is not None and not found:
-            raise RecipeError(f"steps[{ctx.step}] ({step.pass_}): {outside}")
+        # an image encoder is compiled ahead of the decoder, which may be deeper
+        if shallow and not found and stage != Stage.ENCODER and not self.report.steps[ctx.step].matches:
+            raise RecipeError(f"steps[{ctx.step}] ({step.pass_}): {_too_deep(step, shallow)}")
         return found
 
     # .. rewrite
@@ -187,7 +194,7 @@ class Matching:
                 continue
             problems: list[tuple[str, NarrowError]] = []
             done: list[Region] = []
-            for region in self._candidates(ctx, step):
+            for region in self._candidates(ctx, step, stage):
                 try:
                     seen = self.observed.of(ctx, region)
                     method.observe(ctx, region, seen)
@@ -269,6 +276,18 @@ class Matching:
     def _note_plan(self, ctx: Context, plan: Plan) -> None:
         if plan.steps and not any(known["stage"] == plan.stage for known in self.report.plans):
             self.report.plans.append(plan.as_dict(ctx.captured.graph))
+
+
+def _too_deep(step: Step, shallow: dict[str, int]) -> str:
+    """What to say where no stack has the layers that ``target.layers`` names; ``shallow``: region path -> depth."""
+    stacks = {depth: [path for path, other in shallow.items() if other == depth] for depth in shallow.values()}
+    text = ""
+    for depth, paths in sorted(stacks.items()):  # of the deepest one it says which layer is outside
+        try:
+            step.target.layer_indices(depth)
+        except RecipeError as error:
+            text = str(error)
+    return f"{text}; " + "; ".join(f"{', '.join(path_globs(paths))}: {n} layers" for n, paths in stacks.items())
 
 
 def merged_details(details: dict[str, dict[str, Any]]) -> dict[str, Any]:

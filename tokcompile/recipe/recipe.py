@@ -8,21 +8,23 @@ is in ``recipe_yaml``, changing single values in ``recipe_overrides``, the JSON 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, PrivateAttr, ValidationError, ValidationInfo, field_validator, model_validator
 
 from tokcompile.errors import Mistake, RecipeError
 from tokcompile.recipe import overrides as recipe_overrides
 from tokcompile.recipe import yaml as recipe_yaml
+from tokcompile.recipe.budget import Budget
 from tokcompile.recipe.mistakes import explain, unite
 from tokcompile.recipe.source import Source, find, mistake_at
-from tokcompile.recipe.steps import Protect, RecipeModel, Step
+from tokcompile.recipe.steps import Protect, RecipeModel, Step, errors_at
 from tokcompile.recipe.wording import shown
-from tokcompile.recipe.yaml import Marks
+from tokcompile.recipe.yaml import Loc, Marks
+from tokcompile.registry import get_pass
 
 
 class Recipe(RecipeModel):
@@ -35,7 +37,12 @@ class Recipe(RecipeModel):
     )
     steps: list[Step] = Field(default_factory=list, validate_default=True, description="What to do, in this order.")
     protect: Protect | None = Field(None, description="What to leave alone.")
+    set: dict[str, Any] | None = Field(
+        None,
+        description="Values to change in the recipe that it extends, by place: steps[0].params.keep: 0.2.",
+    )
     _name: str = PrivateAttr("")
+    _warnings: tuple[Mistake, ...] = PrivateAttr(())
 
     @field_validator("recipe_version", mode="before")
     @classmethod
@@ -52,10 +59,30 @@ class Recipe(RecipeModel):
             raise ValueError("a recipe needs at least one step")
         return value
 
+    @field_validator("set")
+    @classmethod
+    def _set_what_is_extended(cls, value: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
+        if value and info.data.get("extends", "?") is None:
+            raise ValueError("changes values of the recipe that `extends` names, and there is none")
+        return value
+
+    @model_validator(mode="after")
+    def _protects_something(self) -> Recipe:
+        """A number of tokens to protect that no pass would look at is refused, so that it is not ignored silently."""
+        idle = _idle_protection(self) if self.extends is None else []
+        if idle:
+            raise errors_at(Recipe, *((("protect", name), _IDLE, getattr(self.protect, name)) for name in idle))
+        return self
+
     @property
     def name(self) -> str:
         """The shipped name or the file that it came from, "" for a dict."""
         return self._name
+
+    @property
+    def warnings(self) -> tuple[Mistake, ...]:
+        """What is valid, but probably not meant."""
+        return self._warnings
 
     @classmethod
     def load(
@@ -158,11 +185,54 @@ def _resolve(source: Source, data: Any, marks: Marks, chain: list[str], lines: l
     if lines or inherited or recipe is None:
         lines.sort(key=lambda line: (line.line or 0, line.column or 0))
         raise RecipeError(mistakes=lines + inherited)
+    recipe._warnings = tuple(_warnings(source, recipe, marks))
     if base is not None:
-        own = {field: getattr(recipe, field) for field in recipe.model_fields_set - {"extends"}}
-        recipe = base.model_copy(update=own)
+        own = {field: getattr(recipe, field) for field in recipe.model_fields_set - {"extends", "set"}}
+        warned = recipe._warnings if "steps" in own else base._warnings
+        changes, recipe = recipe.set, base.model_copy(update=own)
+        recipe._warnings = warned
+        if changes:
+            recipe = _changed(source, recipe, changes, marks)
+        if idle := _idle_protection(recipe):
+            places: list[Loc] = [("protect", name) for name in idle]
+            raise RecipeError(mistakes=[mistake_at(source, marks.find(loc), loc, _IDLE) for loc in places])
     recipe._name = source.key if source.shipped else source.label if source.key else ""
     return recipe
+
+
+def _warnings(source: Source, recipe: Recipe, marks: Marks) -> Iterator[Mistake]:
+    """A budget written ``1`` keeps one token, where ``1.0`` (all of them) may be meant."""
+    for number, step in enumerate(recipe.steps):
+        for name, value in step.params:
+            entries = value if isinstance(value, list | tuple) else [value]
+            for place, entry in enumerate(entries):
+                if isinstance(entry, Budget) and entry.is_count and entry.num == 1:
+                    loc: Loc = ("steps", number, "params", name, *((place,) if entries is value else ()))
+                    yield mistake_at(source, marks.find(loc), loc, "1 keeps one token; write 1.0 to keep all")
+
+
+_IDLE = "no pass of this recipe removes tokens inside an encoder; leave it out"
+
+
+def _idle_protection(recipe: Recipe) -> list[str]:
+    """The keys of ``protect`` that no step of a recipe looks at."""
+    if recipe.protect is None or any(getattr(get_pass(s.pass_), "protects_leading", False) for s in recipe.steps):
+        return []
+    return [name for name in ("leading_tokens", "trailing_tokens") if getattr(recipe.protect, name) is not None]
+
+
+def _changed(source: Source, recipe: Recipe, changes: Mapping[str, Any], marks: Marks) -> Recipe:
+    """``recipe`` with the values that the key ``set`` of another one gives; mistakes name the entry of ``set``."""
+    try:
+        return recipe.override(changes)
+    except RecipeError as error:
+        lines = []
+        for mistake in error.mistakes:
+            entry = next((place for place in changes if mistake.where.startswith(place)), mistake.where)
+            loc: Loc = ("set", entry)
+            lines.append(mistake_at(source, marks.find(loc), loc, mistake.what))
+        lines.sort(key=lambda line: (line.line or 0, line.column or 0))
+        raise RecipeError(mistakes=lines) from None
 
 
 def _check_circle(found: Source, chain: list[str]) -> None:

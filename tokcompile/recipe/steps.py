@@ -6,16 +6,35 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_serializer, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    field_serializer,
+    field_validator,
+)
+from pydantic_core import InitErrorDetails
 
 from tokcompile.errors import RecipeError
-from tokcompile.kinds import KINDS
+from tokcompile.kinds import KINDS, LOCAL
 from tokcompile.recipe.wording import layer_bounds, shown
 from tokcompile.registry import did_you_mean, get_pass
 
 
 class RecipeModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def errors_at(model: type[BaseModel], *found: tuple[tuple[str, ...], str, Any]) -> ValidationError:
+    """A complaint at several places inside one value: (place, what is wrong, the value there) of each."""
+    details: list[InitErrorDetails] = [
+        {"type": "value_error", "loc": place, "input": value, "ctx": {"error": ValueError(what)}}
+        for place, what, value in found
+    ]
+    return ValidationError.from_exception_data(model.__name__, details)
 
 
 _LayerEntry = Annotated[
@@ -62,7 +81,8 @@ class Target(RecipeModel):
         """The selected layers of a stack of ``depth`` layers: 0-based, ascending, each once.
 
         Raises:
-            RecipeError: an entry asks for a layer that the stack does not have.
+            RecipeError: an entry asks for a layer that the stack does not have. A model has several stacks; whether
+                one of them has the layer is for the caller to say.
         """
         if self.layers is None:
             return list(range(depth))
@@ -142,6 +162,27 @@ class Step(RecipeModel):
             get_pass(value)
         except RecipeError as error:
             raise ValueError(str(error)) from None
+        return value
+
+    @field_validator("target")
+    @classmethod
+    def _fits_the_pass(cls, value: Target, info: ValidationInfo) -> Target:
+        """A filter that the pass would not look at is refused, so that none is ignored silently."""
+        if "pass_" not in info.data:
+            return value
+        method, found = get_pass(info.data["pass_"]), []
+        kinds = (method.regions, *getattr(method, "also", ()))
+        if value.region is not None and value.region not in kinds:
+            what = f"{method.name} works on {' or '.join(kinds)}, not on {value.region}; leave target.region out"
+            found.append((("region",), what, value.region))
+        if value.layers is not None and method.regions not in LOCAL:
+            what = f"{method.name} takes no target.layers; its own parameters say at which depth it acts"
+            found.append((("layers",), what, value.layers))
+        if value.modality is not None and method.regions != "merge_point":
+            what = "images and video are told apart at merge points only; leave target.modality out"
+            found.append((("modality",), what, value.modality))
+        if found:
+            raise errors_at(Target, *found)
         return value
 
     @field_validator("params")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokcompile.errors import TokcompileError
 from tokcompile.reporting.paths import path_globs
+from tokcompile.reporting.verdict import verdict
 from tokcompile.version import __version__
 
 if TYPE_CHECKING:
@@ -107,6 +109,8 @@ def page(
             f"tokcompile {__version__}" + (f", recipe {report['recipe']}" if report["recipe"] else ""),
             class_="dim",
         ),
+        _verdict(report, bench),
+        _recipe(report),
         _steps(report),
         _times(bench),
         _pictures(pictures or {}),
@@ -139,6 +143,28 @@ def write(report: Mapping[str, Any], path: str | os.PathLike[str], **given: Any)
 
 
 # -------------------------------------------------------------------------------------------------------- sections
+
+
+def _verdict(report: Mapping[str, Any], bench: BenchResult | None) -> Raw | None:
+    lines = verdict(report, bench)
+    if not lines:
+        return None
+    rows = [tag("tr", tag("th", question), tag("td", answer)) for question, answer in lines.items()]
+    return tag("section", tag("div", tag("table", *rows), class_="card"))
+
+
+def _recipe(report: Mapping[str, Any]) -> Raw | None:
+    """Each step with all its parameters."""
+    steps = report.get("recipe_data", {}).get("steps", [])
+    if not steps:
+        return None
+    rows = []
+    for step in steps:
+        target = ", ".join(f"{key} {value}" for key, value in step.get("target", {}).items())
+        params = ", ".join(f"{key}: {json.dumps(value)}" for key, value in step["params"].items())
+        rows.append(tag("tr", tag("td", step["pass"]), tag("td", target), tag("td", params, class_="mono")))
+    head = tag("tr", *(tag("th", name) for name in ("pass", "target", "parameters")))
+    return tag("section", tag("h2", "The recipe"), tag("div", tag("table", head, *rows), class_="card"))
 
 
 def _steps(report: Mapping[str, Any]) -> Raw | None:

@@ -97,6 +97,7 @@ class Report:
         layers: one dict for each layer of each stack: stage, stack (kind), stack_path, index, path, attention and
             feed_forward (module paths, or None), feed_forward_kind, tokens_before, tokens_after.
         recipe: name of the recipe, where it has one.
+        recipe_data: the whole recipe, every parameter filled in; {} where there is none.
         problems: what the recipe expects and the model does not give, a line each.
         plans: one dict for the first graph of each stage, made before it was rewritten: stage, steps (step, pass,
             regions, reason, prepared), cuts (stack, layer, tokens) and predicted_flop_ratio.
@@ -111,6 +112,7 @@ class Report:
     recipe: str = ""
     problems: list[str] = field(default_factory=list)
     plans: list[dict[str, Any]] = field(default_factory=list)
+    recipe_data: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_regions(cls, regions: Regions, model: str = "") -> Report:
@@ -222,6 +224,7 @@ def _fields(report: Report) -> dict[str, Any]:
         "recipe": report.recipe,
         "problems": report.problems,
         "plans": report.plans,
+        "recipe_data": report.recipe_data,
     }
 
 

@@ -11,7 +11,6 @@ from torch import fx
 
 from tokcompile.kinds import Stage
 from tokcompile.plan.apply import Matching
-from tokcompile.plan.expectations import check_supported
 from tokcompile.plan.observed import Observed
 from tokcompile.plan.pass_base import Pass
 from tokcompile.recipes import Recipe, Step
@@ -62,11 +61,14 @@ class Session:
         self.recipe, self.lowering, self.on_no_match = recipe, lowering, on_no_match
         self.prepared, self.visual_mask = state, visual_mask
         self.counting = True
-        self.report = Report(model=model, recipe=recipe.name if recipe is not None else "")
+        self.report = Report(
+            model=model,
+            recipe=recipe.name if recipe is not None else "",
+            recipe_data=recipe.to_dict() if recipe is not None else {},
+        )
         self.passes: list[tuple[Step, Pass]] = []
         if recipe is not None:
             self.passes = [(step, get_pass(step.pass_)(step.params)) for step in recipe.steps]
-            check_supported(recipe)
         self.report.steps = [
             StepReport(pass_name=step.pass_, status=Status.NOT_CAPTURED, matches=0, reason="no graph was captured yet")
             for step, _ in self.passes
