@@ -38,7 +38,7 @@ from tokcompile.families.moe import experts
 from tokcompile.families.moe import split as moe_split
 from tokcompile.formulas import feed_forward as ffn
 from tokcompile.plan.pass_base import Pass, Seen
-from tokcompile.regions.model import Region
+from tokcompile.regions.model import FeedForwardRegion
 from tokcompile.registry import PassParams, about, register
 from tokcompile.rewrite.context import Context
 
@@ -128,7 +128,7 @@ class MoeFromDense(Pass):
                 raise ValueError(f"active ({self.active}) must be at most experts - shared ({routed})")
             return self
 
-    def observe(self, ctx: Context, region: Region, seen: Seen) -> None:
+    def observe(self, ctx: Context, region: FeedForwardRegion, seen: Seen) -> None:
         formula = self._formula(ctx, region)
         seen.weights, seen.facts["activation"] = formula.weights(ctx), formula.activation
         gate, up = formula.gate, formula.up
@@ -196,7 +196,7 @@ class MoeFromDense(Pass):
             }
         return {name: nn.Parameter(value) for name, value in t.items()}, facts
 
-    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+    def apply(self, ctx: Context, region: FeedForwardRegion) -> dict[str, Any]:
         formula = self._formula(ctx, region)
         state, facts = ctx.state(self.name, region)
         where = {"node": formula.up.node.name, "path": region.path, "source": region.source}
@@ -243,7 +243,7 @@ class MoeFromDense(Pass):
         erase(down.node)
         return {name: facts[name] for name in ("split", "neurons_active", "error", "speedup") if name in facts}
 
-    def _formula(self, ctx: Context, region: Region) -> ffn.Formula:
+    def _formula(self, ctx: Context, region: FeedForwardRegion) -> ffn.Formula:
         formula, params = ffn.read_formula(ctx, region), self.params
         routed, node = params.experts - params.shared, formula.up.node
         if params.experts > formula.width:

@@ -38,7 +38,7 @@ class ClassAttention(PatchSelection):
 
     def inputs(self, ctx: Context, layer: Layer, prefix: int) -> list[fx.Node]:
         assert layer.attention is not None
-        context = layer.attention.roles["output"]
+        context = layer.attention.output
         if context.meta["val"].dim() != 4:
             raise ctx.refuse(context, "attention with batch and heads flattened together cannot be scored")
         return [context, attention_rows(ctx, layer, 1 if prefix else None)]

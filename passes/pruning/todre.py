@@ -25,7 +25,7 @@ from tokcompile.families.pruning.drop import drop_visual
 from tokcompile.families.pruning.visual import VisualParams, VisualSelection
 from tokcompile.kernels.greedy_select import op as _op  # noqa: F401  registers the operator
 from tokcompile.recipes import Budget
-from tokcompile.regions.model import Region
+from tokcompile.regions.model import MergePoint
 from tokcompile.registry import about, register
 from tokcompile.rewrite.context import Context
 
@@ -57,8 +57,8 @@ class ToDRE(VisualSelection):
         order = torch.ops.tokcompile.greedy_select(tokens, segment, budget, self.params.criterion)
         return -order.to(torch.float32)
 
-    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
-        merged = region.roles["output"]
+    def apply(self, ctx: Context, region: MergePoint) -> dict[str, Any]:
+        merged = region.output
         stack, at = ctx.stack_below(merged), self.params.drop_layer
         layer = None
         if at is not None and stack is not None:

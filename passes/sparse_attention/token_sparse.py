@@ -18,14 +18,14 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor, fx
+from torch import Tensor
 
 from tokcompile.errors import CalibrationError, UnprofitableError
 from tokcompile.formulas.attention import read_attention
 from tokcompile.formulas.mask import read_mask
 from tokcompile.kernels.token_sparse_attention import op as _ops  # noqa: F401  registers the operation
 from tokcompile.plan.pass_base import Pass, Seen
-from tokcompile.regions.model import Layer, Region
+from tokcompile.regions.model import AttentionRegion, DecoderStack, Layer
 from tokcompile.registry import PassParams, about, register
 from tokcompile.rewrite.context import Context
 
@@ -121,14 +121,12 @@ class TokenSparse(Pass):
                 raise ValueError(f"should be odd, so that the average has a middle, found {value}")
             return value
 
-    def observe(self, ctx: Context, region: Region, seen: Seen) -> None:
+    def observe(self, ctx: Context, region: AttentionRegion, seen: Seen) -> None:
         layer = _layer(ctx, region)
         if layer is None:
-            raise ctx.refuse(
-                region.roles["output"], "the attention is in no stack of layers, so its layer cannot be measured"
-            )
+            raise ctx.refuse(region.output, "the attention is in no stack of layers, so its layer cannot be measured")
         if not _is_prefill(ctx, region):
-            raise ctx.refuse(region.roles["output"], "a step with a cache is no prefill; calibrate with whole inputs")
+            raise ctx.refuse(region.output, "a step with a cache is no prefill; calibrate with whole inputs")
 
         def add(before: Tensor, after: Tensor) -> None:
             one, other = before.float(), after.float()
@@ -145,9 +143,9 @@ class TokenSparse(Pass):
         limit = float(torch.tensor(list(drift.values()), dtype=torch.float64).quantile(self.params.calm))
         return {key: ({}, {"drift": value, "limit": limit}) for key, value in drift.items()}
 
-    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
-        output = region.roles["output"]
-        if region.variant["cross"] == "cross" or not _is_prefill(ctx, region):
+    def apply(self, ctx: Context, region: AttentionRegion) -> dict[str, Any]:
+        output = region.output
+        if region.cross or not _is_prefill(ctx, region):
             raise ctx.refuse(
                 output,
                 "expected an attention within one sequence, all of it in this call; with keys of "
@@ -201,7 +199,7 @@ class TokenSparse(Pass):
         form.replace(ctx, sparse, form.query, form.key, form.value, *extra)
         return {"min_length": least, "select": p.select, **({} if drift is None else {"drift": drift})}
 
-    def _choose(self, ctx: Context, region: Region) -> float | None:
+    def _choose(self, ctx: Context, region: AttentionRegion) -> float | None:
         """Raise unless this layer is among the sparse ones; its drift where calibration measured it."""
         where = ctx.key(region)
         if ctx.prepared is not None and ctx.prepared.has(self.name, where):
@@ -225,24 +223,20 @@ class TokenSparse(Pass):
         return None
 
 
-def _layer(ctx: Context, region: Region) -> Layer | None:
+def _layer(ctx: Context, region: AttentionRegion) -> Layer | None:
     return next(
-        (layer for stack in ctx.regions.of("decoder_stack") for layer in stack.layers if layer.attention is region),
+        (layer for stack in ctx.regions.of(DecoderStack) for layer in stack.layers if layer.attention is region),
         None,
     )
 
 
-def _is_prefill(ctx: Context, region: Region) -> bool:
+def _is_prefill(ctx: Context, region: AttentionRegion) -> bool:
     """As many queries as keys, and more than one."""
-    sizes = [region.shapes["S"], region.shapes["T"]]
+    sizes = [region.queries, region.keys]
     one, other = (s.node.expr if isinstance(s, torch.SymInt) else s for s in sizes)
     return bool(one == other) and one != 1
 
 
-def _under_pruning(ctx: Context, region: Region) -> bool:
+def _under_pruning(ctx: Context, region: AttentionRegion) -> bool:
     """Whether an earlier step removed tokens here: its mask is cut out of a causal one."""
-    from tokcompile.regions.causal import is_causal
-    from tokcompile.regions.flow import Flow
-
-    mask: fx.Node | None = region.roles.get("mask")
-    return bool(ctx.kept) and mask is not None and is_causal(Flow(ctx.captured.graph), region)
+    return bool(ctx.kept) and region.mask is not None and region.causal

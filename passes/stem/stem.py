@@ -41,7 +41,7 @@ from tokcompile.kernels.activation import activate
 from tokcompile.kernels.embedding_gate import embedding_gate, linear_where, rows
 from tokcompile.kernels.host_rows import await_rows, fetch_rows, unique_ids
 from tokcompile.plan.pass_base import Pass, Seen
-from tokcompile.regions.model import Region
+from tokcompile.regions.model import FeedForwardRegion
 from tokcompile.registry import PassParams, about, register
 from tokcompile.rewrite.context import Context
 
@@ -92,7 +92,7 @@ class Stem(Pass):
             "call are copied while other layers compute; such tables cannot be trained.",
         )
 
-    def observe(self, ctx: Context, region: Region, seen: Seen) -> None:
+    def observe(self, ctx: Context, region: FeedForwardRegion, seen: Seen) -> None:
         formula = self._formula(ctx, region)
         assert formula.gate is not None
         ids, table, _ = ids_for(ctx, region, formula.up.node)
@@ -163,7 +163,7 @@ class Stem(Pass):
             result[key] = tensors, facts
         return result
 
-    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+    def apply(self, ctx: Context, region: FeedForwardRegion) -> dict[str, Any]:
         formula = self._formula(ctx, region)
         ids, embedding, visual = self._ids(ctx, region, formula)
         state, facts = ctx.state(self.name, region)
@@ -195,7 +195,7 @@ class Stem(Pass):
             **{name: facts[name] for name in ("explained", "rows", "tokens", "shrinkage", "prior")},
         }
 
-    def _formula(self, ctx: Context, region: Region) -> ffn.Formula:
+    def _formula(self, ctx: Context, region: FeedForwardRegion) -> ffn.Formula:
         formula = ffn.read_formula(ctx, region)
         if formula.gate is None:
             raise ctx.refuse(
@@ -205,7 +205,9 @@ class Stem(Pass):
             )
         return formula
 
-    def _ids(self, ctx: Context, region: Region, formula: ffn.Formula) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    def _ids(
+        self, ctx: Context, region: FeedForwardRegion, formula: ffn.Formula
+    ) -> tuple[fx.Node, fx.Node, fx.Node | None]:
         """As :func:`ids_for`; -1 at the first tokens too."""
         ids, table, visual = ids_for(ctx, region, formula.up.node)
         if self.params.dense_first == 0:

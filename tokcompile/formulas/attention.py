@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from tokcompile.capture.graph import erase
 from tokcompile.capture.ops import TRIVIAL
 from tokcompile.regions.flow import Flow
-from tokcompile.regions.model import Region
+from tokcompile.regions.model import AttentionRegion
 from tokcompile.rewrite.context import Context
 
 #: A number added to a logit, or put in its place, at or below which the key counts as hidden: exp() of it is 0.
@@ -82,7 +82,7 @@ def with_sink(output: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
     return (output * torch.sigmoid(lse.unsqueeze(-1) - sink)).to(output.dtype)
 
 
-def read_attention(ctx: Context, region: Region, *, dropout: bool = False) -> AttentionForm:
+def read_attention(ctx: Context, region: AttentionRegion, *, dropout: bool = False) -> AttentionForm:
     """The formula of an attention region. Puts views of the operands into the graph, dead until they are used.
 
     Args:
@@ -107,13 +107,19 @@ class _Chain:
 
 
 class _Reader:
-    def __init__(self, ctx: Context, region: Region, dropout: bool) -> None:
-        self.ctx, self.region, self.roles, self.dropout = ctx, region, region.roles, dropout
+    def __init__(self, ctx: Context, region: AttentionRegion, dropout: bool) -> None:
+        self.ctx, self.region, self.dropout = ctx, region, dropout
         self.flow = Flow(ctx.captured.graph)
-        self.output = region.roles["output"]
+        self.output = region.output
+
+    @property
+    def scores(self) -> fx.Node:
+        """The first of two contractions."""
+        assert self.region.scores is not None
+        return self.region.scores
 
     def read(self) -> AttentionForm:
-        return self._sdpa() if self.region.variant["form"] == "sdpa" else self._eager()
+        return self._sdpa() if self.region.fused else self._eager()
 
     # .. scaled_dot_product_attention
 
@@ -157,7 +163,8 @@ class _Reader:
     # .. two contractions
 
     def _eager(self) -> AttentionForm:
-        scores, softmax = self.roles["scores"], self.roles["softmax"]
+        scores, softmax = self.scores, self.region.softmax
+        assert softmax is not None
         if softmax.args[1] not in (-1, softmax.meta["val"].dim() - 1):
             raise self._refuse(softmax, f"expected a softmax over the last axis, found axis {softmax.args[1]}")
         chain = self._chain(scores, softmax)
@@ -272,8 +279,8 @@ class _Reader:
 
     def _operands(self) -> tuple[fx.Node, fx.Node, fx.Node, Callable[[Tensor], Tensor]]:
         """Query, key and value as [B, H, S, D] and so on, and the way back from [B, H, S, Dv] to the output."""
-        flow, scores, output = self.flow, self.roles["scores"], self.output
-        query, key, value = self.roles["query"], self.roles["key"], self.roles["value"]
+        flow, scores, output = self.flow, self.scores, self.output
+        query, key, value = self.region.query, self.region.key, self.region.value
         if flow.op[scores] == "einsum" or flow.op[output] == "einsum":
             return self._einsum(query, key, value)
         factor = scores.args[1 if flow.op[scores] == "baddbmm" else 0]
@@ -285,7 +292,7 @@ class _Reader:
         rank = query.meta["val"].dim()
         if rank == 4:
             return query, key, value, lambda t: t
-        heads = self.region.shapes.get("H", 1)
+        heads = self.region.heads
         if rank != 3 or not isinstance(heads, int):
             raise self._refuse(scores, f"expected operands [B, H, S, D] or [B * H, S, D], found {rank} axes")
 
@@ -299,7 +306,7 @@ class _Reader:
     def _einsum(
         self, query: fx.Node, key: fx.Node, value: fx.Node
     ) -> tuple[fx.Node, fx.Node, fx.Node, Callable[[Tensor], Tensor]]:
-        scores, output = self.roles["scores"], self.output
+        scores, output = self.scores, self.output
         first, second = (self._equation(n) for n in (scores, output))
         names = {"query": first[0], "key": first[1], "scores": first[2]}
         shared = [c for c in names["scores"] if c in names["query"] and c in names["key"]]
@@ -339,8 +346,8 @@ class _Reader:
             return terms[0], terms[1], out
         if self.flow.op[node] != "matmul" or node.meta["val"].dim() != 4:
             raise self._refuse(node, "expected einsum or matmul of four axes")
-        scores = node is self.roles["scores"]
-        if scores and node.args[1] is not self.roles["key"]:
+        scores = node is self.scores
+        if scores and node.args[1] is not self.region.key:
             return "bhqd", "bhkd", "bhqk"  # the transposition was taken off the key
         return ("bhqd", "bhdk", "bhqk") if scores else ("bhqk", "bhkd", "bhqd")
 

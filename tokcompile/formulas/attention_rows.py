@@ -29,13 +29,12 @@ def attention_rows(ctx: Context, layer: Layer, rows: int | None) -> fx.Node:
     attention = layer.attention
     if attention is None:
         raise ctx.refuse(layer.output, f"layer {layer.index} has no attention to score with")
-    roles = attention.roles
-    fused = attention.variant.get("form") == "sdpa"
-    inputs = [roles["query"], roles["key"]] if fused else [roles["softmax"]]
+    weights = attention.softmax
+    inputs = [attention.query, attention.key] if weights is None else [weights]
     if any(n.meta["val"].dim() != 4 for n in inputs):
-        raise ctx.refuse(roles["output"], "attention with batch and heads flattened together cannot be scored")
-    if fused:
-        scale = sdpa_scale(roles["output"])
+        raise ctx.refuse(attention.output, "attention with batch and heads flattened together cannot be scored")
+    if weights is None:
+        scale = sdpa_scale(attention.output)
 
         def compute(query: Tensor, key: Tensor) -> Tensor:
             return row_attention(query if rows is None else query[:, :, :rows], key, scale)

@@ -9,7 +9,6 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import fx
 
-from tokcompile.regions.model import Region
 from tokcompile.rewrite.context import Context
 
 
@@ -41,7 +40,7 @@ class Pass:
     def __init__(self, params: Any) -> None:
         self.params = params
 
-    def observe(self, ctx: Context, region: Region, seen: Seen) -> None:
+    def observe(self, ctx: Context, region: Any, seen: Seen) -> None:
         """Put observers (:meth:`Context.observe`) on ``region`` of the dense graph; they add to ``seen.sums``.
 
         Called for every graph that has the region. ``seen`` is the same each time.
@@ -72,8 +71,8 @@ class Pass:
         """
         raise NotImplementedError
 
-    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
-        """Rewrite ``ctx.captured`` for ``region``; return details for the report.
+    def apply(self, ctx: Context, region: Any) -> dict[str, Any]:
+        """Rewrite ``ctx.captured`` for ``region``, of the kind that ``regions`` names; -> details to report.
 
         Raises:
             NarrowError: the region cannot be rewritten; the reason goes into the report.

@@ -23,7 +23,7 @@ def layer_of(regions: Regions, region: Region) -> tuple[int, int] | None:
     for stack in regions.stacks:
         for layer in stack.layers:
             place = layer.index, len(stack.layers)
-            if region in (layer.attention, layer.feed_forward):
+            if region is layer.attention or region is layer.feed_forward:
                 return place
             # cross attention, say: the layer does not list it
             if (

@@ -14,7 +14,15 @@ from tokcompile.capture.graph import ancestors, extract, module_path, source_lin
 from tokcompile.capture.markers import HELD
 from tokcompile.capture.trace import inline
 from tokcompile.errors import NarrowError
-from tokcompile.regions.model import Layer, Region, Regions
+from tokcompile.regions.model import (
+    AttentionRegion,
+    DecoderStack,
+    EncoderRegion,
+    Layer,
+    MergePoint,
+    Region,
+    Regions,
+)
 from tokcompile.regions.places import layer_of, region_keys
 from tokcompile.rewrite.graph_inputs import HostSize, Kept, Memory, MemoryInput, Observer, SizeFunction, StateInput
 from tokcompile.rewrite.labels import Flow, is_token
@@ -87,7 +95,7 @@ class Context:
         key = self.key(region)
         if self.prepared is None or not self.prepared.has(pass_name, key):
             raise self.refuse(
-                region.roles["output"],
+                region.output,
                 f"no prepared state of {pass_name} for {key or 'this region'}; "
                 "pass calibration= to tokcompile.optimize, with inputs that run "
                 "through it",
@@ -163,7 +171,7 @@ class Context:
             following = following.next
         return following
 
-    def visual_mask(self, region: Region) -> fx.Node:
+    def visual_mask(self, region: MergePoint) -> fx.Node:
         """bool ``[B, S]``: the positions that a merge point fills with image features, except the last of a row.
 
         The last position is what the next token is read from, so it is never up for removal.
@@ -174,11 +182,11 @@ class Context:
             self.feature_mask(region),
         )
 
-    def feature_mask(self, region: Region) -> fx.Node:
+    def feature_mask(self, region: MergePoint) -> fx.Node:
         """bool ``[B, S]``: the positions that a merge point fills with image features."""
-        merged = region.roles["output"]
+        merged = region.output
         if merged not in self._masks:
-            mask = region.roles.get("mask")
+            mask = region.mask
             if mask is None:
                 mask = self._features_mask(region)
             rank = mask.meta["val"].dim()
@@ -192,9 +200,9 @@ class Context:
             self._masks[merged] = self.emit(visual, mask, merged, before=self.after(mask, merged))
         return self._masks[merged]
 
-    def _features_mask(self, region: Region) -> fx.Node:
+    def _features_mask(self, region: MergePoint) -> fx.Node:
         """The mask of a merge by concatenation: the span of the image features along the sequence."""
-        merged, features = region.roles["output"], region.roles["features"]
+        merged, features = region.output, region.features
         if merged.target not in (aten.cat.default, aten.concat.default):
             raise self.refuse(merged, "the positions of the visual tokens cannot be read off this merge point")
         tensors = list(merged.args[0])  # type: ignore[arg-type]
@@ -306,10 +314,10 @@ class Context:
                 "leaves this one; compile with fullgraph=True, or use tokcompile.optimize",
             )
         if not self.captured.graph.find_nodes(op="call_function", target=HELD):
-            attentions = self.regions.of("attention")
+            attentions = self.regions.of(AttentionRegion)
             # a cross attention reads its cache whole, wherever its tokens came from
-            crossed = {r.roles[n] for r in attentions if r.variant["cross"] == "cross" for n in ("key", "value")}
-            keys = {r.roles["key"] for r in attentions}
+            crossed = {node for r in attentions if r.cross for node in (r.key, r.value)}
+            keys = {r.key for r in attentions}
             keys |= ancestors(keys)
             for result in leaving:
                 if (
@@ -324,9 +332,9 @@ class Context:
                     )
         return flow
 
-    def check_rows(self, encoder: Region, features: fx.Node) -> None:
+    def check_rows(self, encoder: EncoderRegion, features: fx.Node) -> None:
         """Raise unless ``features`` are, row by row, the patches of ``encoder`` (one image after the other)."""
-        tokens, prefix = encoder.roles["tokens"], int(encoder.shapes.get("prefix", 0))
+        tokens, prefix = encoder.tokens, int(encoder.prefix)
         flow = check(self.captured, tokens, prefix=prefix)
         dims = flow.labels.get(features)
         axes = [f.axis for d in dims[:-1] for f in d if f.axis is not None and f.axis.kind == "token"] if dims else []
@@ -341,12 +349,12 @@ class Context:
                 "the image features are not one for each patch of the encoder, so scores of patches do not fit them",
             )
 
-    def stack_below(self, node: fx.Node) -> Region | None:
+    def stack_below(self, node: fx.Node) -> DecoderStack | None:
         """The stack of layers whose residual stream starts at ``node``, or as near below it as any does."""
         order = {n: i for i, n in enumerate(self.captured.graph.nodes)}
         stacks = [
             s
-            for s in self.regions.of("decoder_stack")
+            for s in self.regions.of(DecoderStack)
             if s.layers and (s.layers[0].input is node or node in ancestors([s.layers[0].input]))
         ]
         return min(stacks, key=lambda s: order[s.layers[0].input], default=None)

@@ -15,7 +15,7 @@ from tokcompile.families.pruning.restore import Restored
 from tokcompile.formulas.attention import read_attention
 from tokcompile.plan.pass_base import Pass
 from tokcompile.recipes import Budget
-from tokcompile.regions.model import Layer, Region
+from tokcompile.regions.model import EncoderRegion, Layer
 from tokcompile.registry import PassParams, about
 from tokcompile.rewrite.context import Context
 from tokcompile.rewrite.selection import budgets, budgets_count, keep_mask, segments
@@ -82,19 +82,21 @@ class PatchSelection(Pass):
         """
         raise NotImplementedError
 
-    def below(self, ctx: Context, region: Region, layers: Sequence[Layer], kept: fx.Node, *values: fx.Node) -> None:
+    def below(
+        self, ctx: Context, region: EncoderRegion, layers: Sequence[Layer], kept: fx.Node, *values: fx.Node
+    ) -> None:
         """Change the ``layers`` between a cut and the next one, when all of it is narrowed.
 
         Args:
             kept: int64 ``[B, K]``, the places of the tokens that are left. values: what :meth:`score` gave for this.
         """
 
-    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
-        depth, prefix = len(region.layers), int(region.shapes.get("prefix", 0))
+    def apply(self, ctx: Context, region: EncoderRegion) -> dict[str, Any]:
+        depth, prefix = len(region.layers), int(region.prefix)
         stages = [max(1, min(depth - 1, round(f * depth))) for f in self.params.at]
         if len(set(stages)) != len(stages):
             raise ctx.refuse(
-                region.roles["tokens"],
+                region.tokens,
                 f"{len(stages)} stages do not fit into {depth} layers; give fewer, or depths further apart",
             )
         front = self._front(ctx, region.layers[stages[0] - 1].output, prefix)
@@ -151,7 +153,7 @@ class PatchSelection(Pass):
     def _cut(
         self,
         ctx: Context,
-        region: Region,
+        region: EncoderRegion,
         stage: int,
         end: int,
         keep: Budget,
@@ -204,9 +206,7 @@ class PatchSelection(Pass):
 def _mask(ctx: Context, layer: Layer) -> fx.Node | None:
     """The mask of a layer's attention as it is in the graph now."""
     return (
-        None
-        if layer.attention is None or "mask" not in layer.attention.roles
-        else read_attention(ctx, layer.attention).mask
+        None if layer.attention is None or layer.attention.mask is None else read_attention(ctx, layer.attention).mask
     )
 
 

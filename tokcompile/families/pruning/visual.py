@@ -11,7 +11,7 @@ from tokcompile.capture.sizes import hint
 from tokcompile.families.pruning.compact import Compact
 from tokcompile.plan.pass_base import Pass
 from tokcompile.recipes import Budget
-from tokcompile.regions.model import Region
+from tokcompile.regions.model import MergePoint
 from tokcompile.registry import PassParams, about
 from tokcompile.rewrite.context import Context
 from tokcompile.rewrite.selection import budgets, budgets_count, keep_mask, kept_rows, segments
@@ -54,12 +54,12 @@ class VisualSelection(Pass):
         """
         raise NotImplementedError
 
-    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+    def apply(self, ctx: Context, region: MergePoint) -> dict[str, Any]:
         return self.select(ctx, region)
 
-    def select(self, ctx: Context, region: Region, *inputs: fx.Node) -> dict[str, Any]:
+    def select(self, ctx: Context, region: MergePoint, *inputs: fx.Node) -> dict[str, Any]:
         """Score (``inputs`` are handed to :meth:`score`), choose, and cut."""
-        merged = region.roles["output"]
+        merged = region.output
         below = ctx.check(merged, suffix=1)
         mask = ctx.visual_mask(region)
         keep: Budget = self.params.keep
