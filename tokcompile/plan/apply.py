@@ -108,7 +108,7 @@ class Matching:
         for region in ctx.regions.of(step.region):
             if not step.target.matches_path(region.path) or (protect and protect.covers(region.path)):
                 continue
-            if step.target.modality not in (None, region.variant.get("modality")):
+            if step.target.modality not in (None, getattr(region, "modality", None)):
                 continue
             if step.target.layers is not None:
                 place = ctx.layer(region)

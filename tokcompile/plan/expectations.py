@@ -9,7 +9,7 @@ from tokcompile.errors import NoMatchError, RecipeError
 from tokcompile.kinds import KINDS, LOCAL, Stage
 from tokcompile.plan.pass_base import Pass
 from tokcompile.recipes import Recipe, Step
-from tokcompile.regions.model import Regions
+from tokcompile.regions.model import AttentionRegion, Regions
 from tokcompile.registry import get_pass
 from tokcompile.reporting.paths import path_globs
 from tokcompile.reporting.report import Report
@@ -65,7 +65,7 @@ def _no_merge(ctx: Context) -> str:
     """What keeps image features out of the sequence of tokens, by what the call was given."""
     given = [str(node.meta.get("argument", "")).lower() for node in ctx.captured.placeholders]
     given = [name for name in given if not any(word in name for word in ("modules_", "parameters_", "buffers_"))]
-    crossed = [r for r in ctx.regions.of("attention") if r.variant.get("cross") == "cross"]
+    crossed = [region for region in ctx.regions.of(AttentionRegion) if region.cross]
     if crossed:
         where = ", ".join(path_globs(region.path or "(model)" for region in crossed))
         return (

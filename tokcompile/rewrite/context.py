@@ -15,7 +15,7 @@ from tokcompile.capture.markers import HELD
 from tokcompile.capture.trace import inline
 from tokcompile.errors import NarrowError
 from tokcompile.lower.wrapped import wrapped_kind
-from tokcompile.regions.model import Layer, Region, Regions
+from tokcompile.regions.model import AttentionRegion, Layer, Region, Regions
 from tokcompile.regions.places import layer_of, region_keys
 from tokcompile.rewrite.added_inputs import AddedInputs
 from tokcompile.rewrite.graph_inputs import Kept, Memory, Observer, SizeFunction
@@ -122,7 +122,7 @@ class Context:
         key = self.key(region)
         if self.prepared is None or not self.prepared.has(pass_name, key):
             raise self.refuse(
-                region.roles["output"],
+                region.output,
                 f"no prepared state of {pass_name} for {key or 'this region'}; "
                 "pass calibration= to tokcompile.optimize, with inputs that run "
                 "through it",
@@ -269,10 +269,10 @@ class Context:
                 "leaves this one; compile with fullgraph=True, or use tokcompile.optimize",
             )
         if not self.captured.graph.find_nodes(op="call_function", target=HELD):
-            attentions = self.regions.of("attention")
+            attentions = self.regions.of(AttentionRegion)
             # a cross attention reads its cache whole, wherever its tokens came from
-            crossed = {r.roles[n] for r in attentions if r.variant["cross"] == "cross" for n in ("key", "value")}
-            keys = {r.roles["key"] for r in attentions}
+            crossed = {node for r in attentions if r.cross for node in (r.key, r.value)}
+            keys = {r.key for r in attentions}
             keys |= ancestors(keys)
             for result in leaving:
                 if (
