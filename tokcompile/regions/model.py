@@ -11,6 +11,8 @@
 
 Fields are graph nodes, sizes (ints or SymInts) and facts (booleans, or a word where there are more than two ways). What
 a region does not have is None.
+
+One file: the kinds are read side by side, and a stack names what its layers hold.
 """
 
 from __future__ import annotations

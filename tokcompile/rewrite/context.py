@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,7 @@ class Context:
         counting: whether observers note what they see.
         added: the inputs that the rewrite adds. cuts: what was cut so far.
         merges: image features can enter a sequence of tokens in this graph; not in that of an image encoder.
+        left_out: step -> why it is not applied: it failed at an earlier capture of this graph.
     """
 
     captured: Captured
@@ -81,6 +82,7 @@ class Context:
     counting: Callable[[], bool] = lambda: True
     added: AddedInputs = None  # type: ignore[assignment]  # made for ``captured`` where it is not given
     merges: bool = True
+    left_out: Mapping[int, str] = field(default_factory=dict)
     cuts: Cuts = field(default_factory=Cuts)
 
     def __post_init__(self) -> None:
