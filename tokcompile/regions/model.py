@@ -183,7 +183,8 @@ class FeedForwardRegion(Region):
         form: "mlp": one projection; "gated": two; "fused_gate_up": one linear that makes both.
         activation_name: "gelu", "silu", "relu2" and so on.
         convolution: neighbouring tokens are mixed between the projections.
-        batch, tokens: of an input [B, S, D]. width, inner_width: D, and that between the projections.
+        batch, tokens: B and S of an input [B, S, D]; of another form: None.
+        width, inner_width: D, and that between the projections.
     """
 
     kind = "feed_forward"
@@ -214,8 +215,12 @@ class MoeRegion(Region):
 
     Attributes:
         input: what the router reads.
-        router: its linear. top_k: the choice.
-        batch, tokens: of an input [B, S, D]. width: D. experts: their number. experts_per_token: how many are chosen.
+        router: its linear.
+        top_k: the choice.
+        batch, tokens: B and S of an input [B, S, D]; of another form: None.
+        width: D.
+        experts: their number.
+        experts_per_token: how many are chosen.
         form: how the experts are computed: "loop", "batched", "grouped", or "other".
         score_function: "softmax", "sigmoid" or "linear", behind the router.
         shared_expert: some of it serves every token.
@@ -255,7 +260,8 @@ class MergePoint(Region):
         embeddings, features: the two sides.
         mask: the positions that features fill, where the graph has them.
         write: of the form "copy": the node after which ``output`` holds the features.
-        batch, tokens: of an output [B, S, D]. width: D.
+        batch, tokens: B and S of an output [B, S, D]; of another form: None.
+        width: D.
         form: the operation: "masked_scatter", "cat" and so on.
         encoded: the features come from an encoder of the same graph, else from an input of it.
         modality: "image" or "video"; None where the arguments of the model do not say.
@@ -302,7 +308,8 @@ class EncoderRegion(StackRegion):
     Attributes:
         tokens: the residual stream in front of the first layer.
         class_token: the (last) ``cat`` that puts tokens in front of those of the signal; None: there are none.
-        token_count: N; ``prefix`` of these are in front of those of the signal, ``suffix`` behind.
+        token_count: all of them, N.
+        prefix, suffix: how many of these are in front of those of the signal, and behind.
     """
 
     tokens: fx.Node
@@ -327,7 +334,7 @@ class VisionEncoder(EncoderRegion):
     Attributes:
         patch_embedding: the node that turns pixels into one vector for each patch.
         patches: how: "conv", "overlapping_conv" or "linear".
-        patch_count: P.
+        patch_count: their number, P.
         stages: stacks of layers, with patches merged between them.
         grid: tokens lie in two axes, [B, rows, columns, D].
     """
@@ -385,7 +392,7 @@ class DecoderStack(StackRegion):
 
     Attributes:
         input: the residual stream in front of the first layer, [B, S, D].
-        tokens: S.
+        tokens: their number, S.
         causal: some self-attention lets a token see only what came before it.
     """
 
