@@ -134,8 +134,7 @@ class PatchSelection(Pass):
         return stages
 
     def apply(self, ctx: Context, region: EncoderRegion) -> dict[str, Any]:
-        depth, prefix = len(region.layers), int(region.prefix)
-        stages = self._stages(ctx, region)
+        stages, depth, prefix = self._stages(ctx, region), len(region.layers), int(region.prefix)
         ends = self._ends(ctx, region.layers[stages[0] - 1].output, prefix, int(region.suffix))
         restored = Restored(ctx, region, stages[0]) if getattr(self.params, "restore", False) else None
         try:
