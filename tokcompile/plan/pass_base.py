@@ -96,6 +96,8 @@ class Pass:
         Raises:
             NarrowError: the region cannot be rewritten; the reason goes into the report.
             UnprofitableError: rewriting it would not pay; likewise, and it is no mistake.
+
+        Both before anything is changed. After any other error the graph is captured afresh and the step left out of it.
         """
         raise NotImplementedError
 
