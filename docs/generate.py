@@ -1,12 +1,14 @@
 """Write what the documentation takes from the code: ``python docs/generate.py`` (``--check`` only compares).
 
 recipes/schema.json     JSON Schema of a recipe file
-docs/reference.md       every key of a recipe, every pass with its parameters, every recipe that ships
+docs/reference.md       every key of a recipe, every pass with its parameters, every recipe that ships, every region
 """
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -17,8 +19,22 @@ from tokcompile.recipe.recipe import Recipe
 from tokcompile.recipe.schema import shipped_schema
 from tokcompile.recipe.source import shipped
 from tokcompile.recipe.steps import Expect, Protect, Step, Target
+from tokcompile.regions.model import (
+    AttentionRegion,
+    AudioEncoder,
+    DecoderStack,
+    FeedForwardRegion,
+    MergePoint,
+    MoeRegion,
+    Region,
+    VisionEncoder,
+)
 from tokcompile.registry import get_pass, shipped_passes
 
+REGIONS = (
+    *(AttentionRegion, FeedForwardRegion, MoeRegion, MergePoint),
+    *(DecoderStack, VisionEncoder, AudioEncoder),
+)
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -59,7 +75,32 @@ def reference() -> str:
         recipe = Recipe.load(name)
         steps = ", ".join(f"`{step.pass_}`" for step in recipe.steps)
         parts.append(f"### `{name}`\n\nPasses: {steps}.\n\n{_paragraphs(recipe.description)}\n")
+    parts.append(
+        "## Regions\n\nWhat is found in a graph, and what a pass is given; the classes are in `tokcompile.authoring`. "
+        "A field that a region does not have is None.\n"
+    )
+    parts += [_region(kind) for kind in REGIONS]
     return "\n".join(parts)
+
+
+def _region(kind: type[Region]) -> str:
+    """The fields of a class of regions, by its docstring and those of what it builds on."""
+    inherited = [base for base in reversed(kind.__mro__) if issubclass(base, Region)]
+    rows = [row for base in inherited for row in _attributes(base) if base is kind or row[0] != "`kind`"]
+    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    return f"### `{kind.__name__}`\n\nOf the kind `{kind.kind}`.\n\n| fields | |\n|---|---|\n{table}\n"
+
+
+def _attributes(kind: type) -> list[tuple[str, str]]:
+    """(names, meaning) of each entry below "Attributes:" in a docstring."""
+    _, _, text = (inspect.getdoc(kind) or "").partition("Attributes:\n")
+    entries = re.findall(r"^    (\S[^:]*): ((?:.|\n(?=     ))*)", text, re.MULTILINE)
+    found = re.compile(r":\w+:`~?([^`]*)`|``([^`]*)``")
+    return [(_names(names), found.sub(r"`\1\2`", " ".join(said.split()))) for names, said in entries]
+
+
+def _names(text: str) -> str:
+    return " ... ".join(", ".join(f"`{name}`" for name in part.split(", ")) for part in text.split(" ... "))
 
 
 def _paragraphs(text: str) -> str:

@@ -37,7 +37,7 @@ class MeanOut(Pass):
             seen.sums["sum"] = seen.sums.get("sum", 0) + rows.sum(0)
             seen.sums["count"] = seen.sums.get("count", 0) + len(rows)
 
-        ctx.observe(add, region.roles["output"])
+        ctx.observe(add, region.output)
 
     def prepare(self, seen):
         return {
@@ -47,7 +47,7 @@ class MeanOut(Pass):
 
     def apply(self, ctx, region):
         state, facts = ctx.state(self.name, region)
-        output = region.roles["output"]
+        output = region.output
         users = list(output.users)
         new = ctx.emit(lambda o, m: m.expand_as(o), output, state["mean"], before=ctx.after(output))
         for user in users:

@@ -31,7 +31,7 @@ def test_export_program_runs_and_shows_its_regions(name: str) -> None:
         "attention": layers,
         "feed_forward": layers,
     }
-    attention = regions.of("attention")[0].roles["output"]
+    attention = regions.of("attention")[0].output
     assert module_path(attention)
     assert source_line(attention)
 

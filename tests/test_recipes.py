@@ -238,8 +238,8 @@ steps:
     assert mistakes(text) == [
         "r.yaml:4:22: steps[0].target.region: sample_keep works on merge_point, not on attention; leave target.region "
         "out",
-        "r.yaml:4:41: steps[0].target.layers: sample_keep takes no target.layers; its own parameters say at which depth "
-        "it acts",
+        "r.yaml:4:41: steps[0].target.layers: sample_keep takes no target.layers; its own parameters say at which "
+        "depth it acts",
         "r.yaml:5:20: steps[0].params.keep: should be a ratio in (0, 1] or a whole number of tokens, found '10%'; "
         "write 0.1",
         "r.yaml:7:24: steps[1].target.modality: images and video are told apart at merge points only; leave "

@@ -11,7 +11,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from tokcompile.recipes import Budget
-from tokcompile.regions.model import NearMiss, Region, Regions
+from tokcompile.regions.model import AttentionRegion, DecoderStack, NearMiss, Regions
 from tokcompile.reporting.paths import path_glob, path_globs
 from tokcompile.reporting.report import STATUSES, Report, StageReport, StepReport
 
@@ -27,23 +27,40 @@ def symbolic_size() -> torch.SymInt:
     return env.create_symintnode(env.create_symbol(9, ConstantSource("n"), dynamic_dim=DimDynamic.DYNAMIC), hint=9)
 
 
-def regions(sizes: dict[str, Any]) -> Regions:
+def regions(queries: Any) -> Regions:
     node = fx.Graph().placeholder("x")
     attention = [
-        Region("attention", f"model.layers.{i}.self_attn", {"query": node}, sizes, {"form": "sdpa"}, "m.py:3")
+        AttentionRegion(
+            path=f"model.layers.{i}.self_attn",
+            source="m.py:3",
+            query=node,
+            key=node,
+            value=node,
+            output=node,
+            batch=2,
+            queries=queries,
+            keys=12,
+            heads=4,
+            kv_heads=2,
+            head_dim=16,
+            grouping="gqa",
+            form="sdpa",
+            cached=True,
+        )
         for i in range(32)
     ]
-    stack = Region("decoder_stack", "model", {"input": node, "output": node}, sizes)
+    stack = DecoderStack(path="model", input=node, output=node, batch=2, tokens=queries, width=64, causal=True)
+    steps = tuple("abcdefghij")
     misses = [
-        NearMiss("merge_point", "masked_scatter without a mask", node, "model", "m.py:9", 0.4),
-        NearMiss("merge_point", "nearer [still]", node, "model", "m.py:10", 0.8),
-        NearMiss("attention", "not shown, there are 32", node, "model", "m.py:11", 0.9),
+        NearMiss("merge_point", "masked_scatter without a mask", node, "model", "m.py:9", steps, steps[:4]),
+        NearMiss("merge_point", "nearer [still]", node, "model", "m.py:10", steps, steps[:8]),
+        NearMiss("attention", "not shown, there are 32", node, "model", "m.py:11", steps, steps[:9]),
     ]
     return Regions([stack, *attention], misses)
 
 
 def full() -> Report:
-    report = Report.from_regions(regions({"B": 2, "S": symbolic_size()}), model="Tiny")
+    report = Report.from_regions(regions(symbolic_size()), model="Tiny")
     report.steps = [
         StepReport("todre", "matched", 1, ["model"], "", 1.8349, {"tokens_before": 576, "tokens_after": 58, "seed": 3}),
         StepReport("class_attention", "structure_miss", reason=LONG),
@@ -67,9 +84,19 @@ def test_to_dict_is_json():
     assert data["regions"][1] == {
         "kind": "attention",
         "path": "model.layers.0.self_attn",
-        "roles": {"query": "x"},
-        "shapes": {"B": 2, "S": str(report.regions[0]["shapes"]["S"])},
-        "variant": {"form": "sdpa"},
+        "roles": {"query": "x", "key": "x", "value": "x", "output": "x"},
+        "shapes": {"B": 2, "S": str(report.regions[0]["shapes"]["S"]), "T": 12, "H": 4, "Hkv": 2, "Dh": 16},
+        "variant": {
+            "form": "sdpa",
+            "mask": "none",
+            "softcap": "no",
+            "projection": "separate",
+            "cross": "self",
+            "heads": "gqa",
+            "rope": "no",
+            "qk_norm": "no",
+            "cache": "yes",
+        },
         "source": "m.py:3",
     }
     details = data["steps"][0]["details"]
@@ -91,7 +118,7 @@ def test_to_dict_is_json():
 
 def test_a_size_is_reported_without_a_guard():
     size = symbolic_size()
-    Report.from_regions(regions({"S": size})).to_dict()
+    Report.from_regions(regions(size)).to_dict()
     assert size.node.shape_env.guards == []
 
 

@@ -733,7 +733,7 @@ def test_calibration_of_another_model() -> None:
 
 
 def test_heads_that_do_not_divide_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    region: Any = SimpleNamespace(roles={"output": None}, shapes={"S": 1}, variant={"cache": "yes", "cross": "self"})
+    region: Any = SimpleNamespace(output=None, queries=1, cached=True, cross=False)
     context: Any = SimpleNamespace(refuse=lambda node, reason: NarrowError(reason))
     monkeypatch.setattr(sparse_decode, "read_attention", lambda ctx, region: SimpleNamespace(heads=(3, 2)))
     with pytest.raises(NarrowError, match="3 query heads cannot share 2 key heads"):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         NoMatchError,
         RecipeError,
         RecoveryError,
+        RewriteError,
         SavedModelError,
         TokcompileError,
     )
@@ -54,6 +55,7 @@ _EXPORTS = {
     "NoMatchError": "errors",
     "RecipeError": "errors",
     "RecoveryError": "errors",
+    "RewriteError": "errors",
     "SavedModelError": "errors",
     "TokcompileError": "errors",
     "RecoveryReport": "recovery.report",
@@ -82,6 +84,7 @@ __all__ = [
     "RecoveryError",
     "RecoveryReport",
     "Report",
+    "RewriteError",
     "SavedModelError",
     "TokcompileError",
     "__version__",

@@ -63,6 +63,8 @@ def optimize(
     Raises:
         RecipeError: the recipe is not valid.
         NoMatchError: a step changes nothing (with ``inputs``; else raised by the first call).
+        RewriteError: a pass fails by an error of its own (likewise); with ``on_no_match="warn"`` or "ignore" the model
+            runs as without that step.
         TokcompileError: a bad argument.
     """
     if not isinstance(model, nn.Module):

@@ -10,7 +10,10 @@ a choice of tokens     :class:`VisualSelection` where image features enter the l
 a choice of keys       :class:`SparseDecode`, in decode steps; gives :class:`Scores` too
 helpers of a choice    :func:`segment_sizes`, :func:`segment_positions`, :func:`random_scores`, :func:`pooled`,
                        :func:`row_attention` ... : plain torch, the same in every runtime
-what was found         :class:`Regions`, :class:`Region`, :class:`Layer`
+what was found         :class:`Regions`: each a :class:`Region`, one class for each kind, with a field for each thing
+                       that is known: :class:`AttentionRegion`, :class:`FeedForwardRegion`, :class:`MoeRegion`,
+                       :class:`MergePoint`, and with a :class:`Layer` for each layer (:class:`StackRegion`)
+                       :class:`DecoderStack`, :class:`VisionEncoder`, :class:`AudioEncoder` (:class:`EncoderRegion`)
 its exact formula      :func:`read_attention`, :func:`read_mask`, :func:`read_rope`, :func:`read_feed_forward`
 edits of a graph       those of :class:`Context`, :func:`ancestors`, :func:`erase`
 a reason against       ``ctx.refuse(node, reason)`` makes a :class:`NarrowError`; :class:`UnprofitableError`,
@@ -41,7 +44,20 @@ from tokcompile.kernels.activation import activate
 from tokcompile.plan.pass_base import Pass, Seen
 from tokcompile.plan.plan import LayerCut, Taken
 from tokcompile.recipe.budget import Budget
-from tokcompile.regions.model import Layer, Region, Regions
+from tokcompile.regions.model import (
+    AttentionRegion,
+    AudioEncoder,
+    DecoderStack,
+    EncoderRegion,
+    FeedForwardRegion,
+    Layer,
+    MergePoint,
+    MoeRegion,
+    Region,
+    Regions,
+    StackRegion,
+    VisionEncoder,
+)
 from tokcompile.registry import PassParams, about, register
 from tokcompile.rewrite.context import Context
 from tokcompile.rewrite.selection import (
@@ -59,13 +75,20 @@ from tokcompile.rewrite.selection import (
 
 __all__ = [
     "AttentionForm",
+    "AttentionRegion",
+    "AudioEncoder",
     "Budget",
     "CalibrationError",
     "Context",
+    "DecoderStack",
+    "EncoderRegion",
     "FeedForwardForm",
+    "FeedForwardRegion",
     "Layer",
     "LayerCut",
     "MaskForm",
+    "MergePoint",
+    "MoeRegion",
     "NarrowError",
     "Pass",
     "PassParams",
@@ -79,8 +102,10 @@ __all__ = [
     "Seen",
     "SparseDecode",
     "SparseDecodeParams",
+    "StackRegion",
     "Taken",
     "UnprofitableError",
+    "VisionEncoder",
     "VisualParams",
     "VisualSelection",
     "about",

@@ -52,6 +52,21 @@ class NoMatchError(TokcompileError):
     """A recipe step changed nothing (or less than it expects), and ``on_no_match="error"``."""
 
 
+class RewriteError(NoMatchError):
+    """A pass failed by an error of its own (the ``__cause__``) while a step was applied to a graph.
+
+    Args:
+        reason: what failed, and how.
+        step: number of the step in the recipe.
+        node: name of the graph node. path: module path of the region. source: ``file:line`` of the model code.
+    """
+
+    def __init__(self, reason: str, *, step: int, node: str = "", path: str = "", source: str = "") -> None:
+        self.reason, self.step, self.node, self.path, self.source = reason, step, node, path, source
+        place = ", ".join(part for part in (f"node {node}" if node else "", path, source) if part)
+        super().__init__(f"{reason} [{place}]" if place else reason)
+
+
 class CheckError(TokcompileError, RuntimeError):
     """A check that the model makes on its inputs does not hold, so there is no result."""
 

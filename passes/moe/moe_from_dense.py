@@ -39,7 +39,7 @@ from tokcompile.families.moe import split as moe_split
 from tokcompile.formulas import feed_forward as ffn
 from tokcompile.plan.pass_base import Pass, Seen
 from tokcompile.plan.plan import Taken
-from tokcompile.regions.model import Region
+from tokcompile.regions.model import FeedForwardRegion
 from tokcompile.regions.places import layers_meant
 from tokcompile.registry import PassParams, about, register
 from tokcompile.rewrite.context import Context
@@ -133,7 +133,7 @@ class MoeFromDense(Pass):
                 raise ValueError(f"active ({self.active}) must be at most experts - shared ({routed})")
             return self
 
-    def observe(self, ctx: Context, region: Region, seen: Seen) -> None:
+    def observe(self, ctx: Context, region: FeedForwardRegion, seen: Seen) -> None:
         formula = self._formula(ctx, region)
         seen.weights, seen.facts["activation"] = formula.weights(ctx), formula.activation
         gate, up = formula.gate, formula.up
@@ -201,11 +201,11 @@ class MoeFromDense(Pass):
             }
         return {name: nn.Parameter(value) for name, value in t.items()}, facts
 
-    def plan(self, ctx: Context, region: Region) -> Taken:
+    def plan(self, ctx: Context, region: FeedForwardRegion) -> Taken:
         self._check_converted(ctx, region, self._formula(ctx, region))
         return Taken()
 
-    def _check_converted(self, ctx: Context, region: Region, formula: ffn.Formula) -> None:
+    def _check_converted(self, ctx: Context, region: FeedForwardRegion, formula: ffn.Formula) -> None:
         """Refuse a layer that calibration left dense, or where experts were measured to be slower."""
         facts = ctx.facts(self.name, region)
         where = {"node": formula.up.node.name, "path": region.path, "source": region.source}
@@ -224,7 +224,7 @@ class MoeFromDense(Pass):
                 **where,
             )
 
-    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+    def apply(self, ctx: Context, region: FeedForwardRegion) -> dict[str, Any]:
         formula = self._formula(ctx, region)
         self._check_converted(ctx, region, formula)
         state, facts = ctx.state(self.name, region)
@@ -257,7 +257,7 @@ class MoeFromDense(Pass):
         erase(down.node)
         return {name: facts[name] for name in ("split", "neurons_active", "error", "speedup") if name in facts}
 
-    def _formula(self, ctx: Context, region: Region) -> ffn.Formula:
+    def _formula(self, ctx: Context, region: FeedForwardRegion) -> ffn.Formula:
         formula, params = ffn.read_formula(ctx, region), self.params
         routed, node = params.experts - params.shared, formula.up.node
         if params.experts > formula.width:

@@ -32,7 +32,7 @@ from tokcompile.formulas.attention import AttentionForm, read_attention
 from tokcompile.kernels.precision import matmul
 from tokcompile.plan.pass_base import Pass
 from tokcompile.regions.flow import Flow
-from tokcompile.regions.model import Region
+from tokcompile.regions.model import AttentionRegion, MoeRegion
 from tokcompile.registry import PassParams, about, register
 from tokcompile.rewrite.context import Context
 
@@ -54,13 +54,13 @@ class MoeRouterSmoothing(Pass):
             json_schema_extra=about(unit="cosine", source="this project's choice"),
         )
 
-    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
-        top = region.roles["top_k"]
+    def apply(self, ctx: Context, region: MoeRegion) -> dict[str, Any]:
+        top = region.top_k
         probabilities = self._is_softmax(ctx, region, top)
         form = read_attention(ctx, self._attention(ctx, region))
         self._check(ctx, form, region)
         by, strength, temperature = self.params.by, self.params.strength, self.params.temperature
-        operands: dict[str, fx.Node] = {"scores": top.args[0], "x": region.roles["input"]}  # type: ignore[dict-item]
+        operands: dict[str, fx.Node] = {"scores": top.args[0], "x": region.input}  # type: ignore[dict-item]
         if by == "attention":
             operands |= {"query": form.query, "key": form.key}
         if form.mask is not None:
@@ -83,10 +83,10 @@ class MoeRouterSmoothing(Pass):
         top.replace_input_with(operands["scores"], ctx.emit(smooth, *operands.values(), before=top))
         return {"by": by, "strength": strength, "decode": "steps with a cache route as before"}
 
-    def _is_softmax(self, ctx: Context, region: Region, top: fx.Node) -> bool:
+    def _is_softmax(self, ctx: Context, region: MoeRegion, top: fx.Node) -> bool:
         """Whether the choice is made among probabilities, not logits."""
         flow, node = Flow(ctx.captured.graph), top.args[0]
-        while node is not region.roles["router"]:
+        while node is not region.router:
             if flow.op[node] in SOFTMAX:
                 return True
             if flow.op[node] not in TRIVIAL | LAYOUT or len(flow.inputs[node]) != 1:  # type: ignore[index]
@@ -98,18 +98,18 @@ class MoeRouterSmoothing(Pass):
             node = flow.inputs[node][0]  # type: ignore[index]
         return False
 
-    def _attention(self, ctx: Context, region: Region) -> Region:
+    def _attention(self, ctx: Context, region: MoeRegion) -> AttentionRegion:
         for stack in ctx.regions.stacks:
             for layer in stack.layers:
                 if layer.feed_forward is region and layer.attention is not None:
                     return layer.attention
         raise ctx.refuse(
-            region.roles["router"],
+            region.router,
             "no attention is known in the layer of this mixture of experts; it says which tokens belong together",
         )
 
-    def _check(self, ctx: Context, form: AttentionForm, region: Region) -> None:
-        x, node = region.roles["input"], region.roles["router"]
+    def _check(self, ctx: Context, form: AttentionForm, region: MoeRegion) -> None:
+        x, node = region.input, region.router
         batch, length = form.query.meta["val"].shape[0], form.query.meta["val"].shape[2]
         if not equal(form.key.meta["val"].shape[2], length):
             raise ctx.refuse(

@@ -36,13 +36,13 @@ class ClassAttention(PatchSelection):
     def check_layer(self, ctx: Context, layer: Layer) -> None:
         rows_source(ctx, layer)
         assert layer.attention is not None
-        context = layer.attention.roles["output"]
+        context = layer.attention.output
         if context.meta["val"].dim() != 4:
             raise ctx.refuse(context, "attention with batch and heads flattened together cannot be scored")
 
     def inputs(self, ctx: Context, layer: Layer, prefix: int) -> list[fx.Node]:
         assert layer.attention is not None
-        return [layer.attention.roles["output"], attention_rows(ctx, layer, 1 if prefix else None)]
+        return [layer.attention.output, attention_rows(ctx, layer, 1 if prefix else None)]
 
     def score(
         self, tokens: Tensor, segment: Tensor, budget: Tensor, prefix: int, stage: int, *inputs: Tensor

@@ -28,7 +28,7 @@ from tokcompile.families.pruning.patches import PatchParams, PatchSelection
 from tokcompile.families.scores import Scores
 from tokcompile.formulas.attention import AttentionForm, read_attention
 from tokcompile.kernels.precision import matmul
-from tokcompile.regions.model import Layer, Region
+from tokcompile.regions.model import AttentionRegion, EncoderRegion, Layer
 from tokcompile.registry import about, register
 from tokcompile.rewrite.context import Context
 from tokcompile.rewrite.selection import keep_mask, segment_positions
@@ -61,14 +61,14 @@ class PatchMerge(PatchSelection):
                 raise ValueError("a stage of patch_merge keeps at least half (0.5): use more stages")
             return self
 
-    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+    def apply(self, ctx: Context, region: EncoderRegion) -> dict[str, Any]:
         if self.params.size_bias:
             for layer in region.layers:
                 if layer.attention is not None:
                     self._form(ctx, layer.attention)
         return super().apply(ctx, region)
 
-    def _form(self, ctx: Context, attention: Region) -> AttentionForm:
+    def _form(self, ctx: Context, attention: AttentionRegion) -> AttentionForm:
         form = read_attention(ctx, attention)
         if form.softcap or form.sink is not None or form.causal:
             raise ctx.refuse(
@@ -84,7 +84,7 @@ class PatchMerge(PatchSelection):
 
     def inputs(self, ctx: Context, layer: Layer, prefix: int) -> list[fx.Node]:
         assert layer.attention is not None
-        key = layer.attention.roles["key"]
+        key = layer.attention.key
         if key.meta["val"].dim() != 4:
             raise ctx.refuse(key, "attention with batch and heads flattened together gives no keys to compare")
         return [key, *ctx.shared.get((self, layer.output), ())]
@@ -98,7 +98,12 @@ class PatchMerge(PatchSelection):
         return Scores(values, tokens=means, carried={"sizes": members}, into=into)
 
     def below(
-        self, ctx: Context, region: Region, layers: Sequence[Layer], kept: fx.Node, carried: Mapping[str, fx.Node]
+        self,
+        ctx: Context,
+        region: EncoderRegion,
+        layers: Sequence[Layer],
+        kept: fx.Node,
+        carried: Mapping[str, fx.Node],
     ) -> None:
         sizes = carried["sizes"]
         sizes = ctx.emit(lambda size, index: size.gather(1, index), sizes, kept, before=ctx.after(sizes, kept))

@@ -27,7 +27,7 @@ from tokcompile.families.scores import Scores
 from tokcompile.kernels.greedy_select import op as _op  # noqa: F401  registers the operator
 from tokcompile.plan.plan import LayerCut
 from tokcompile.recipes import Budget
-from tokcompile.regions.model import Region
+from tokcompile.regions.model import DecoderStack, MergePoint
 from tokcompile.regions.places import stack_below
 from tokcompile.registry import about, register
 from tokcompile.rewrite.context import Context
@@ -70,7 +70,7 @@ class ToDRE(VisualSelection):
         layer = self.late_layer(depth)
         return [0] if layer is None or layer >= depth - 1 else [0, layer + 1]
 
-    def cuts(self, ctx: Context, region: Region, stack: Region | None) -> tuple[LayerCut, ...]:
+    def cuts(self, ctx: Context, region: MergePoint, stack: DecoderStack | None) -> tuple[LayerCut, ...]:
         found = super().cuts(ctx, region, stack)
         layer = None if stack is None else self.late_layer(len(stack.layers))
         if stack is None or layer is None:
@@ -79,7 +79,7 @@ class ToDRE(VisualSelection):
         if layer >= depth - 1:
             if isinstance(self.params.drop_layer, int):
                 raise ctx.refuse(
-                    region.roles["output"],
+                    region.output,
                     f"drop_layer {layer}: the decoder has {depth} layers, so at most "
                     f"{depth - 2} leaves a layer after the drop; or give a fraction",
                 )
@@ -88,8 +88,8 @@ class ToDRE(VisualSelection):
         visual, tokens = visual_tokens(region)
         return (*found, LayerCut(layer + 1, None if visual is None else tokens - visual))
 
-    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
-        stack = stack_below(ctx.regions, region.roles["output"])
+    def apply(self, ctx: Context, region: MergePoint) -> dict[str, Any]:
+        stack = stack_below(ctx.regions, region.output)
         layer = None if stack is None else self.late_layer(len(stack.layers))
         details = super().apply(ctx, region)
         if stack is None or layer is None:

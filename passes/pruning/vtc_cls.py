@@ -24,7 +24,7 @@ from tokcompile.families.pruning.visual import VisualParams, VisualSelection, ch
 from tokcompile.families.scores import Scores
 from tokcompile.formulas.attention_rows import class_row
 from tokcompile.recipes import Budget
-from tokcompile.regions.model import Region
+from tokcompile.regions.model import MergePoint, VisionEncoder
 from tokcompile.registry import about, register
 from tokcompile.rewrite.context import Context
 from tokcompile.rewrite.visual_mask import feature_mask
@@ -52,10 +52,10 @@ class VtcCls(VisualSelection):
 
     def score_features(self, ctx: Context, features: fx.Node) -> fx.Node:
         encoder = self._encoder(ctx, features)
-        prefix = int(encoder.shapes.get("prefix", 0))
+        prefix = int(encoder.prefix)
         if prefix == 0:
             raise ctx.refuse(
-                encoder.roles["tokens"],
+                encoder.tokens,
                 "the vision encoder has no class token to score patches with; "
                 "use todre, or another selection without one",
             )
@@ -70,22 +70,22 @@ class VtcCls(VisualSelection):
 
         return ctx.emit(total, *rows, before=ctx.after(features, *rows))  # type: ignore[no-any-return]
 
-    def _encoder(self, ctx: Context, features: fx.Node) -> Region:
+    def _encoder(self, ctx: Context, features: fx.Node) -> VisionEncoder:
         above = ancestors([features])
-        found = [e for e in ctx.regions.of("vision_encoder") if e.roles["tokens"] in above]
+        found = [e for e in ctx.regions.of(VisionEncoder) if e.tokens in above]
         if len(found) != 1:
             raise ctx.refuse(features, f"{len(found)} vision encoders feed the image features; one is needed")
         return found[0]
 
-    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+    def apply(self, ctx: Context, region: MergePoint) -> dict[str, Any]:
         marked = ctx.captured.graph.find_nodes(op="call_function", target=torch.ops.tokcompile.visual_scores.default)
         if marked:
             rows = next(iter(marked))
-        elif ctx.regions.of("vision_encoder"):
-            rows = self.score_features(ctx, region.roles["features"])
+        elif ctx.regions.of(VisionEncoder):
+            rows = self.score_features(ctx, region.features)
         else:
             raise ctx.refuse(
-                region.roles["output"],
+                region.output,
                 "the image encoder gave no scores: it was not captured, has no "
                 "class token, or its features are not one for each patch",
             )

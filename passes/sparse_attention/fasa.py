@@ -32,7 +32,7 @@ from tokcompile.formulas.mask import is_visible
 from tokcompile.formulas.rope import read_rope
 from tokcompile.kernels.precision import matmul
 from tokcompile.plan.pass_base import Seen
-from tokcompile.regions.model import Region
+from tokcompile.regions.model import AttentionRegion
 from tokcompile.registry import about, register
 from tokcompile.rewrite.context import Context
 
@@ -58,9 +58,9 @@ class Fasa(SparseDecode):
             "generated text every new token is.",
         )
 
-    def observe(self, ctx: Context, region: Region, seen: Seen) -> None:
-        if region.variant["cross"] == "cross":
-            raise ctx.refuse(region.roles["output"], "cross-attention stays dense")
+    def observe(self, ctx: Context, region: AttentionRegion, seen: Seen) -> None:
+        if region.cross:
+            raise ctx.refuse(region.output, "cross-attention stays dense")
         form = read_attention(ctx, region)
         rope = read_rope(ctx, region, form.query)
         chunks = rope.chunks()
@@ -128,7 +128,9 @@ class Fasa(SparseDecode):
             result[key] = {"components": mask}, facts
         return result
 
-    def inputs(self, ctx: Context, region: Region, form: AttentionForm) -> tuple[Sequence[fx.Node], dict[str, Any]]:
+    def inputs(
+        self, ctx: Context, region: AttentionRegion, form: AttentionForm
+    ) -> tuple[Sequence[fx.Node], dict[str, Any]]:
         rope = read_rope(ctx, region, form.query)
         state, facts = ctx.state(self.name, region)
         heads, width = state["components"].meta["val"].shape

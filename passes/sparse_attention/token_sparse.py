@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor, fx
+from torch import Tensor
 
 from tokcompile.capture.sizes import equal
 from tokcompile.errors import CalibrationError, UnprofitableError
@@ -28,7 +28,7 @@ from tokcompile.kernels.precision import as_autocast
 from tokcompile.kernels.token_sparse_attention import op as _ops  # noqa: F401  registers the operation
 from tokcompile.plan.pass_base import Pass, Seen
 from tokcompile.plan.plan import Taken
-from tokcompile.regions.model import Layer, Region
+from tokcompile.regions.model import AttentionRegion, DecoderStack, Layer
 from tokcompile.regions.places import layers_meant
 from tokcompile.registry import PassParams, about, register
 from tokcompile.rewrite.context import Context
@@ -125,14 +125,12 @@ class TokenSparse(Pass):
                 raise ValueError(f"should be odd, so that the average has a middle, found {value}")
             return value
 
-    def observe(self, ctx: Context, region: Region, seen: Seen) -> None:
+    def observe(self, ctx: Context, region: AttentionRegion, seen: Seen) -> None:
         layer = _layer(ctx, region)
         if layer is None:
-            raise ctx.refuse(
-                region.roles["output"], "the attention is in no stack of layers, so its layer cannot be measured"
-            )
+            raise ctx.refuse(region.output, "the attention is in no stack of layers, so its layer cannot be measured")
         if not _is_prefill(ctx, region):
-            raise ctx.refuse(region.roles["output"], "a step with a cache is no prefill; calibrate with whole inputs")
+            raise ctx.refuse(region.output, "a step with a cache is no prefill; calibrate with whole inputs")
 
         def add(before: Tensor, after: Tensor) -> None:
             one, other = before.float(), after.float()
@@ -149,18 +147,18 @@ class TokenSparse(Pass):
         limit = float(torch.tensor(list(drift.values()), dtype=torch.float64).quantile(self.params.calm))
         return {key: ({}, {"drift": value, "limit": limit}) for key, value in drift.items()}
 
-    def plan(self, ctx: Context, region: Region) -> Taken:
+    def plan(self, ctx: Context, region: AttentionRegion) -> Taken:
         self._checked(ctx, region)
         return Taken()
 
-    def _checked(self, ctx: Context, region: Region) -> tuple[AttentionForm, MaskForm, int, float | None]:
+    def _checked(self, ctx: Context, region: AttentionRegion) -> tuple[AttentionForm, MaskForm, int, float | None]:
         """The attention, its mask, the length from which on it runs sparse, and the drift of its layer.
 
         Raises:
             NarrowError, UnprofitableError: it stays dense.
         """
-        output = region.roles["output"]
-        if region.variant["cross"] == "cross" or not _is_prefill(ctx, region):
+        output = region.output
+        if region.cross or not _is_prefill(ctx, region):
             raise ctx.refuse(
                 output,
                 "expected an attention within one sequence, all of it in this call; with keys of "
@@ -192,7 +190,7 @@ class TokenSparse(Pass):
             )
         return form, shape, least, drift
 
-    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+    def apply(self, ctx: Context, region: AttentionRegion) -> dict[str, Any]:
         p, (form, shape, least, drift) = self.params, self._checked(ctx, region)
         settings = (
             form.scale,
@@ -219,7 +217,7 @@ class TokenSparse(Pass):
         form.replace(ctx, sparse, form.query, form.key, form.value, *extra)
         return {"min_length": least, "select": p.select, **({} if drift is None else {"drift": drift})}
 
-    def _choose(self, ctx: Context, region: Region) -> float | None:
+    def _choose(self, ctx: Context, region: AttentionRegion) -> float | None:
         """Raise unless this layer is among the sparse ones; its drift where calibration measured it."""
         where = ctx.key(region)
         if ctx.prepared is not None and ctx.prepared.has(self.name, where):
@@ -243,23 +241,18 @@ class TokenSparse(Pass):
         return None
 
 
-def _layer(ctx: Context, region: Region) -> Layer | None:
+def _layer(ctx: Context, region: AttentionRegion) -> Layer | None:
     return next(
-        (layer for stack in ctx.regions.of("decoder_stack") for layer in stack.layers if layer.attention is region),
+        (layer for stack in ctx.regions.of(DecoderStack) for layer in stack.layers if layer.attention is region),
         None,
     )
 
 
-def _is_prefill(ctx: Context, region: Region) -> bool:
+def _is_prefill(ctx: Context, region: AttentionRegion) -> bool:
     """As many queries as keys, and more than one."""
-    queries, keys = region.shapes["S"], region.shapes["T"]
-    return equal(queries, keys) and not equal(queries, 1)
+    return equal(region.queries, region.keys) and not equal(region.queries, 1)
 
 
-def _under_pruning(ctx: Context, region: Region) -> bool:
+def _under_pruning(ctx: Context, region: AttentionRegion) -> bool:
     """Whether an earlier step removed tokens here: its mask is cut out of a causal one."""
-    from tokcompile.regions.causal import is_causal
-    from tokcompile.regions.flow import Flow
-
-    mask: fx.Node | None = region.roles.get("mask")
-    return bool(ctx.cuts.kept) and mask is not None and is_causal(Flow(ctx.captured.graph), region)
+    return bool(ctx.cuts.kept) and region.mask is not None and region.causal

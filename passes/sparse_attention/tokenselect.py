@@ -37,7 +37,7 @@ from tokcompile.families.sparse_attention.decode.followed_keys import followed_k
 from tokcompile.families.sparse_attention.decode.lists import chosen
 from tokcompile.formulas.attention import AttentionForm
 from tokcompile.kernels.token_votes import token_votes, votes
-from tokcompile.regions.model import Region
+from tokcompile.regions.model import AttentionRegion
 from tokcompile.registry import about, register
 from tokcompile.rewrite.context import Context
 
@@ -77,7 +77,12 @@ class TokenSelect(SparseDecode):
         return Scores(votes(query, key, candidate, *self._factors(scale, softcap)).unsqueeze(1))
 
     def choose(
-        self, ctx: Context, region: Region, form: AttentionForm, ends: tuple[fx.Node, ...], more: Sequence[fx.Node]
+        self,
+        ctx: Context,
+        region: AttentionRegion,
+        form: AttentionForm,
+        ends: tuple[fx.Node, ...],
+        more: Sequence[fx.Node],
     ) -> tuple[fx.Node, dict[str, Any]]:
         if self.params.reuse is None:
             return super().choose(ctx, region, form, ends, more)

@@ -43,7 +43,7 @@ from tokcompile.kernels.host_rows import await_rows, fetch_rows, unique_ids
 from tokcompile.kernels.linear_where import linear_where
 from tokcompile.plan.pass_base import Pass, Seen
 from tokcompile.plan.plan import Taken
-from tokcompile.regions.model import Region
+from tokcompile.regions.model import FeedForwardRegion
 from tokcompile.regions.places import layers_meant
 from tokcompile.registry import PassParams, about, register
 from tokcompile.rewrite.context import Context
@@ -98,7 +98,7 @@ class Stem(Pass):
             "call are copied while other layers compute; such tables cannot be trained.",
         )
 
-    def observe(self, ctx: Context, region: Region, seen: Seen) -> None:
+    def observe(self, ctx: Context, region: FeedForwardRegion, seen: Seen) -> None:
         formula = self._formula(ctx, region)
         assert formula.gate is not None
         ids, table, _ = ids_for(ctx, region, formula.up.node)
@@ -169,11 +169,11 @@ class Stem(Pass):
             result[key] = tensors, facts
         return result
 
-    def plan(self, ctx: Context, region: Region) -> Taken:
+    def plan(self, ctx: Context, region: FeedForwardRegion) -> Taken:
         self._check_converted(ctx, region, self._formula(ctx, region))
         return Taken()
 
-    def _check_converted(self, ctx: Context, region: Region, formula: ffn.Formula) -> None:
+    def _check_converted(self, ctx: Context, region: FeedForwardRegion, formula: ffn.Formula) -> None:
         """Refuse a layer that calibration left dense."""
         facts = ctx.facts(self.name, region)
         if not facts["converted"]:
@@ -185,7 +185,7 @@ class Stem(Pass):
                 source=region.source,
             )
 
-    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+    def apply(self, ctx: Context, region: FeedForwardRegion) -> dict[str, Any]:
         formula = self._formula(ctx, region)
         ids, embedding, visual = self._ids(ctx, region, formula)
         self._check_converted(ctx, region, formula)
@@ -210,7 +210,7 @@ class Stem(Pass):
             **{name: facts[name] for name in ("explained", "rows", "tokens", "shrinkage", "prior")},
         }
 
-    def _formula(self, ctx: Context, region: Region) -> ffn.Formula:
+    def _formula(self, ctx: Context, region: FeedForwardRegion) -> ffn.Formula:
         formula = ffn.read_formula(ctx, region)
         if formula.gate is None:
             raise ctx.refuse(
@@ -220,7 +220,9 @@ class Stem(Pass):
             )
         return formula
 
-    def _ids(self, ctx: Context, region: Region, formula: ffn.Formula) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    def _ids(
+        self, ctx: Context, region: FeedForwardRegion, formula: ffn.Formula
+    ) -> tuple[fx.Node, fx.Node, fx.Node | None]:
         """As :func:`ids_for`; -1 at the first tokens too."""
         ids, table, visual = ids_for(ctx, region, formula.up.node)
         if self.params.dense_first == 0:

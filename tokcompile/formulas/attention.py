@@ -28,7 +28,7 @@ from tokcompile.capture.packed import block_mask
 from tokcompile.capture.sizes import equal
 from tokcompile.kernels.hidden import hides
 from tokcompile.regions.flow import Flow
-from tokcompile.regions.model import Region
+from tokcompile.regions.model import AttentionRegion
 from tokcompile.rewrite.context import Context
 
 
@@ -84,7 +84,7 @@ def with_sink(output: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
     return (output * torch.sigmoid(lse.unsqueeze(-1) - sink)).to(output.dtype)
 
 
-def read_attention(ctx: Context, region: Region, *, dropout: bool = False) -> AttentionForm:
+def read_attention(ctx: Context, region: AttentionRegion, *, dropout: bool = False) -> AttentionForm:
     """The formula of an attention region. Puts views of the operands into the graph, dead until they are used.
 
     Args:
@@ -114,15 +114,21 @@ class _Reader:
     One class: each operation on the way is read with what was found so far, and adds to it.
     """
 
-    def __init__(self, ctx: Context, region: Region, dropout: bool) -> None:
-        self.ctx, self.region, self.roles, self.dropout = ctx, region, region.roles, dropout
+    def __init__(self, ctx: Context, region: AttentionRegion, dropout: bool) -> None:
+        self.ctx, self.region, self.dropout = ctx, region, dropout
         self.flow = Flow(ctx.captured.graph)
-        self.output = region.roles["output"]
+        self.output = region.output
+
+    @property
+    def scores(self) -> fx.Node:
+        """The first of two contractions."""
+        assert self.region.scores is not None
+        return self.region.scores
 
     def read(self) -> AttentionForm:
-        if self.region.variant["form"] == "packed":
+        if self.region.form == "packed":
             return self._packed()
-        return self._sdpa() if self.region.variant["form"] == "sdpa" else self._eager()
+        return self._sdpa() if self.region.form == "sdpa" else self._eager()
 
     def _packed(self) -> AttentionForm:
         """Pieces of one row: the mask says which keys are of the same piece."""
@@ -182,7 +188,8 @@ class _Reader:
     # .. two contractions
 
     def _eager(self) -> AttentionForm:
-        scores, softmax = self.roles["scores"], self.roles["softmax"]
+        scores, softmax = self.scores, self.region.softmax
+        assert softmax is not None
         if softmax.args[1] not in (-1, softmax.meta["val"].dim() - 1):
             raise self._refuse(softmax, f"expected a softmax over the last axis, found axis {softmax.args[1]}")
         chain = self._chain(scores, softmax)
@@ -298,8 +305,8 @@ class _Reader:
 
     def _operands(self) -> tuple[fx.Node, fx.Node, fx.Node, Callable[[Tensor], Tensor]]:
         """Query, key and value as [B, H, S, D] and so on, and the way back from [B, H, S, Dv] to the output."""
-        flow, scores, output = self.flow, self.roles["scores"], self.output
-        query, key, value = self.roles["query"], self.roles["key"], self.roles["value"]
+        flow, scores, output = self.flow, self.scores, self.output
+        query, key, value = self.region.query, self.region.key, self.region.value
         if flow.op[scores] == "einsum" or flow.op[output] == "einsum":
             return self._einsum(query, key, value)
         factor = scores.args[1 if flow.op[scores] == "baddbmm" else 0]
@@ -311,7 +318,7 @@ class _Reader:
         rank = query.meta["val"].dim()
         if rank == 4:
             return query, key, value, lambda t: t
-        heads = self.region.shapes.get("H", 1)
+        heads = self.region.heads
         if rank != 3 or not isinstance(heads, int):
             raise self._refuse(scores, f"expected operands [B, H, S, D] or [B * H, S, D], found {rank} axes")
 
@@ -325,7 +332,7 @@ class _Reader:
     def _einsum(
         self, query: fx.Node, key: fx.Node, value: fx.Node
     ) -> tuple[fx.Node, fx.Node, fx.Node, Callable[[Tensor], Tensor]]:
-        scores, output = self.roles["scores"], self.output
+        scores, output = self.scores, self.output
         first, second = (self._equation(n) for n in (scores, output))
         names = {"query": first[0], "key": first[1], "scores": first[2]}
         shared = [c for c in names["scores"] if c in names["query"] and c in names["key"]]
@@ -365,8 +372,8 @@ class _Reader:
             return terms[0], terms[1], out
         if self.flow.op[node] != "matmul" or node.meta["val"].dim() != 4:
             raise self._refuse(node, "expected einsum or matmul of four axes")
-        scores = node is self.roles["scores"]
-        if scores and node.args[1] is not self.roles["key"]:
+        scores = node is self.scores
+        if scores and node.args[1] is not self.region.key:
             return "bhqd", "bhkd", "bhqk"  # the transposition was taken off the key
         return ("bhqd", "bhdk", "bhqk") if scores else ("bhqk", "bhkd", "bhqd")
 

@@ -47,8 +47,8 @@ def rows_source(ctx: Context, layer: Layer) -> fx.Node | AttentionForm:
     attention = layer.attention
     if attention is None:
         raise ctx.refuse(layer.output, f"layer {layer.index} has no attention to score with")
-    weights = attention.roles.get("softmax")
-    if weights is not None and "mask" not in attention.roles and _by_head(weights, attention.roles["scores"]):
+    weights, scores = attention.softmax, attention.scores
+    if attention.mask is None and weights is not None and scores is not None and _by_head(weights, scores):
         return weights  # no row of these is hidden
     return read_attention(ctx, attention, dropout=True)
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from tokcompile.capture.sizes import hint
 from tokcompile.kernels.activation import ACTIVATIONS, activate
 from tokcompile.regions.flow import Flow
-from tokcompile.regions.model import Region
+from tokcompile.regions.model import FeedForwardRegion
 from tokcompile.rewrite.context import Context
 
 aten = torch.ops.aten
@@ -90,16 +90,15 @@ class Formula:
         return found
 
 
-def read_formula(ctx: Context, region: Region) -> Formula:
+def read_formula(ctx: Context, region: FeedForwardRegion) -> Formula:
     """The formula of a feed-forward region.
 
     Raises:
         NarrowError: it is another one (a convolution, a norm, dropout in training, an activation without a name).
     """
     flow = Flow(ctx.captured.graph)
-    roles = region.roles
-    up, down = (_projection(ctx, flow, roles[name]) for name in ("up_proj", "down_proj"))
-    gate = _projection(ctx, flow, roles["gate_proj"]) if "gate_proj" in roles else None
+    up, down = (_projection(ctx, flow, node) for node in (region.up_proj, region.down_proj))
+    gate = None if region.gate_proj is None else _projection(ctx, flow, region.gate_proj)
     inner = down.input
     sources = [up.node] if gate is None or gate.node is up.node else [gate.node, up.node]
     generator = torch.Generator().manual_seed(0)
@@ -115,7 +114,7 @@ def read_formula(ctx: Context, region: Region) -> Formula:
     best = min(fits, key=lambda fit: fit[0], default=None)
     if best is None or not best[0] < (_ROUNDED if rounded else _TOLERANCE):
         raise ctx.refuse(
-            roles["activation"],
+            region.activation,
             "the computation between the projections is not an activation "
             f"({', '.join(ACTIVATIONS)}), gated or plain: it differs by "
             f"{'nothing that fits' if best is None else f'{best[0]:.2g}'}; a dropout "
@@ -159,7 +158,7 @@ def _projection(ctx: Context, flow: Flow, node: fx.Node) -> Projection:
 
 
 def _evaluate(
-    ctx: Context, flow: Flow, region: Region, given: Mapping[fx.Node, Tensor], target: fx.Node
+    ctx: Context, flow: Flow, region: FeedForwardRegion, given: Mapping[fx.Node, Tensor], target: fx.Node
 ) -> tuple[Tensor, bool]:
     """``target`` for one token, with the values ``given`` [1, f] for some nodes: -> [1, f], rounded to 16 bits?"""
     between = [
@@ -179,9 +178,7 @@ def _evaluate(
             return values[target].reshape(-1, values[target].shape[-1])[:1].float(), rounded
         except Exception as caught:  # any operation of the model's own
             error = caught
-    raise ctx.refuse(
-        region.roles["activation"], f"the computation between the projections cannot be run on its own: {error}"
-    )
+    raise ctx.refuse(region.activation, f"the computation between the projections cannot be run on its own: {error}")
 
 
 def _value(node: fx.Node, values: Mapping[fx.Node, Any], ones: bool) -> Any:

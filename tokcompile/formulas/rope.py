@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from tokcompile.capture.ops import JOIN, LAYOUT, NORM, POINTWISE, REDUCE, SELECT, TRIVIAL
 from tokcompile.regions.flow import Flow
-from tokcompile.regions.model import Region
+from tokcompile.regions.model import AttentionRegion
 from tokcompile.rewrite.context import Context
 
 #: What a rotation is made of, and what may stand between it and the projection.
@@ -65,7 +65,7 @@ class Rope:
         return [*self.planes, *(self.still[i : i + 2] for i in range(0, len(self.still), 2))]
 
 
-def read_rope(ctx: Context, region: Region, query: fx.Node) -> Rope:
+def read_rope(ctx: Context, region: AttentionRegion, query: fx.Node) -> Rope:
     """The planes of the RoPE of an attention region.
 
     Args:
@@ -75,8 +75,8 @@ def read_rope(ctx: Context, region: Region, query: fx.Node) -> Rope:
         NarrowError: no rotation is recognised; names the node that is read instead.
     """
     flow = Flow(ctx.captured.graph)
-    source = region.roles["query"]
-    projection = region.roles.get("query_proj")
+    source = region.query
+    projection = region.query_proj
     if projection is None:
         raise ctx.refuse(source, "no projection makes this query, so its RoPE cannot be read")
     walk = flow.back(source, _OPS, stop=lambda n: n is projection)

@@ -13,30 +13,29 @@ from tokcompile.capture.sizes import dims_of, shape_of
 from tokcompile.errors import NarrowError
 from tokcompile.formulas.attention import AttentionForm, read_attention
 from tokcompile.formulas.mask import MaskForm, is_visible, read_mask
-from tokcompile.regions.causal import is_causal
 from tokcompile.regions.flow import Flow
-from tokcompile.regions.model import Layer, Region
+from tokcompile.regions.model import AttentionRegion, DecoderStack, FeedForwardRegion, Layer, MergePoint, MoeRegion
 from tokcompile.rewrite.context import Context
 from tokcompile.rewrite.visual_mask import feature_mask
 
 
-def layer_with(ctx: Context, region: Region) -> tuple[Region, Layer] | None:
+def layer_with(ctx: Context, region: FeedForwardRegion | MoeRegion) -> tuple[DecoderStack, Layer] | None:
     """The decoder stack, and its layer, that has ``region`` as its feed-forward part."""
-    for stack in ctx.regions.of("decoder_stack"):
+    for stack in ctx.regions.of(DecoderStack):
         for layer in stack.layers:
             if layer.feed_forward is region:
                 return stack, layer
     return None
 
 
-def embedding_of(ctx: Context, region: Region) -> tuple[fx.Node, fx.Node]:
+def embedding_of(ctx: Context, region: FeedForwardRegion | MoeRegion) -> tuple[fx.Node, fx.Node]:
     """The lookup that the residual stream of a region starts with: -> (ids [B, S], table [V, d]), graph inputs.
 
     Raises:
         NarrowError: the region is in no stack of layers, or its stream does not start with a lookup of token ids.
     """
     found = layer_with(ctx, region)
-    where = region.roles["input"]
+    where = region.input
     if found is None:
         raise ctx.refuse(where, "the layer belongs to no stack of layers over tokens, so no token ids go with it")
     start, flow = found[0].layers[0].input, Flow(ctx.captured.graph)
@@ -65,7 +64,9 @@ def embedding_of(ctx: Context, region: Region) -> tuple[fx.Node, fx.Node]:
     return max(lookups, key=lambda lookup: lookup[1].meta["val"].shape[0])
 
 
-def ids_for(ctx: Context, region: Region, like: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+def ids_for(
+    ctx: Context, region: FeedForwardRegion | MoeRegion, like: fx.Node
+) -> tuple[fx.Node, fx.Node, fx.Node | None]:
     """Token ids for the tokens of ``like``: int64, its shape without the last axis; -1 at images and empty slots.
 
     After earlier steps removed tokens, the ids of those that are left.
@@ -79,11 +80,7 @@ def ids_for(ctx: Context, region: Region, like: fx.Node) -> tuple[fx.Node, fx.No
     ids, table = embedding_of(ctx, region)
     stack, layer = layer_with(ctx, region)  # type: ignore[misc]
     flow = Flow(ctx.captured.graph)
-    visual = [
-        feature_mask(ctx, m)
-        for m in ctx.regions.of("merge_point")
-        if flow.reaches(m.roles["output"], stack.layers[0].input)
-    ]
+    visual = [feature_mask(ctx, m) for m in ctx.regions.of(MergePoint) if flow.reaches(m.output, stack.layers[0].input)]
     parts = [ids, *visual]
     masked = ctx.emit(_masked, *parts, before=ctx.after(*parts)) if visual else ids
     sizes = flow.dims(layer.input)
@@ -106,7 +103,7 @@ def ids_for(ctx: Context, region: Region, like: fx.Node) -> tuple[fx.Node, fx.No
     return masked, table, visual[0] if visual else None
 
 
-def first_for(ctx: Context, region: Region, count: int) -> fx.Node:
+def first_for(ctx: Context, region: FeedForwardRegion | MoeRegion, count: int) -> fx.Node:
     """bool [B or 1, S]: the first ``count`` visible tokens of each row, of those that a layer works on.
 
     Read off the mask of the attention beside it (or of another one over the same tokens): such a token sees at most
@@ -117,7 +114,7 @@ def first_for(ctx: Context, region: Region, count: int) -> fx.Node:
         NarrowError: no attention over these tokens shows which keys a token sees.
     """
     found = layer_with(ctx, region)
-    where = region.roles["input"]
+    where = region.input
     if found is None:
         raise ctx.refuse(where, "the layer belongs to no stack of layers over tokens, so none of these comes first")
     stack, layer = found
@@ -162,13 +159,13 @@ def _in_front(ctx: Context, node: fx.Node, where: fx.Node) -> fx.Node:
     return node
 
 
-def _first(ctx: Context, flow: Flow, layer: Layer, attention: Region, count: int) -> fx.Node:
+def _first(ctx: Context, flow: Flow, layer: Layer, attention: AttentionRegion, count: int) -> fx.Node:
     form = read_attention(ctx, attention, dropout=True)  # training; which keys are seen is the same
     queries, keys = (_dims(n)[2] for n in (form.query, form.key))
     place = ("first", form.mask, form.causal, queries, keys, count)
     if place not in ctx.shared:
         mask = read_mask(ctx, form)
-        if queries != 1 and not mask.causal and (mask.rest is None or not is_causal(flow, attention)):
+        if queries != 1 and not mask.causal and (mask.rest is None or not attention.causal):
             raise ctx.refuse(form.output, "its tokens see later ones too")
         if mask.window is not None and mask.window <= count:
             raise ctx.refuse(form.output, f"its window of {mask.window} keys does not reach beyond the first {count}")

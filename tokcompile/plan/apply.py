@@ -11,8 +11,9 @@ from torch import fx
 from tokcompile.capture.canonical import canonicalise
 from tokcompile.capture.flops import graph_flops
 from tokcompile.capture.markers import FEATURE_SCORES
-from tokcompile.errors import NarrowError, RecipeError, UnprofitableError
+from tokcompile.errors import NarrowError, RecipeError, RewriteError, UnprofitableError
 from tokcompile.kinds import LOCAL, MERGED, Stage
+from tokcompile.plan.blame import blamed
 from tokcompile.plan.expectations import Expectations, miss
 from tokcompile.plan.layer_tokens import LayerTokens
 from tokcompile.plan.observed import Observed
@@ -54,9 +55,9 @@ class Matching:
         self.on_no_match = on_no_match
         self.expectations = Expectations(recipe, passes, report, on_no_match)
         self.scored_features = self.pruned_encoder = False
-        self._shallow: dict[
-            int, dict[str, int]
-        ] = {}  # step -> regions of a stack without a layer that it names, with its depth
+        self._failed: set[tuple[int, str]] = set()  # step, cause
+        #: step -> regions of a stack without a layer that it names, with the depth of that stack
+        self._shallow: dict[int, dict[str, int]] = {}
 
     @property
     def wants_scores(self) -> bool:
@@ -89,12 +90,15 @@ class Matching:
         return Plan(stage, ctx.regions, steps)
 
     def _plan_step(self, ctx: Context, step: Step, method: Pass, stage: str) -> PlannedStep:
-        planned = PlannedStep(ctx.step, step.pass_)
+        planned = PlannedStep(ctx.step, step.pass_, reason=ctx.left_out.get(ctx.step, ""))
+        if planned.reason:
+            return planned
         for region in self._candidates(ctx, step, stage):
             if ctx.prepared is not None and ctx.prepared.has(step.pass_, ctx.key(region)):
                 planned.state.append(region.path)
             try:
-                planned.taken[region] = method.plan(ctx, region)
+                with blamed(ctx, step, method, stage, region):
+                    planned.taken[region] = method.plan(ctx, region)
             except NarrowError as error:
                 planned.refused[region] = error
         if not planned.taken and not planned.refused:
@@ -112,7 +116,7 @@ class Matching:
         for region in ctx.regions.of(step.region):
             if not step.target.matches_path(region.path) or (protect and protect.covers(region.path)):
                 continue
-            if step.target.modality not in (None, region.variant.get("modality")):
+            if step.target.modality not in (None, getattr(region, "modality", None)):
                 continue
             if step.target.layers is not None:
                 place = ctx.layer(region)
@@ -133,7 +137,12 @@ class Matching:
     # .. rewrite
 
     def rewrite(self, ctx: Context, stage: str) -> None:
-        """Apply the recipe to one graph and note in the report what happened."""
+        """Apply the recipe to one graph and note in the report what happened.
+
+        Raises:
+            RewriteError: a pass failed by an error of its own. The graph may be half rewritten and must not run; see
+                :meth:`leave_out`.
+        """
         self.find(ctx)
         self.expectations.cover(ctx.regions)
         before = graph_flops(ctx.captured.graph)
@@ -141,19 +150,39 @@ class Matching:
         if self.pruned_encoder and stage != "encoder":
             check_readers(ctx)
         layers = LayerTokens(ctx.regions, stage)
-        for node in ctx.captured.graph.find_nodes(op="call_function", target=FEATURE_SCORES):
-            self._score_features(ctx, node)
+        markers = ctx.captured.graph.find_nodes(op="call_function", target=FEATURE_SCORES)
+        scored = [self._score_features(ctx, node, stage) for node in markers]
         if self.observed is not None:
             self._observe(ctx, stage)
         else:
             plan = self.plan(ctx, stage)
-            self._note_plan(ctx, plan)
+            planned = plan.as_dict(ctx.captured.graph)
             changed = self._by(ctx, plan)
+            self._note_plan(planned)
             after = graph_flops(ctx.captured.graph)
             for entry in changed:
                 entry.flop_ratio = before / max(after, 1)
+        self.scored_features |= any(scored)
         if not any(layer["stage"] == stage for layer in self.report.layers):
             self.report.layers += layers.after()
+
+    def leave_out(self, error: RewriteError) -> None:
+        """A step failed at a graph, which is captured afresh and rewritten without it; says so once for each cause.
+
+        Raises:
+            RewriteError: with ``on_no_match="error"``, and while observing.
+        """
+        entry, cause = self.report.steps[error.step], f"{type(error.__cause__).__name__}: {error.__cause__}"
+        told = (error.step, cause) in self._failed
+        if not told:
+            self._failed.add((error.step, cause))
+            earlier = entry.reason if entry.status == Status.REWRITE_FAILED else ""
+            entry.status, entry.reason = Status.REWRITE_FAILED, "; ".join(filter(None, (earlier, str(error))))
+            self.expectations.note(-1, str(error))
+        if self.on_no_match == "error" or self.observed is not None:
+            raise error
+        if not told and self.on_no_match == "warn":
+            warnings.warn(f"{error}. This graph runs as without that step", stacklevel=5)
 
     def _by(self, ctx: Context, plan: Plan) -> list[StepReport]:
         """Rewrite the graph by ``plan``; the reports of the steps that changed it."""
@@ -177,7 +206,8 @@ class Matching:
         details: dict[str, dict[str, Any]] = {}
         for region in planned.taken:
             try:
-                details[region.path] = method.apply(ctx, region)
+                with blamed(ctx, step, method, stage, region):
+                    details[region.path] = method.apply(ctx, region)
                 done.append(region)
             except NarrowError as error:
                 problems.append((region.path, error))
@@ -197,7 +227,8 @@ class Matching:
             for region in self._candidates(ctx, step, stage):
                 try:
                     seen = self.observed.of(ctx, region)
-                    method.observe(ctx, region, seen)
+                    with blamed(ctx, step, method, stage, region):
+                        method.observe(ctx, region, seen)
                     self.observed.note(ctx, seen)
                     done.append(region)
                 except NarrowError as error:
@@ -206,17 +237,22 @@ class Matching:
             reason = "" if done or problems else miss(ctx, step, self.recipe, stage)
             self._note(self.report.steps[index], done, problems, reason, stage, step, method)
 
-    def _score_features(self, ctx: Context, marker: fx.Node) -> None:
-        for index, (_, method) in enumerate(self.passes):
-            if not method.scores_features:
+    def _score_features(self, ctx: Context, marker: fx.Node, stage: str) -> bool:
+        """Whether some pass scored the features that ``marker`` marks."""
+        features: Any = marker.args[0]
+        scored = False
+        for index, (step, method) in enumerate(self.passes):
+            if not method.scores_features or index in ctx.left_out:
                 continue
             try:
-                scores = method.score_features(ctx, marker.args[0])  # type: ignore[arg-type]
+                with blamed(ctx, step, method, stage, features, index):
+                    scores = method.score_features(ctx, features)
             except NarrowError as error:
                 self.report.steps[index].status, self.report.steps[index].reason = Status.CONDITION_FAILED, str(error)
                 continue
             marker.replace_all_uses_with(scores)
-            self.scored_features = True
+            scored = True
+        return scored
 
     # .. the report
 
@@ -232,7 +268,9 @@ class Matching:
     ) -> None:
         """What one step did to one graph."""
         reasons = list(dict.fromkeys(str(error) for _, error in problems))
-        if entry.matches:
+        if entry.status == Status.REWRITE_FAILED:
+            pass  # in some graph, whatever becomes of it in others
+        elif entry.matches:
             entry.status = Status.MATCHED
             later = self._no_longer(step, method, entry, stage, problems)
             entry.reason = "; ".join(filter(None, (entry.reason, *later)))
@@ -273,16 +311,16 @@ class Matching:
         self.report.regions += fresh.regions
         self.report.near_misses += fresh.near_misses
 
-    def _note_plan(self, ctx: Context, plan: Plan) -> None:
-        if plan.steps and not any(known["stage"] == plan.stage for known in self.report.plans):
-            self.report.plans.append(plan.as_dict(ctx.captured.graph))
+    def _note_plan(self, planned: dict[str, Any]) -> None:
+        if planned["steps"] and not any(known["stage"] == planned["stage"] for known in self.report.plans):
+            self.report.plans.append(planned)
 
 
 def _too_deep(step: Step, shallow: dict[str, int]) -> str:
     """What to say where no stack has the layers that ``target.layers`` names; ``shallow``: region path -> depth."""
     stacks = {depth: [path for path, other in shallow.items() if other == depth] for depth in shallow.values()}
     text = ""
-    for depth, paths in sorted(stacks.items()):  # of the deepest one it says which layer is outside
+    for depth in sorted(stacks):  # of the deepest one it says which layer is outside
         try:
             step.target.layer_indices(depth)
         except RecipeError as error:

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict
 from torch import fx
 
 from tokcompile.plan.plan import Taken
-from tokcompile.regions.model import Region
 from tokcompile.rewrite.context import Context
 
 
@@ -42,7 +41,7 @@ class Pass:
     def __init__(self, params: Any) -> None:
         self.params = params
 
-    def observe(self, ctx: Context, region: Region, seen: Seen) -> None:
+    def observe(self, ctx: Context, region: Any, seen: Seen) -> None:
         """Put observers (:meth:`Context.observe`) on ``region`` of the dense graph; they add to ``seen.sums``.
 
         Called for every graph that has the region. ``seen`` is the same each time.
@@ -81,7 +80,7 @@ class Pass:
         """The first layers below the cuts that the pass makes in a language model of ``depth`` layers."""
         return []
 
-    def plan(self, ctx: Context, region: Region) -> Taken:
+    def plan(self, ctx: Context, region: Any) -> Taken:
         """What :meth:`apply` will do to ``region``; changes nothing.
 
         A pass that removes tokens says at which layers; one that reads conditions off the graph refuses here already.
@@ -91,12 +90,14 @@ class Pass:
         """
         return Taken()
 
-    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
-        """Rewrite ``ctx.captured`` for ``region``; return details for the report.
+    def apply(self, ctx: Context, region: Any) -> dict[str, Any]:
+        """Rewrite ``ctx.captured`` for ``region``, of the kind that ``regions`` names; -> details to report.
 
         Raises:
             NarrowError: the region cannot be rewritten; the reason goes into the report.
             UnprofitableError: rewriting it would not pay; likewise, and it is no mistake.
+
+        Both before anything is changed. After any other error the graph is captured afresh and the step left out of it.
         """
         raise NotImplementedError
 

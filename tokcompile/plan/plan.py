@@ -16,7 +16,7 @@ from torch import fx
 from tokcompile.capture.flops import node_flops
 from tokcompile.capture.sizes import hint
 from tokcompile.errors import NarrowError
-from tokcompile.regions.model import Region, Regions
+from tokcompile.regions.model import Region, Regions, StackRegion
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Taken:
         cuts: where, ascending by layer.
     """
 
-    stack: Region | None = None
+    stack: StackRegion | None = None
     cuts: tuple[LayerCut, ...] = ()
 
 
@@ -109,7 +109,7 @@ class Plan:
     regions: Regions
     steps: list[PlannedStep] = field(default_factory=list)
 
-    def cuts(self, stack: Region) -> list[LayerCut]:
+    def cuts(self, stack: StackRegion) -> list[LayerCut]:
         """All cuts of one stack, ascending by layer."""
         found = [
             cut for step in self.steps for taken in step.taken.values() if taken.stack is stack for cut in taken.cuts

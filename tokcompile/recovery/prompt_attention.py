@@ -13,6 +13,7 @@ from tokcompile.capture.ops import sdpa_arguments
 from tokcompile.errors import RecoveryError
 from tokcompile.kinds import Stage
 from tokcompile.regions import find_regions
+from tokcompile.regions.model import DecoderStack
 from tokcompile.rewrite.context import Context
 from tokcompile.runtime.install import install, share
 from tokcompile.runtime.session import Session
@@ -39,19 +40,18 @@ class PromptAttention(Session):
         if stage is Stage.ENCODER:
             return
         canonicalise(ctx.captured)
-        stacks = find_regions(ctx.captured.graph).of("decoder_stack")
+        stacks = find_regions(ctx.captured.graph).of(DecoderStack)
         found = [layer.attention for layer in stacks[-1].layers if layer.attention is not None] if stacks else []
         if not found:
             raise RecoveryError(
                 "tokens='sstoken' looks at the attention of the teacher's last layer, and no decoder "
                 "stack with attention was found; use SsToken(gamma=1), or Tip()"
             )
-        node = found[-1].roles.get("softmax")
+        node = found[-1].softmax
         if node is not None:
             ctx.observe(self._from_weights, node)
             return
-        node = found[-1].roles["output"]
-        self._fused(ctx, node)
+        self._fused(ctx, found[-1].output)
 
     def _fused(self, ctx: Context, node: fx.Node) -> None:
         """One value column that is 1 at the prompt makes the attention itself add the weights up."""

@@ -5,6 +5,36 @@ from __future__ import annotations
 from tokcompile.kinds import KINDS
 
 from .find import find_regions
-from .model import Layer, NearMiss, Region, Regions
+from .model import (
+    AttentionRegion,
+    AudioEncoder,
+    DecoderStack,
+    EncoderRegion,
+    FeedForwardRegion,
+    Layer,
+    MergePoint,
+    MoeRegion,
+    NearMiss,
+    Region,
+    Regions,
+    StackRegion,
+    VisionEncoder,
+)
 
-__all__ = ["KINDS", "Layer", "NearMiss", "Region", "Regions", "find_regions"]
+__all__ = [
+    "KINDS",
+    "AttentionRegion",
+    "AudioEncoder",
+    "DecoderStack",
+    "EncoderRegion",
+    "FeedForwardRegion",
+    "Layer",
+    "MergePoint",
+    "MoeRegion",
+    "NearMiss",
+    "Region",
+    "Regions",
+    "StackRegion",
+    "VisionEncoder",
+    "find_regions",
+]

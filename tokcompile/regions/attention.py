@@ -31,10 +31,11 @@ from tokcompile.capture.ops import (
     sdpa_arguments,
 )
 
+from .causal import Order
 from .flow import Flow, Linear, Walk
-from .heads import head_shapes
-from .misses import Misses
-from .model import Region
+from .heads import HeadSizes, head_sizes
+from .misses import STEPS, Misses
+from .model import AttentionRegion
 
 #: Between a projection and the contraction.
 _HEADS = (
@@ -56,10 +57,14 @@ _REDUCED = TRIVIAL | LAYOUT | NORM | CONV | {"avg_pool2d", "max_pool2d", "adapti
 #: Between the attention and its output projection.
 _AFTER = TRIVIAL | LAYOUT | NORM | REDUCE | {"mul", "div", "pow", "rsqrt", "slice", "getitem", "sigmoid"}
 
+#: What a fused layer has by its definition; its parts cannot be told apart.
+_INSIDE_FUSED = STEPS["attention"][:-1]
 
-def find_attention(flow: Flow, misses: Misses) -> list[Region]:
+
+def find_attention(flow: Flow, misses: Misses) -> list[AttentionRegion]:
     """All attention regions, in graph order."""
-    found: list[Region] = []
+    found: list[AttentionRegion] = []
+    order = Order(flow)
     for node in flow.nodes:
         region = None
         if flow.op[node] in SDPA:
@@ -67,37 +72,40 @@ def find_attention(flow: Flow, misses: Misses) -> list[Region]:
         elif flow.op[node] in SOFTMAX:
             region = _from_softmax(flow, node, misses)
         elif flow.op[node] in FUSED:
-            misses.add(
-                "attention",
+            misses.attempt("attention", *_INSIDE_FUSED).fails(
                 node,
-                0.9,
                 f"expected attention in parts, found the fused operation {flow.op[node]}, "
                 "which computes a whole layer; torch.backends.mha.set_fastpath_enabled(False) before the capture "
                 "keeps its parts",
             )
         if region is not None:
+            _describe(flow, region)
+            region.causal = region.causal_flag or region.cached or order.is_in(region.mask)
             found.append(region)
     return found
 
 
-def _from_sdpa(flow: Flow, node: fx.Node) -> Region:
+def _from_sdpa(flow: Flow, node: fx.Node) -> AttentionRegion:
+    path, source = module_path(node), source_line(node)
     if flow.op[node] == "packed_attention":
         query, key, value = node.all_input_nodes[:3]
-        packed = {"query": query, "key": key, "value": value, "output": node}
-        return _describe(flow, node, packed, {"form": "packed", "mask": "blocks", "softcap": "no"})
+        return AttentionRegion(path=path, source=source, query=query, key=key, value=value, output=node, form="packed")
     given = sdpa_arguments(node)
-    roles = {"query": given.query, "key": given.key, "value": given.value, "output": node}
-    if given.mask is not None:
-        roles["mask"] = given.mask
-    variant = {
-        "form": "sdpa",
-        "mask": "causal" if given.is_causal else "tensor" if given.mask is not None else "none",
-        "softcap": "no",
-    }
-    return _describe(flow, node, roles, variant)
+    return AttentionRegion(
+        path=path,
+        source=source,
+        query=given.query,
+        key=given.key,
+        value=given.value,
+        output=node,
+        mask=given.mask,
+        form="sdpa",
+        causal_flag=given.is_causal,
+    )
 
 
-def _from_softmax(flow: Flow, softmax: fx.Node, misses: Misses) -> Region | None:
+def _from_softmax(flow: Flow, softmax: fx.Node, misses: Misses) -> AttentionRegion | None:
+    attempt = misses.attempt("attention", "softmax")
     before = flow.back(flow.inputs[softmax][0], _SCORES, limit=60)
     scores = next((n for n in before.stops if flow.op[n] in CONTRACTION and flow.linear(n) is None), None)
     output = None
@@ -108,45 +116,44 @@ def _from_softmax(flow: Flow, softmax: fx.Node, misses: Misses) -> Region | None
     if scores is None or output is None:
         if scores is not output:
             side, where = ("before", output) if scores is None else ("after", scores)
-            misses.add(
-                "attention",
+            attempt.passes("weights x value" if scores is None else "query x key").fails(
                 softmax,
-                0.5,
                 f"expected a softmax between two contractions (query x key, then "
                 f"weights x value), found no contraction {side} the softmax; the other one is {where}",
             )
         return None
+    attempt.passes("query x key", "weights x value")
     first, second = _operands(flow, scores), _operands(flow, output)
     if first is None or second is None:
-        misses.add(
-            "attention",
+        attempt.fails(
             softmax,
-            0.6,
             f"expected contractions of two tensors, found {flow.op[scores]} and {flow.op[output]} with other operands",
         )
         return None
+    attempt.passes("two tensors in each product")
     query, key = first
     weights = [n for n in second if flow.reaches(softmax, n)]
     values = [n for n in second if not flow.reaches(softmax, n)]
     if len(weights) != 1 or len(values) != 1:
-        misses.add(
-            "attention",
+        attempt.fails(
             softmax,
-            0.7,
             f"expected weights x value after the softmax, found both operands of {output} to come from the softmax",
         )
         return None
-    roles = {"query": query, "key": key, "value": values[0], "scores": scores, "softmax": softmax, "output": output}
-    mask = _eager_mask(flow, scores, before)
-    if mask is not None:
-        roles["mask"] = mask
     bends = [n for n in before.passed if flow.op[n] == "tanh"]
-    variant = {
-        "form": "eager",
-        "mask": "tensor" if mask is not None else "none",
-        "softcap": "yes" if any(flow.reaches(scores, n) for n in bends) else "no",
-    }
-    return _describe(flow, softmax, roles, variant)
+    return AttentionRegion(
+        path=module_path(softmax),
+        source=source_line(softmax),
+        query=query,
+        key=key,
+        value=values[0],
+        scores=scores,
+        softmax=softmax,
+        output=output,
+        mask=_eager_mask(flow, scores, before),
+        form="eager",
+        softcap=any(flow.reaches(scores, n) for n in bends),
+    )
 
 
 def _operands(flow: Flow, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -180,31 +187,36 @@ def _eager_mask(flow: Flow, scores: fx.Node, before: Walk) -> fx.Node | None:
     return extra
 
 
-def _describe(flow: Flow, node: fx.Node, roles: dict[str, fx.Node], variant: dict[str, str]) -> Region:
-    readers = {"query": roles.get("scores", node), "key": roles.get("scores", node), "value": roles["output"]}
+def _describe(flow: Flow, region: AttentionRegion) -> None:
+    """Fill in what stands around the contractions."""
+    reader = region.scores or region.output
+    ends = {"query": (region.query, reader), "key": (region.key, reader), "value": (region.value, region.output)}
     walks = {
-        role: flow.back(roles[role], _HEADS, stop=lambda n: flow.linear(n) is not None, reader=reader)
-        for role, reader in readers.items()
+        role: flow.back(node, _HEADS, stop=lambda n: flow.linear(n) is not None, reader=reader)
+        for role, (node, reader) in ends.items()
     }
     projections = {role: _projection(flow, walk) for role, walk in walks.items()}
-    _name_sources(flow, roles, projections, walks, variant)
+    _name_sources(flow, region, projections, walks)
     after = next(
         (
             n
-            for n in flow.forward(roles["output"], lambda n: flow.op[n] in _AFTER and flow.linear(n) is None, limit=25)
+            for n in flow.forward(region.output, lambda n: flow.op[n] in _AFTER and flow.linear(n) is None, limit=25)
             if flow.linear(n) is not None
         ),
         None,
     )
-    if after is not None and _leads_to(flow, roles["output"], after):
-        roles["output_proj"] = after
-    shapes = head_shapes(flow, roles)
-    heads, kv_heads = shapes.get("H"), shapes.get("Hkv")
-    variant["heads"] = "mha" if heads == kv_heads else "mqa" if kv_heads == 1 else "gqa"
-    variant["rope"] = "yes" if _has_rope(flow, walks["query"]) else "no"
-    variant["qk_norm"] = "yes" if _has_norm(flow, walks["query"]) or _has_norm(flow, walks["key"]) else "no"
-    _find_cache(flow, roles, walks, variant)
-    return Region("attention", module_path(node), roles, shapes, variant, source_line(node))
+    if after is not None and _leads_to(flow, region.output, after):
+        region.output_proj = after
+    _set_sizes(region, head_sizes(flow, region))
+    region.rope = _has_rope(flow, walks["query"])
+    region.qk_norm = _has_norm(flow, walks["query"]) or _has_norm(flow, walks["key"])
+    _find_cache(flow, region, walks)
+
+
+def _set_sizes(region: AttentionRegion, sizes: HeadSizes) -> None:
+    region.batch, region.queries, region.keys = sizes.batch, sizes.queries, sizes.keys
+    region.heads, region.kv_heads, region.head_dim = sizes.heads, sizes.kv_heads, sizes.head_dim
+    region.grouping = "mha" if sizes.heads == sizes.kv_heads else "mqa" if sizes.kv_heads == 1 else "gqa"
 
 
 def _projection(flow: Flow, walk: Walk) -> Linear | None:
@@ -234,24 +246,19 @@ def _sources(flow: Flow, projection: Linear | None) -> list[fx.Node]:
 
 
 def _name_sources(
-    flow: Flow,
-    roles: dict[str, fx.Node],
-    projections: dict[str, Linear | None],
-    walks: dict[str, Walk],
-    variant: dict[str, str],
+    flow: Flow, region: AttentionRegion, projections: dict[str, Linear | None], walks: dict[str, Walk]
 ) -> None:
     chains = {role: _sources(flow, projections[role]) for role in projections}
     shared = next((n for n in chains["query"] if n in chains["key"]), None)
-    for role, projection in projections.items():
-        if projection is not None:
-            roles[f"{role}_proj"] = projection.node
-        chain = chains[role]
-        if chain:
-            roles[f"{role}_source"] = shared if shared in chain and shared is not None else chain[0]
-    nodes = [p.node if p else None for p in (projections["query"], projections["key"], projections["value"])]
-    variant["projection"] = "separate"
-    if nodes[1] is not None and nodes[1] is nodes[2]:
-        variant["projection"] = "fused_qkv" if nodes[0] is nodes[1] else "fused_kv"
+
+    def source(role: str) -> fx.Node | None:
+        return shared if shared in chains[role] else next(iter(chains[role]), None)
+
+    nodes = {role: None if p is None else p.node for role, p in projections.items()}
+    region.query_proj, region.key_proj, region.value_proj = nodes["query"], nodes["key"], nodes["value"]
+    region.query_source, region.key_source, region.value_source = source("query"), source("key"), source("value")
+    if region.key_proj is not None and region.key_proj is region.value_proj:
+        region.projection = "fused_qkv" if region.query_proj is region.key_proj else "fused_kv"
     roots = {_root(flow, chain[0]) if chain else None for chain in (chains["query"], chains["key"])}
     same = shared is not None or (None not in roots and len(roots) == 1)
     reduced = (
@@ -260,7 +267,7 @@ def _name_sources(
         in flow.back(chains["key"][0], _REDUCED, limit=30, stop=lambda n: n is chains["query"][0]).stops
     )
     unprojected = not chains["query"] and not chains["key"] and (_stems(walks["query"]) == _stems(walks["key"]))
-    variant["cross"] = "self" if same or reduced or unprojected else "cross"
+    region.cross = not (same or reduced or unprojected)
 
 
 def _stems(walk: Walk) -> set[fx.Node]:
@@ -294,20 +301,25 @@ def _has_norm(flow: Flow, walk: Walk) -> bool:
     return any(flow.op[n] in NORM or flow.op[n] in ("rsqrt", "linalg_vector_norm") for n in walk.passed)
 
 
-def _find_cache(flow: Flow, roles: dict[str, fx.Node], walks: dict[str, Walk], variant: dict[str, str]) -> None:
+def _find_cache(flow: Flow, region: AttentionRegion, walks: dict[str, Walk]) -> None:
     """Keys that come, in front of the new ones or all of them, from an input of the graph."""
-    variant["cache"] = "no"
-    for role in ("key", "value"):
-        if f"{role}_proj" not in roles:
-            stems = [n for n in walks[role].stops if n.op == "placeholder" and len(flow.dims(n) or ()) >= 3]
-            if stems:
-                variant["cache"], roles[f"past_{role}"] = "yes", stems[0]
+    region.past_key = _past(flow, region.key_proj, walks["key"])
+    region.past_value = _past(flow, region.value_proj, walks["value"])
+    region.cached = region.past_key is not None or region.past_value is not None
+
+
+def _past(flow: Flow, projection: fx.Node | None, walk: Walk) -> fx.Node | None:
+    """The input of the graph that holds the keys (or values) so far."""
+    if projection is None:
+        stems = [n for n in walk.stops if n.op == "placeholder" and len(flow.dims(n) or ()) >= 3]
+        return next(iter(stems), None)
+    past = None
+    for node in walk.passed:
+        if flow.op[node] not in ("cat", "index_copy", "index_put", "slice_scatter", "copy"):
             continue
-        for node in walks[role].passed:
-            if flow.op[node] not in ("cat", "index_copy", "index_put", "slice_scatter", "copy"):
-                continue
-            first = flow.canonical(flow.inputs[node][0], layout=True)
-            while flow.op[first] == "slice":
-                first = flow.canonical(flow.inputs[first][0], layout=True)
-            if first.op == "placeholder" and len(flow.dims(first) or ()) >= 3:
-                variant["cache"], roles[f"past_{role}"] = "yes", first
+        first = flow.canonical(flow.inputs[node][0], layout=True)
+        while flow.op[first] == "slice":
+            first = flow.canonical(flow.inputs[first][0], layout=True)
+        if first.op == "placeholder" and len(flow.dims(first) or ()) >= 3:
+            past = first
+    return past

@@ -12,21 +12,21 @@ which a token sees only what came before it stays a ``decoder_stack``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import fx
 
 from tokcompile.capture.graph import module_path, source_line
 
-from .causal import is_causal
 from .flow import Flow
 from .misses import Misses
-from .model import Region
+from .model import AudioEncoder
 from .stack import Stream
 from .vision import common_prefix, tokens_around
 
 
-def find_audio_encoders(flow: Flow, streams: Sequence[Stream], misses: Misses) -> tuple[list[Region], list[Stream]]:
+def find_audio_encoders(
+    flow: Flow, streams: Sequence[Stream], misses: Misses
+) -> tuple[list[AudioEncoder], list[Stream]]:
     """The audio encoders, and the streams that are none."""
     joins = flow.mask(block.join.add for stream in streams for block in stream.blocks)
     embeddings = flow.mask(flow.by_op.get("embedding", []))
@@ -36,18 +36,16 @@ def find_audio_encoders(flow: Flow, streams: Sequence[Stream], misses: Misses) -
         for n in flow.by_op.get(op, [])
         if _along_time(flow, n) and not flow.reached_by(n.all_input_nodes[0], embeddings | joins)
     ]
-    found: list[Region] = []
+    found: list[AudioEncoder] = []
     rest: list[Stream] = []
     for stream in streams:
         above = flow.reached_by(stream.start, flow.mask(convs))
         later = flow.reached_by(stream.start, joins)
-        own = [b.region for b in stream.blocks if b.region.kind == "attention" and b.region.variant["cross"] == "self"]
-        causal = any(is_causal(flow, region) for region in own)
+        own = stream.self_attentions
+        causal = any(region.causal for region in own)
         if above and not later and causal:
-            misses.add(
-                "audio_encoder",
+            misses.attempt("audio_encoder", "convolution along time", "layers over the frames").fails(
                 above[-1],
-                0.6,
                 "expected layers in which every frame sees all others, found a causal order behind the convolution",
             )
         if not above or later or not own or causal:
@@ -63,16 +61,21 @@ def _along_time(flow: Flow, node: fx.Node) -> bool:
     return dims is not None and len(dims) == 3 and dims[-1] != 1
 
 
-def _describe(flow: Flow, stream: Stream, convs: Sequence[fx.Node]) -> Region:
+def _describe(flow: Flow, stream: Stream, convs: Sequence[fx.Node]) -> AudioEncoder:
     sizes, last = flow.sizes(stream.start), convs[-1]
-    roles = {"convolution": last, "tokens": stream.start, "output": stream.output}
     prefix, suffix, token = tokens_around(flow, stream.start, last)
-    if token is not None:
-        roles["class_token"] = token
-    shapes: dict[str, Any] = {"B": sizes[0] if len(sizes) > 2 else 1, "D": sizes[-1], "N": sizes[-2], "prefix": prefix}
-    if not (isinstance(suffix, int) and suffix == 0):
-        shapes["suffix"] = suffix
-    path = common_prefix(module_path(last), stream.layers[0].path)
-    return Region(
-        "audio_encoder", path, roles, shapes, {"convolutions": str(len(convs))}, source_line(last), list(stream.layers)
+    return AudioEncoder(
+        path=common_prefix(module_path(last), stream.layers[0].path),
+        source=source_line(last),
+        convolution=last,
+        tokens=stream.start,
+        output=stream.output,
+        class_token=token,
+        batch=sizes[0] if len(sizes) > 2 else 1,
+        width=sizes[-1],
+        token_count=sizes[-2],
+        prefix=prefix,
+        suffix=suffix,
+        convolutions=len(convs),
+        layers=list(stream.layers),
     )

@@ -1,4 +1,4 @@
-"""Whether an attention lets a token see only what came before it."""
+"""Whether a mask lets a token see only what came before it."""
 
 from __future__ import annotations
 
@@ -7,26 +7,21 @@ from torch import fx
 from tokcompile.capture.ops import COMPARE, LAYOUT, TRIVIAL
 
 from .flow import Flow
-from .model import Region
 
 _INDEX = TRIVIAL | LAYOUT | {"slice", "add", "sub", "index", "select", "cumsum", "getitem"}
 
 
-def is_causal(flow: Flow, region: Region) -> bool:
-    """By the flag, by a mask that compares positions with positions, or by keys from a cache."""
-    if region.variant["mask"] == "causal" or region.variant["cache"] == "yes":
-        return True
-    mask = region.roles.get("mask")
-    if mask is None:
-        return False
-    compares = [n for op in COMPARE for n in flow.by_op.get(op, []) if _reaches(flow, n, mask)]
-    if any(_compares_positions(flow, n) for n in compares):
-        return True
-    return any(_reaches(flow, n, mask) for op in ("tril", "triu") for n in flow.by_op.get(op, []))
+class Order:
+    """What puts tokens into an order: comparisons of positions with positions, and triangles."""
 
+    def __init__(self, flow: Flow) -> None:
+        self.flow = flow
+        compares = [n for op in COMPARE for n in flow.by_op.get(op, []) if _compares_positions(flow, n)]
+        self.makers = flow.mask([*compares, *flow.by_op.get("tril", []), *flow.by_op.get("triu", [])])
 
-def _reaches(flow: Flow, node: fx.Node, mask: fx.Node) -> bool:
-    return flow.reaches(node, mask)
+    def is_in(self, mask: fx.Node | None) -> bool:
+        """Whether a mask is made with such an order."""
+        return mask is not None and bool(self.flow.reached_by(mask, self.makers))
 
 
 def _compares_positions(flow: Flow, node: fx.Node) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import fx
 
@@ -21,7 +22,7 @@ from tokcompile.capture.ops import CONV, LAYOUT, NONLINEAR, NORM, POINTWISE, TRI
 
 from .flow import Flow, Linear
 from .misses import Misses
-from .model import Region
+from .model import FeedForwardRegion, Size
 from .residual import Join, find_join
 
 _PARTS = {"getitem", "slice", "select", "narrow"}
@@ -41,7 +42,7 @@ class Inner:
 class FeedForward:
     """A feed-forward region with its place on the residual stream."""
 
-    region: Region
+    region: FeedForwardRegion
     join: Join
 
 
@@ -57,12 +58,10 @@ def find_feed_forward(flow: Flow, misses: Misses) -> list[FeedForward]:
         result = node
         join = find_join(flow, [inner.parts[0][0].input], result)
         if join is None:
-            misses.add(
-                "feed_forward",
+            misses.attempt("feed_forward", "projection out", "projections in", "activation").fails(
                 node,
-                0.8,
                 "expected linear - activation - linear added to a residual stream, "
-                f"found that the result of {node} is not added to the value that {region.roles['input']} "
+                f"found that the result of {node} is not added to the value that {region.input} "
                 "comes from (a projector or a head)",
             )
             continue
@@ -122,27 +121,38 @@ def _part(flow: Flow, node: fx.Node) -> tuple[Linear, fx.Node] | None:
     return (linear, node) if linear is not None else None
 
 
-def _describe(flow: Flow, down: Linear, inner: Inner) -> Region:
+def _describe(flow: Flow, down: Linear, inner: Inner) -> FeedForwardRegion:
     linears = {part[0].node for part in inner.parts}
     glu = any(flow.op[n] == "glu" for n in inner.passed)
-    form = "mlp" if len(inner.parts) == 1 and not glu else "fused_gate_up" if len(linears) == 1 else "gated"
+    form: Literal["mlp", "gated", "fused_gate_up"] = "gated" if len(linears) > 1 else "fused_gate_up"
+    if len(inner.parts) == 1 and not glu:
+        form = "mlp"
     gate, up = _gate_and_up(flow, inner)
-    activation = _activation(flow, inner, gate, up)
-    roles = {"input": flow.canonical(inner.parts[0][0].input, layout=True)}
-    if form != "mlp":
-        roles["gate_proj"] = gate[0].node
-    roles |= {"up_proj": up[0].node, "activation": activation, "down_proj": down.node, "output": down.node}
-    variant = {"form": form, "activation": _activation_name(flow, inner)}
-    if inner.convolution:
-        variant["convolution"] = "yes"
-    shapes = (
-        dict(zip(("B", "S", "D"), flow.sizes(roles["input"]), strict=False))
-        if len(flow.sizes(roles["input"])) == 3
-        else {"D": flow.sizes(roles["input"])[-1]}
+    source = flow.canonical(inner.parts[0][0].input, layout=True)
+    batch, tokens, width = batch_tokens_width(flow, source)
+    return FeedForwardRegion(
+        path=common_path([module_path(n) for n in (*linears, down.node)]),
+        source=source_line(down.node),
+        input=source,
+        gate_proj=None if form == "mlp" else gate[0].node,
+        up_proj=up[0].node,
+        activation=_activation(flow, inner, gate, up),
+        down_proj=down.node,
+        output=down.node,
+        batch=batch,
+        tokens=tokens,
+        width=width,
+        inner_width=flow.sizes(down.input)[-1],
+        form=form,
+        activation_name=_activation_name(flow, inner),
+        convolution=inner.convolution,
     )
-    shapes["F"] = flow.sizes(down.input)[-1]
-    path = common_path([module_path(n) for n in (*linears, down.node)])
-    return Region("feed_forward", path, roles, shapes, variant, source_line(down.node))
+
+
+def batch_tokens_width(flow: Flow, node: fx.Node) -> tuple[Size | None, Size | None, Size]:
+    """The sizes of a node ``[B, S, D]``; D alone where it has another rank."""
+    sizes = flow.sizes(node)
+    return sizes if len(sizes) == 3 else (None, None, sizes[-1])
 
 
 def _gate_and_up(flow: Flow, inner: Inner) -> tuple[tuple[Linear, fx.Node], tuple[Linear, fx.Node]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
@@ -9,51 +10,61 @@ from torch import fx
 from tokcompile.capture.ops import NORM, TRIVIAL
 
 from .flow import Flow
+from .model import AttentionRegion, Size
 
 
-def _einsum_shapes(flow: Flow, roles: dict[str, fx.Node]) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class HeadSizes:
+    """See :class:`~tokcompile.regions.model.AttentionRegion`."""
+
+    batch: Size
+    heads: Size
+    kv_heads: Size
+    queries: Size
+    keys: Size
+    head_dim: Size
+
+
+def _einsum_sizes(flow: Flow, region: AttentionRegion) -> HeadSizes | None:
     """Sizes by the letters of the equation of the scores, ``b q h d, b k h d -> b h q k`` in any order."""
-    scores = roles.get("scores")
+    scores = region.scores
     if scores is None or flow.op[scores] != "einsum" or not isinstance(scores.args[0], str):
         return None
     left, _, out = scores.args[0].replace(" ", "").partition("->")
     terms = left.split(",")
     if len(terms) != 2 or len(out) != 4 or "." in left:
         return None
-    sizes = dict(zip(terms[1], flow.sizes(roles["key"]), strict=False))
-    sizes |= dict(zip(terms[0], flow.sizes(roles["query"]), strict=False))
+    sizes = dict(zip(terms[1], flow.sizes(region.key), strict=False))
+    sizes |= dict(zip(terms[0], flow.sizes(region.query), strict=False))
     shared = [c for c in out if c in terms[0] and c in terms[1]]
     inner = [c for c in terms[0] if c in terms[1] and c not in out]
     rows = [c for c in out if c in terms[0] and c not in terms[1]]
     columns = [c for c in out if c in terms[1] and c not in terms[0]]
     if (len(shared), len(inner), len(rows), len(columns)) != (2, 1, 1, 1):
         return None
-    letters = {"B": shared[0], "H": shared[1], "Hkv": shared[1], "S": rows[0], "T": columns[0], "Dh": inner[0]}
-    return {name: sizes[letter] for name, letter in letters.items()}
+    return HeadSizes(*(sizes[letter] for letter in (*shared, shared[1], rows[0], columns[0], inner[0])))
 
 
-def head_shapes(flow: Flow, roles: dict[str, fx.Node]) -> dict[str, Any]:
-    """B, H, Hkv, S (queries), T (keys) and Dh of the query and key that enter the contraction."""
-    named = _einsum_shapes(flow, roles)
+def head_sizes(flow: Flow, region: AttentionRegion) -> HeadSizes:
+    """Sizes of the query and key that enter the contraction."""
+    named = _einsum_sizes(flow, region)
     if named is not None:
         return named
-    query, key = _four_axes(flow, roles["query"]), _four_axes(flow, roles["key"])
+    query, key = _four_axes(flow, region.query), _four_axes(flow, region.key)
     sizes, key_sizes = flow.sizes(query), flow.sizes(key)
-    shapes: dict[str, Any] = {"S": sizes[-2], "Dh": sizes[-1], "T": key_sizes[-2]}
+    last = sizes[-2], key_sizes[-2], sizes[-1]
     if len(sizes) >= 4:
-        shapes |= {"B": sizes[0], "H": sizes[-3], "Hkv": _kv_heads(flow, key)}
-    else:
-        heads = _folded_heads(flow, roles, sizes[-1]) if len(sizes) == 3 else 1
-        shapes |= {"B": sizes[0] // heads if len(sizes) == 3 else 1, "H": heads, "Hkv": heads}
-    return shapes
+        return HeadSizes(sizes[0], sizes[-3], _kv_heads(flow, key), *last)
+    heads = _folded_heads(flow, region, sizes[-1]) if len(sizes) == 3 else 1
+    return HeadSizes(sizes[0] // heads if len(sizes) == 3 else 1, heads, heads, *last)
 
 
-def _folded_heads(flow: Flow, roles: dict[str, fx.Node], width: Any) -> Any:
+def _folded_heads(flow: Flow, region: AttentionRegion, width: Any) -> Any:
     """Heads of a [B*H, S, Dh] query, from the width of its projection; 1 when there is no telling."""
-    projection = flow.linear(roles["query_proj"]) if "query_proj" in roles else None
+    projection = flow.linear(region.query_proj) if region.query_proj is not None else None
     if projection is None or not isinstance(projection.features, int) or not isinstance(width, int):
         return 1
-    share = 3 if roles.get("key_proj") is projection.node else 1
+    share = 3 if region.key_proj is projection.node else 1
     return max(projection.features // (share * width), 1)
 
 

@@ -12,7 +12,7 @@ With the form ``copy`` (``x[:, 1:3] = features``) the output is the buffer as it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -20,9 +20,10 @@ from torch import fx
 from tokcompile.capture.graph import module_path, source_line
 from tokcompile.capture.ops import LAYOUT, NORM, POINTWISE, REDUCE, TRIVIAL
 
+from .feed_forward import batch_tokens_width
 from .flow import Flow
 from .misses import Misses
-from .model import Region
+from .model import EncoderRegion, MergePoint
 from .stack import Stream
 
 _MERGES = {"masked_scatter", "index_put", "where", "cat", "index_copy", "scatter", "slice_scatter", "copy"}
@@ -30,13 +31,13 @@ _ABOVE = TRIVIAL | LAYOUT | NORM | REDUCE | POINTWISE | _MERGES | {"new_empty", 
 
 
 def find_merge_points(
-    flow: Flow, streams: Sequence[Stream], encoders: Sequence[Region], misses: Misses
-) -> list[Region]:
+    flow: Flow, streams: Sequence[Stream], encoders: Sequence[EncoderRegion], misses: Misses
+) -> list[MergePoint]:
     """Walk from the start of each stack up to the embeddings; what joins features to them on the way is a merge."""
     embeddings = flow.mask(flow.by_op.get("embedding", []))
     # features may come from any layer of the encoder (LLaVA takes the last but one), so from where its tokens start
-    images = [r.roles["tokens"] for r in encoders]
-    found: list[Region] = []
+    images = [r.tokens for r in encoders]
+    found: list[MergePoint] = []
     seen: set[fx.Node] = set()
     for stream in streams:
         for node in flow.back(stream.start, _ABOVE, limit=200, reader=stream.end).passed:
@@ -48,12 +49,11 @@ def find_merge_points(
                 found.append(region)
     for op in ("masked_scatter", "index_put"):
         for node in flow.by_op.get(op, []):
+            attempt = misses.attempt("merge_point", "values put among others")
             if node not in seen and _floating(node):
                 inside = any(flow.reaches(s.start, node) and flow.reaches(node, s.end) for s in streams)
-                misses.add(
-                    "merge_point",
+                attempt.fails(
                     node,
-                    0.5,
                     f"expected {op} to make the sequence that enters a decoder stack, "
                     + (
                         "found it inside a stack, between its layers"
@@ -61,15 +61,13 @@ def find_merge_points(
                         else "found that its result is not the residual stream of one"
                     ),
                 )
-            elif node in seen and not any(r.roles["output"] is node for r in found) and _floating(node):
-                misses.add(
-                    "merge_point",
+            elif node in seen and not any(r.output is node for r in found) and _floating(node):
+                attempt.passes("start of a decoder stack").fails(
                     node,
-                    0.7,
                     f"expected {op} of image features into text embeddings, found "
                     "no embedding on one side or no features on the other",
                 )
-    return sorted(found, key=lambda r: flow.position[r.roles["output"]])
+    return sorted(found, key=lambda r: flow.position[r.output])
 
 
 def _floating(node: fx.Node) -> bool:
@@ -77,7 +75,7 @@ def _floating(node: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 2
 
 
-def _merge(flow: Flow, node: fx.Node, embeddings: int, images: list[fx.Node]) -> Region | None:
+def _merge(flow: Flow, node: fx.Node, embeddings: int, images: list[fx.Node]) -> MergePoint | None:
     op, args = flow.op[node], node.args
     mask: Any = None
     sides: list[Any]
@@ -107,20 +105,26 @@ def _merge(flow: Flow, node: fx.Node, embeddings: int, images: list[fx.Node]) ->
         text = [n for n in sides if flow.reached_by(n, embeddings) and n not in features]
     if not text or not features:
         return None
-    sizes = flow.sizes(node)
-    roles = {"output": _base(flow, node) if op == "copy" else node, "embeddings": text[0], "features": features[0]}
-    if isinstance(mask, fx.Node):
-        roles["mask"] = mask
-    if op == "copy":
-        roles["write"] = node
-    shapes = {"B": sizes[0], "S": sizes[1], "D": sizes[2]} if len(sizes) == 3 else {"D": sizes[-1]}
-    source = "encoder" if _from_images(flow, features[0], images) else "input"
-    variant = {"form": op, "features": source, **_modality(flow, features[0])}
-    return Region("merge_point", module_path(node), roles, shapes, variant, source_line(node))
+    batch, tokens, width = batch_tokens_width(flow, node)
+    return MergePoint(
+        path=module_path(node),
+        source=source_line(node),
+        output=_base(flow, node) if op == "copy" else node,
+        embeddings=text[0],
+        features=features[0],
+        mask=mask if isinstance(mask, fx.Node) else None,
+        write=node if op == "copy" else None,
+        batch=batch,
+        tokens=tokens,
+        width=width,
+        form=op,
+        encoded=_from_images(flow, features[0], images),
+        modality=_modality(flow, features[0]),
+    )
 
 
-def _modality(flow: Flow, features: fx.Node) -> dict[str, str]:
-    """``image`` or ``video``, by the names of the arguments that the features come from; {} where these do not say.
+def _modality(flow: Flow, features: fx.Node) -> Literal["image", "video"] | None:
+    """By the names of the arguments that the features come from; None where these do not say.
 
     The arguments of forward are all that tells them apart: pixel_values_videos, say, or the entry "video" of what the
     encoder made. Parameters say nothing: an image may go through a module named after videos.
@@ -132,8 +136,8 @@ def _modality(flow: Flow, features: fx.Node) -> dict[str, str]:
     ]
     names = [name for name in names if not any(word in name for word in ("modules_", "parameters_", "buffers_"))]
     if any("video" in name for name in names):
-        return {} if any("image" in name for name in names) else {"modality": "video"}
-    return {"modality": "image"} if any(word in name for name in names for word in ("image", "pixel")) else {}
+        return None if any("image" in name for name in names) else "video"
+    return "image" if any(word in name for name in names for word in ("image", "pixel")) else None
 
 
 def _base(flow: Flow, node: Any) -> Any:

@@ -10,16 +10,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import fx
 
 from tokcompile.capture.graph import module_path, source_line
 from tokcompile.capture.ops import LAYOUT, POINTWISE, SELECT, SOFTMAX, TRIVIAL
 
-from .feed_forward import FeedForward
+from .feed_forward import FeedForward, batch_tokens_width
 from .flow import Flow, Linear
 from .misses import Misses
-from .model import Region
+from .model import MoeRegion
 from .residual import Join, find_join
 
 _SCORE = TRIVIAL | LAYOUT | POINTWISE | SELECT | SOFTMAX | {"sum", "scatter", "gather", "topk", "cat"}
@@ -30,7 +31,7 @@ _CHOICE = ("topk", "argmax")
 class MixtureOfExperts:
     """A mixture-of-experts region with its place on the residual stream."""
 
-    region: Region
+    region: MoeRegion
     join: Join
     inside: list[FeedForward] = field(default_factory=list)
 
@@ -47,10 +48,8 @@ def find_moe(flow: Flow, blocks: list[FeedForward], misses: Misses) -> list[Mixt
     for router, choice in routers.values():
         join = find_join(flow, [router.input], router.node, through_all=True)
         if join is None or not flow.reaches(choice, join.branch):
-            misses.add(
-                "moe",
+            misses.attempt("moe", "router", "choice").fails(
                 choice,
-                0.6,
                 "expected a router whose choice weights experts that join the residual "
                 f"stream, found that {choice} of the linear {router.node} never reaches one",
             )
@@ -63,28 +62,22 @@ def _describe(flow: Flow, router: Linear, choice: fx.Node, join: Join, blocks: l
     source = flow.canonical(router.input, layout=True)
     inside, shared = [], False
     for block in blocks:
-        if block.join.add is not join.add and not flow.reaches(block.region.roles["output"], join.branch):
+        if block.join.add is not join.add and not flow.reaches(block.region.output, join.branch):
             continue
-        routed = flow.reaches(router.node, block.region.roles["input"]) or flow.reaches(
-            router.node, block.region.roles["output"]
-        )
-        if routed or block.region.roles["input"] is source:
+        routed = flow.reaches(router.node, block.region.input) or flow.reaches(router.node, block.region.output)
+        if routed or block.region.input is source:
             inside.append(block)
             shared = shared or not routed
-    sizes = flow.sizes(source)
-    shapes = {"D": sizes[-1], "E": router.features}
-    if len(sizes) == 3:
-        shapes |= {"B": sizes[0], "S": sizes[1]}
-    if flow.op[choice] == "topk":
-        shapes["K"] = choice.args[1]
-    else:
-        shapes["K"] = 1
+    batch, tokens, width = batch_tokens_width(flow, source)
+    chosen: Any = choice.args[1] if flow.op[choice] == "topk" else 1
     between = [
         n for n in flow.nodes[flow.position[router.node] : flow.position[join.add]] if flow.reaches(router.node, n)
     ]
     ops = {flow.op[n] for n in between}
-    scores = "softmax" if ops & SOFTMAX else "sigmoid" if "sigmoid" in ops else "linear"
-    form = (
+    scores: Literal["softmax", "sigmoid", "linear"] = (
+        "softmax" if ops & SOFTMAX else "sigmoid" if "sigmoid" in ops else "linear"
+    )
+    form: Literal["loop", "batched", "grouped", "other"] = (
         "grouped"
         if any("grouped_mm" in op for op in ops)
         else "loop"
@@ -93,7 +86,20 @@ def _describe(flow: Flow, router: Linear, choice: fx.Node, join: Join, blocks: l
         if ops & {"bmm", "matmul", "baddbmm", "einsum"}
         else "other"
     )
-    variant = {"form": form, "scores": scores, "shared_expert": "yes" if shared else "no"}
-    roles = {"input": source, "router": router.node, "top_k": choice, "output": flow.canonical(join.branch)}
-    path = module_path(join.branch) or module_path(router.node)
-    return MixtureOfExperts(Region("moe", path, roles, shapes, variant, source_line(router.node)), join, inside)
+    region = MoeRegion(
+        path=module_path(join.branch) or module_path(router.node),
+        source=source_line(router.node),
+        input=source,
+        router=router.node,
+        top_k=choice,
+        output=flow.canonical(join.branch),
+        batch=batch,
+        tokens=tokens,
+        width=width,
+        experts=router.features,
+        experts_per_token=chosen,
+        form=form,
+        score_function=scores,
+        shared_expert=shared,
+    )
+    return MixtureOfExperts(region, join, inside)

@@ -8,7 +8,7 @@ from torch import fx
 
 from tokcompile.capture.graph import ancestors
 from tokcompile.kinds import KINDS
-from tokcompile.regions.model import Region, Regions
+from tokcompile.regions.model import DecoderStack, Region, Regions
 
 
 def region_keys(regions: Regions) -> dict[Region, str]:
@@ -28,7 +28,7 @@ def layer_of(regions: Regions, region: Region) -> tuple[int, int] | None:
     for stack in regions.stacks:
         for layer in stack.layers:
             place = layer.index, len(stack.layers)
-            if region in (layer.attention, layer.feed_forward):
+            if region is layer.attention or region is layer.feed_forward:
                 return place
             # cross attention, say: the layer does not list it
             if (
@@ -40,12 +40,12 @@ def layer_of(regions: Regions, region: Region) -> tuple[int, int] | None:
     return None if near is None else near[1]
 
 
-def stack_below(regions: Regions, node: fx.Node) -> Region | None:
+def stack_below(regions: Regions, node: fx.Node) -> DecoderStack | None:
     """The stack of layers whose residual stream starts at ``node``, or as near below it as any does."""
     order = {n: i for i, n in enumerate(node.graph.nodes)}
     stacks = [
         s
-        for s in regions.of("decoder_stack")
+        for s in regions.of(DecoderStack)
         if s.layers and (s.layers[0].input is node or node in ancestors([s.layers[0].input]))
     ]
     return min(stacks, key=lambda s: order[s.layers[0].input], default=None)

@@ -19,7 +19,7 @@ from tokcompile.capture.ops import CONTRACTION, CONV, NORM
 
 from .feed_forward import common_path
 from .flow import Flow
-from .model import Layer, Region
+from .model import AttentionRegion, FeedForwardRegion, Layer, MoeRegion
 from .residual import Join
 
 
@@ -27,7 +27,7 @@ from .residual import Join
 class Block:
     """An attention, feed-forward or mixture-of-experts region and where it joins the residual stream."""
 
-    region: Region
+    region: AttentionRegion | FeedForwardRegion | MoeRegion
     join: Join
 
 
@@ -39,6 +39,15 @@ class Stream:
     end: fx.Node
     blocks: list[Block]
     layers: list[Layer] = field(default_factory=list)
+
+    @property
+    def attentions(self) -> list[AttentionRegion]:
+        return [b.region for b in self.blocks if isinstance(b.region, AttentionRegion)]
+
+    @property
+    def self_attentions(self) -> list[AttentionRegion]:
+        """Without those that read another sequence."""
+        return [region for region in self.attentions if not region.cross]
 
     @property
     def output(self) -> fx.Node:
@@ -55,7 +64,7 @@ def find_streams(flow: Flow, blocks: Sequence[Block]) -> list[Stream]:
     for component in nx.connected_components(links):
         members = sorted(
             (b for b in blocks if b.join.add in component),
-            key=lambda b: (flow.position[b.join.add], flow.position[b.region.roles["output"]]),
+            key=lambda b: (flow.position[b.join.add], flow.position[b.region.output]),
         )
         start = min((b.join.residual for b in members), key=flow.position.__getitem__)
         stream = Stream(start, members[-1].join.add, members)
@@ -155,9 +164,9 @@ def _segments(flow: Flow, stream: Stream, points: list[fx.Node]) -> list[tuple[i
 
 
 def _layer(flow: Flow, index: int, blocks: list[Block], before: fx.Node, output: fx.Node) -> Layer:
-    attentions = [b.region for b in blocks if b.region.kind == "attention"]
-    own = [r for r in attentions if r.variant["cross"] == "self"]
-    feeds = [b.region for b in blocks if b.region.kind != "attention"]
+    attentions = [b.region for b in blocks if isinstance(b.region, AttentionRegion)]
+    own = [r for r in attentions if not r.cross]
+    feeds = [b.region for b in blocks if not isinstance(b.region, AttentionRegion)]
     paths = [b.region.path for b in blocks] + [module_path(b.join.add) for b in blocks]
     return Layer(
         common_path(paths), index, before, output, next(iter(own or attentions), None), next(iter(feeds), None)

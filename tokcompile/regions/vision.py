@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -23,7 +23,7 @@ from tokcompile.capture.sizes import hint
 
 from .flow import Flow
 from .misses import Misses
-from .model import Layer, Region
+from .model import Layer, VisionEncoder
 from .stack import Stream
 
 
@@ -32,12 +32,14 @@ class Patches:
     """The node that turns pixels into one vector for each patch."""
 
     node: fx.Node
-    form: str
+    form: Literal["conv", "overlapping_conv", "linear"]
 
 
-def find_vision_encoders(flow: Flow, streams: Sequence[Stream], misses: Misses) -> tuple[list[Region], list[Stream]]:
+def find_vision_encoders(
+    flow: Flow, streams: Sequence[Stream], misses: Misses
+) -> tuple[list[VisionEncoder], list[Stream]]:
     """The vision encoders, and the streams that are none. Stages joined by patch merging make one encoder."""
-    found: list[tuple[Region, Stream]] = []
+    found: list[tuple[VisionEncoder, Stream]] = []
     rest: list[Stream] = []
     claimed: set[fx.Node] = set()
     joins = flow.mask(block.join.add for stream in streams for block in stream.blocks)
@@ -67,14 +69,14 @@ def _is_merge(flow: Flow, node: fx.Node) -> bool:
     return flow.op[node] in ("masked_scatter", "index_put", "where", "scatter")
 
 
-def _extend(region: Region, stream: Stream) -> None:
+def _extend(region: VisionEncoder, stream: Stream) -> None:
     """Append the layers of a later stage, after patch merging."""
     first = len(region.layers)
     region.layers += [
         Layer(n.path, first + n.index, n.input, n.output, n.attention, n.feed_forward) for n in stream.layers
     ]
-    region.roles["output"] = stream.output
-    region.variant["stages"] = str(int(region.variant["stages"]) + 1)
+    region.output = stream.output
+    region.stages += 1
 
 
 def _patches(flow: Flow, start: fx.Node, misses: Misses) -> Patches | None:
@@ -88,10 +90,8 @@ def _patches(flow: Flow, start: fx.Node, misses: Misses) -> Patches | None:
         kernel, stride = kernel_and_stride(flow, last)
         if max(stride) > 1:
             return Patches(last, "conv" if kernel == stride else "overlapping_conv")
-        misses.add(
-            "vision_encoder",
+        misses.attempt("vision_encoder", "convolution over pixels", "layers over the patches").fails(
             last,
-            0.6,
             "expected a patch embedding (convolution with stride equal to its "
             f"kernel), found kernel {kernel} with stride {stride}: tokens of a convolutional backbone",
         )
@@ -148,28 +148,28 @@ def kernel_and_stride(flow: Flow, conv: fx.Node) -> tuple[list[int], list[int]]:
     return kernel, (stride * len(kernel))[: len(kernel)]  # type: ignore[return-value]
 
 
-def _describe(flow: Flow, stream: Stream, patches: Patches) -> Region:
-    roles = {"patch_embedding": patches.node, "tokens": stream.start, "output": stream.output}
-    sizes = flow.sizes(stream.start)
-    count = _patch_count(flow, patches)
+def _describe(flow: Flow, stream: Stream, patches: Patches) -> VisionEncoder:
+    sizes, layers = flow.sizes(stream.start), list(stream.layers)
     grid = len(sizes) == 4
-    shapes: dict[str, Any] = {
-        "B": sizes[0] if len(sizes) > 2 else 1,
-        "D": sizes[-1],
-        "P": count,
-        "N": sizes[1] * sizes[2] if grid else sizes[-2],
-    }
     prefix, suffix, token = tokens_around(flow, stream.start, patches.node)
-    shapes["prefix"] = prefix
-    if not (isinstance(suffix, int) and suffix == 0):
-        shapes["suffix"] = suffix
-    if token is not None:
-        roles["class_token"] = token
-    variant = {"patches": patches.form, "stages": "1", "tokens": "grid" if grid else "sequence"}
-    layers = list(stream.layers)
     path = module_path(patches.node)
-    path = common_prefix(path, layers[0].path if layers else path)
-    return Region("vision_encoder", path, roles, shapes, variant, source_line(patches.node), layers)
+    return VisionEncoder(
+        path=common_prefix(path, layers[0].path if layers else path),
+        source=source_line(patches.node),
+        patch_embedding=patches.node,
+        tokens=stream.start,
+        output=stream.output,
+        class_token=token,
+        batch=sizes[0] if len(sizes) > 2 else 1,
+        width=sizes[-1],
+        patch_count=_patch_count(flow, patches),
+        token_count=sizes[1] * sizes[2] if grid else sizes[-2],
+        prefix=prefix,
+        suffix=suffix,
+        patches=patches.form,
+        grid=grid,
+        layers=layers,
+    )
 
 
 def common_prefix(path: str, other: str) -> str:
@@ -228,10 +228,8 @@ def _unclaimed(flow: Flow, claimed: set[fx.Node], starts: list[fx.Node], misses:
         kernel, stride = kernel_and_stride(flow, node)
         if node in claimed or kernel != stride or max(kernel) == 1 or any(flow.reaches(node, n) for n in starts):
             continue
-        misses.add(
-            "vision_encoder",
+        misses.attempt("vision_encoder", "convolution over pixels", "one vector for each patch").fails(
             node,
-            0.5,
             "expected the patches to become the tokens of a stack of attention "
             f"layers, found a convolution with kernel and stride {kernel} whose result reaches none",
         )

@@ -117,17 +117,7 @@ class Report:
     @classmethod
     def from_regions(cls, regions: Regions, model: str = "") -> Report:
         """A report of what was found in one graph, with no steps yet."""
-        found = [
-            {
-                "kind": region.kind,
-                "path": region.path,
-                "roles": {role: node.name for role, node in region.roles.items()},
-                "shapes": {name: _plain(size) for name, size in region.shapes.items()},
-                "variant": {key: str(value) for key, value in region.variant.items()},
-                "source": region.source,
-            }
-            for region in regions.regions
-        ]
+        found: list[dict[str, Any]] = [_plain(region.as_dict()) for region in regions.regions]
         near = [
             {
                 "kind": miss.kind,
@@ -135,7 +125,7 @@ class Report:
                 "node": miss.node.name,
                 "path": miss.path,
                 "source": miss.source,
-                "score": float(miss.score),
+                "score": miss.score,
             }
             for miss in sorted(regions.near_misses, key=lambda miss: -miss.score)
         ]

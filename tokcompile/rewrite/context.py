@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from tokcompile.capture.markers import HELD
 from tokcompile.capture.trace import inline
 from tokcompile.errors import NarrowError
 from tokcompile.lower.wrapped import wrapped_kind
-from tokcompile.regions.model import Layer, Region, Regions
+from tokcompile.regions.model import AttentionRegion, Layer, Region, Regions
 from tokcompile.regions.places import layer_of, region_keys
 from tokcompile.rewrite.added_inputs import AddedInputs
 from tokcompile.rewrite.graph_inputs import Kept, Memory, Observer, SizeFunction
@@ -66,6 +66,7 @@ class Context:
         counting: whether observers note what they see.
         added: the inputs that the rewrite adds. cuts: what was cut so far.
         merges: image features can enter a sequence of tokens in this graph; not in that of an image encoder.
+        left_out: step -> why it is not applied: it failed at an earlier capture of this graph.
     """
 
     captured: Captured
@@ -81,6 +82,7 @@ class Context:
     counting: Callable[[], bool] = lambda: True
     added: AddedInputs = None  # type: ignore[assignment]  # made for ``captured`` where it is not given
     merges: bool = True
+    left_out: Mapping[int, str] = field(default_factory=dict)
     cuts: Cuts = field(default_factory=Cuts)
 
     def __post_init__(self) -> None:
@@ -122,7 +124,7 @@ class Context:
         key = self.key(region)
         if self.prepared is None or not self.prepared.has(pass_name, key):
             raise self.refuse(
-                region.roles["output"],
+                region.output,
                 f"no prepared state of {pass_name} for {key or 'this region'}; "
                 "pass calibration= to tokcompile.optimize, with inputs that run "
                 "through it",
@@ -269,10 +271,10 @@ class Context:
                 "leaves this one; compile with fullgraph=True, or use tokcompile.optimize",
             )
         if not self.captured.graph.find_nodes(op="call_function", target=HELD):
-            attentions = self.regions.of("attention")
+            attentions = self.regions.of(AttentionRegion)
             # a cross attention reads its cache whole, wherever its tokens came from
-            crossed = {r.roles[n] for r in attentions if r.variant["cross"] == "cross" for n in ("key", "value")}
-            keys = {r.roles["key"] for r in attentions}
+            crossed = {node for r in attentions if r.cross for node in (r.key, r.value)}
+            keys = {r.key for r in attentions}
             keys |= ancestors(keys)
             for result in leaving:
                 if (

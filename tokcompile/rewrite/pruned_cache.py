@@ -10,6 +10,7 @@ from tokcompile.capture.markers import LOGICAL
 from tokcompile.capture.sizes import guarded_equal
 from tokcompile.errors import TokcompileError
 from tokcompile.regions.flow import Flow
+from tokcompile.regions.model import AttentionRegion
 from tokcompile.rewrite.context import Context
 from tokcompile.rewrite.narrow import Cut, narrow
 
@@ -24,13 +25,13 @@ def check_readers(ctx: Context) -> None:
     """
     flow = Flow(ctx.captured.graph)
     results = {flow.canonical(node) for node in ctx.captured.graph.output_node().all_input_nodes}
-    for region in ctx.regions.of("attention"):
-        if region.variant["cross"] != "cross":
+    for region in ctx.regions.of(AttentionRegion):
+        if not region.cross:
             continue
         reason = "", ""
-        if "mask" in region.roles:
+        if region.mask is not None:
             reason = "masks", "leave the encoder's attention_mask out, or call forward without encoder_outputs"
-        elif region.roles.get("softmax") in results:
+        elif region.softmax in results:
             reason = "gives back the weights of", "leave output_attentions and token timestamps out"
         if reason[0]:
             raise TokcompileError(

@@ -6,13 +6,13 @@ import torch
 from torch import fx
 
 from tokcompile.capture.graph import ancestors
-from tokcompile.regions.model import Region
+from tokcompile.regions.model import MergePoint
 from tokcompile.rewrite.context import Context
 
 aten = torch.ops.aten
 
 
-def visual_mask(ctx: Context, region: Region) -> fx.Node:
+def visual_mask(ctx: Context, region: MergePoint) -> fx.Node:
     """bool ``[B, S]``: the positions that a merge point fills with image features, except the last of a row.
 
     The last position is what the next token is read from, so it is never up for removal.
@@ -24,10 +24,10 @@ def visual_mask(ctx: Context, region: Region) -> fx.Node:
     )
 
 
-def feature_mask(ctx: Context, region: Region) -> fx.Node:
+def feature_mask(ctx: Context, region: MergePoint) -> fx.Node:
     """bool ``[B, S]``: the positions that a merge point fills with image features."""
-    merged = region.roles["output"]
-    mask = region.roles.get("mask")
+    merged = region.output
+    mask = region.mask
     if mask is None:
         mask = _span(ctx, region)
     rank = mask.meta["val"].dim()
@@ -41,9 +41,9 @@ def feature_mask(ctx: Context, region: Region) -> fx.Node:
     return ctx.emit_once("feature mask", visual, mask, merged)  # type: ignore[no-any-return]
 
 
-def _span(ctx: Context, region: Region) -> fx.Node:
+def _span(ctx: Context, region: MergePoint) -> fx.Node:
     """The mask of a merge by concatenation: the span of the image features along the sequence."""
-    merged, features = region.roles["output"], region.roles["features"]
+    merged, features = region.output, region.features
     if merged.target not in (aten.cat.default, aten.concat.default):
         raise ctx.refuse(merged, "the positions of the visual tokens cannot be read off this merge point")
     tensors = list(merged.args[0])  # type: ignore[arg-type]

@@ -11,8 +11,9 @@ from torch import fx
 
 from tokcompile.capture.capture import from_dynamo
 from tokcompile.capture.captured import Captured
-from tokcompile.capture.checks import give_back, take
+from tokcompile.capture.checks import Checks, give_back, take
 from tokcompile.capture.trace import ASSERTIONS, propagate
+from tokcompile.errors import RewriteError
 from tokcompile.kinds import Stage
 from tokcompile.lower.constants import fold_constants
 from tokcompile.lower.guard import Guard
@@ -77,6 +78,39 @@ class CompiledGraph:
             self.session.recordings.kept(item.step, name, item.path, item.layer, indices)
         return results
 
+    def _rewritten(self, args: Sequence[Any]) -> tuple[Context, Checks]:
+        """The graph, captured and rewritten. Where a step fails by an error of its own, captured afresh without it.
+
+        Raises:
+            RewriteError: it failed, and ``on_no_match="error"``.
+        """
+        session = self.session
+        left_out: dict[int, str] = {}
+        while True:
+            captured = from_dynamo(self.graph_module, args)
+            note_wrapped(captured, args)
+            checks = take(captured)
+            checks.ask(args)
+            # the first compilation of a graph of static sizes is static throughout, as torch.compile does it
+            static = not captured.symbols and not self.variants
+            ctx = Context(
+                captured,
+                Regions(),
+                args,
+                whole=self.whole,
+                counting=lambda: session.counting,
+                added=AddedInputs(captured, session.prepared, static=static, memories=[]),
+                merges=self.merges,
+                left_out=left_out,
+            )
+            try:
+                session.rewrite(ctx, self.stage)
+            except RewriteError as error:
+                session.leave_out(error)
+                left_out[error.step] = str(error)
+            else:
+                return ctx, checks
+
     def _compile(self, args: Sequence[Any]) -> Variant:
         """Compile for the kind of sizes at hand.
 
@@ -84,23 +118,8 @@ class CompiledGraph:
         """
         session = self.session
         started = time.perf_counter()
-        captured = from_dynamo(self.graph_module, args)
-        note_wrapped(captured, args)
-        checks = take(captured)
-        checks.ask(args)
-        # the first compilation of a graph of static sizes is static throughout, as torch.compile does it
-        static = not captured.symbols and not self.variants
-        added = AddedInputs(captured, session.prepared, static=static, memories=[])
-        ctx = Context(
-            captured,
-            Regions(),
-            args,
-            whole=self.whole,
-            counting=lambda: session.counting,
-            added=added,
-            merges=self.merges,
-        )
-        session.rewrite(ctx, self.stage)
+        ctx, checks = self._rewritten(args)
+        captured = ctx.captured
         output = next(iter(captured.graph.find_nodes(op="output")))
         results: list[Any] = list(output.args[0])
         memories = [

@@ -96,7 +96,7 @@ class Fallbacks:
                 continue
             concerned.append(index)
             entry.fell_back += 1
-            if entry.matches:
+            if entry.matches and entry.status != Status.REWRITE_FAILED:
                 entry.status = Status.FELL_BACK
             elif stage is not Stage.ENCODER and entry.status in (Status.STRUCTURE_MISS, Status.NOT_CAPTURED):
                 entry.status, entry.reason = Status.NOT_CAPTURED, cause

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from tokcompile.errors import RewriteError
 from tokcompile.kinds import Stage
 from tokcompile.plan.observed import Observed
 from tokcompile.plan.pass_base import Pass
@@ -38,6 +39,8 @@ class Owner(Protocol):
     def remembered(self) -> Memories: ...
 
     def rewrite(self, ctx: Context, stage: Stage) -> None: ...
+
+    def leave_out(self, error: RewriteError) -> None: ...
 
     def check_matches(self, stage: Stage) -> None: ...
 

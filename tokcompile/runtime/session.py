@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from tokcompile.errors import RewriteError
 from tokcompile.kinds import Stage
 from tokcompile.plan.apply import Matching
 from tokcompile.plan.observed import Observed
@@ -121,8 +122,12 @@ class Session:
         return self.matching.wants_scores
 
     def rewrite(self, ctx: Context, stage: Stage) -> None:
-        """Apply the recipe to one graph and note in the report what happened."""
+        """See :meth:`tokcompile.plan.apply.Matching.rewrite`."""
         self.matching.rewrite(ctx, stage)
+
+    def leave_out(self, error: RewriteError) -> None:
+        """See :meth:`tokcompile.plan.apply.Matching.leave_out`."""
+        self.matching.leave_out(error)
 
     def check_matches(self, stage: Stage) -> None:
         """See :meth:`tokcompile.plan.expectations.Expectations.check`."""

@@ -28,6 +28,7 @@ from tokcompile.formulas.attention import read_attention
 from tokcompile.formulas.mask import read_mask
 from tokcompile.formulas.rope import read_rope
 from tokcompile.regions.flow import Flow
+from tokcompile.regions.model import AttentionRegion
 from tokcompile.rewrite.context import Context
 from tokcompile.rewrite.labels import Flow as AxisFlow
 
@@ -91,11 +92,11 @@ class Compact:
         """The masks of the attentions below the cut, which must be causal or about padding."""
         masks: dict[fx.Node, None] = {}
         rotated = False
-        for region in self.ctx.regions.of("attention"):
-            output = region.roles["output"]
+        for region in self.ctx.regions.of(AttentionRegion):
+            output = region.output
             if not self.flow.reaches(self.merged, output):
                 continue
-            mask = region.roles.get("mask")
+            mask = region.mask
             if rotated and (mask is None or mask in masks):
                 continue  # layers alike
             form = read_attention(self.ctx, region, dropout=True)
@@ -108,7 +109,7 @@ class Compact:
                 )
             if not rotated:
                 try:
-                    read_rope(self.ctx, region, region.roles["query"])
+                    read_rope(self.ctx, region, region.query)
                 except NarrowError as error:
                     raise self._refuse(
                         output, "positions are moved in rotary embeddings only, and none is recognised in this layer"

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from tokcompile.capture.sizes import hint
-from tokcompile.regions.model import Region
+from tokcompile.regions.model import DecoderStack, MergePoint
 from tokcompile.rewrite.context import Context
 from tokcompile.rewrite.visual_mask import visual_mask
 
 
-def drop_visual(ctx: Context, merge: Region, stack: Region, layer: int) -> dict[str, Any]:
+def drop_visual(ctx: Context, merge: MergePoint, stack: DecoderStack, layer: int) -> dict[str, Any]:
     """Remove all visual tokens of ``merge`` from the output of ``stack.layers[layer]``."""
     node = stack.layers[layer].output
     ctx.check(node, suffix=1)

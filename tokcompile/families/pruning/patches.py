@@ -18,7 +18,7 @@ from tokcompile.formulas.mask import is_hidden
 from tokcompile.plan.pass_base import Pass
 from tokcompile.plan.plan import LayerCut, Taken
 from tokcompile.recipes import Budget
-from tokcompile.regions.model import Layer, Region
+from tokcompile.regions.model import EncoderRegion, Layer
 from tokcompile.registry import PassParams, about
 from tokcompile.rewrite.context import Context
 from tokcompile.rewrite.selection import budgets, budgets_count, keep_mask, segments
@@ -86,7 +86,12 @@ class PatchSelection(Pass):
         raise NotImplementedError
 
     def below(
-        self, ctx: Context, region: Region, layers: Sequence[Layer], kept: fx.Node, carried: Mapping[str, fx.Node]
+        self,
+        ctx: Context,
+        region: EncoderRegion,
+        layers: Sequence[Layer],
+        kept: fx.Node,
+        carried: Mapping[str, fx.Node],
     ) -> None:
         """Change the ``layers`` between a cut and the next one, when all of it is narrowed.
 
@@ -97,10 +102,10 @@ class PatchSelection(Pass):
             carried: what :meth:`score` gave for this, over the tokens above the cut.
         """
 
-    def plan(self, ctx: Context, region: Region) -> Taken:
-        stages, prefix = self._stages(ctx, region), int(region.shapes.get("prefix", 0))
+    def plan(self, ctx: Context, region: EncoderRegion) -> Taken:
+        stages, prefix = self._stages(ctx, region), int(region.prefix)
         first = region.layers[stages[0] - 1].output
-        front, behind = self._ends(ctx, first, prefix, int(region.shapes.get("suffix", 0)))
+        front, behind = self._ends(ctx, first, prefix, int(region.suffix))
         tokens = hint(first.meta["val"].shape[1])
         cuts = []
         for stage, keep in zip(stages, self.params.keep, strict=True):
@@ -111,11 +116,11 @@ class PatchSelection(Pass):
             cuts.append(LayerCut(stage, tokens))
         return Taken(region, tuple(cuts))
 
-    def _stages(self, ctx: Context, region: Region) -> list[int]:
+    def _stages(self, ctx: Context, region: EncoderRegion) -> list[int]:
         """The first layer below each cut."""
-        if region.roles["tokens"].meta["val"].dim() == 2:
+        if region.tokens.meta["val"].dim() == 2:
             raise ctx.refuse(
-                region.roles["tokens"],
+                region.tokens,
                 "the encoder has the patches of all images one behind the other in one row, and each image would need "
                 "a cut of its own; choose visual tokens where they enter the language model (todre and others)",
             )
@@ -123,15 +128,14 @@ class PatchSelection(Pass):
         stages = [max(1, min(depth - 1, round(f * depth))) for f in self.params.at]
         if len(set(stages)) != len(stages):
             raise ctx.refuse(
-                region.roles["tokens"],
+                region.tokens,
                 f"{len(stages)} stages do not fit into {depth} layers; give fewer, or depths further apart",
             )
         return stages
 
-    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
-        depth, prefix = len(region.layers), int(region.shapes.get("prefix", 0))
-        stages = self._stages(ctx, region)
-        ends = self._ends(ctx, region.layers[stages[0] - 1].output, prefix, int(region.shapes.get("suffix", 0)))
+    def apply(self, ctx: Context, region: EncoderRegion) -> dict[str, Any]:
+        stages, depth, prefix = self._stages(ctx, region), len(region.layers), int(region.prefix)
+        ends = self._ends(ctx, region.layers[stages[0] - 1].output, prefix, int(region.suffix))
         restored = Restored(ctx, region, stages[0]) if getattr(self.params, "restore", False) else None
         try:
             for stage in stages:
@@ -187,7 +191,7 @@ class PatchSelection(Pass):
     def _cut(
         self,
         ctx: Context,
-        region: Region,
+        region: EncoderRegion,
         stage: int,
         end: int,
         keep: Budget,
@@ -258,9 +262,7 @@ class PatchSelection(Pass):
 def _mask(ctx: Context, layer: Layer) -> fx.Node | None:
     """The mask of a layer's attention as it is in the graph now."""
     return (
-        None
-        if layer.attention is None or "mask" not in layer.attention.roles
-        else read_attention(ctx, layer.attention).mask
+        None if layer.attention is None or layer.attention.mask is None else read_attention(ctx, layer.attention).mask
     )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from tokcompile.capture.graph import ancestors
-from tokcompile.regions.model import Region
+from tokcompile.regions.model import EncoderRegion
 from tokcompile.rewrite.context import Context
 
 
@@ -17,7 +17,7 @@ class Restored:
     there takes the value of the token that it is part of.
     """
 
-    def __init__(self, ctx: Context, region: Region, first: int) -> None:
+    def __init__(self, ctx: Context, region: EncoderRegion, first: int) -> None:
         self.ctx = ctx
         self.place: fx.Node | None = None
         self.places: dict[int, fx.Node] = {}

@@ -14,7 +14,7 @@ from tokcompile.families.scores import Scores, read_scores
 from tokcompile.plan.pass_base import Pass
 from tokcompile.plan.plan import LayerCut, Taken
 from tokcompile.recipes import Budget
-from tokcompile.regions.model import Region
+from tokcompile.regions.model import DecoderStack, EncoderRegion, MergePoint
 from tokcompile.regions.places import stack_below
 from tokcompile.registry import PassParams, about
 from tokcompile.rewrite.context import Context
@@ -61,12 +61,12 @@ class VisualSelection(Pass):
         """
         raise NotImplementedError
 
-    def plan(self, ctx: Context, region: Region) -> Taken:
-        ctx.check(region.roles["output"], suffix=1)
-        stack = stack_below(ctx.regions, region.roles["output"])
+    def plan(self, ctx: Context, region: MergePoint) -> Taken:
+        ctx.check(region.output, suffix=1)
+        stack = stack_below(ctx.regions, region.output)
         return Taken(stack, self.cuts(ctx, region, stack))
 
-    def cuts(self, ctx: Context, region: Region, stack: Region | None) -> tuple[LayerCut, ...]:
+    def cuts(self, ctx: Context, region: MergePoint, stack: DecoderStack | None) -> tuple[LayerCut, ...]:
         """Where :meth:`apply` removes tokens of ``stack``; a method that cuts again below says so here."""
         visual, tokens = visual_tokens(region)
         return (LayerCut(0, None if visual is None else tokens - visual + self.params.keep.count(visual)),)
@@ -74,12 +74,12 @@ class VisualSelection(Pass):
     def cut_layers(self, depth: int) -> list[int]:
         return [0]
 
-    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+    def apply(self, ctx: Context, region: MergePoint) -> dict[str, Any]:
         return self.select(ctx, region)
 
-    def select(self, ctx: Context, region: Region, *inputs: fx.Node) -> dict[str, Any]:
+    def select(self, ctx: Context, region: MergePoint, *inputs: fx.Node) -> dict[str, Any]:
         """Score (``inputs`` are handed to :meth:`score`), choose, and cut."""
-        merged = region.roles["output"]
+        merged = region.output
         below = ctx.check(merged, suffix=1)
         mask = visual_mask(ctx, region)
         keep: Budget = self.params.keep
@@ -113,24 +113,23 @@ class VisualSelection(Pass):
         return {"tokens_before": hint(merged.meta["val"].shape[1]), "tokens_after": hint(size)}
 
 
-def visual_tokens(region: Region) -> tuple[int | None, int]:
+def visual_tokens(region: MergePoint) -> tuple[int | None, int]:
     """How many tokens of a row are visual in the captured call (about: rows may differ), and how many there are.
 
     The first is None where the region does not show its features row by row.
     """
-    rows, tokens = (hint(size) for size in region.roles["output"].meta["val"].shape[:2])
-    features = region.roles.get("features")
-    value = None if features is None else features.meta.get("val")
+    rows, tokens = (hint(size) for size in region.output.meta["val"].shape[:2])
+    value = region.features.meta.get("val")
     if not isinstance(value, Tensor) or value.dim() < 2:
         return None, tokens
     count = math.prod(hint(size) for size in value.shape[:-1])
     return min(tokens, -(-count // max(rows, 1))), tokens
 
 
-def check_rows(ctx: Context, encoder: Region, features: fx.Node) -> None:
+def check_rows(ctx: Context, encoder: EncoderRegion, features: fx.Node) -> None:
     """Raise unless ``features`` are, row by row, the patches of ``encoder`` (one image after the other)."""
-    tokens, prefix = encoder.roles["tokens"], int(encoder.shapes.get("prefix", 0))
-    if int(encoder.shapes.get("suffix", 0)):
+    tokens, prefix = encoder.tokens, int(encoder.prefix)
+    if int(encoder.suffix):
         raise ctx.refuse(tokens, "tokens stand behind the patches of the encoder, so scores of its tokens do not fit")
     flow = check(ctx.captured, tokens, prefix=prefix)
     dims = flow.labels.get(features)

@@ -31,7 +31,7 @@ from tokcompile.kernels.token_list_attention import token_list_attention
 from tokcompile.plan.pass_base import Pass
 from tokcompile.plan.plan import Taken
 from tokcompile.recipe.budget import Budget
-from tokcompile.regions.model import Region
+from tokcompile.regions.model import AttentionRegion
 from tokcompile.registry import PassParams, about
 from tokcompile.rewrite.context import Context
 
@@ -80,7 +80,9 @@ class SparseDecode(Pass):
     #: Whether scoring reads the keys.
     reads_keys: ClassVar[bool] = True
 
-    def inputs(self, ctx: Context, region: Region, form: AttentionForm) -> tuple[Sequence[fx.Node], dict[str, Any]]:
+    def inputs(
+        self, ctx: Context, region: AttentionRegion, form: AttentionForm
+    ) -> tuple[Sequence[fx.Node], dict[str, Any]]:
         """Nodes that :meth:`score` takes beside query, keys and candidates, and details for the report.
 
         Raises:
@@ -105,11 +107,11 @@ class SparseDecode(Pass):
         """
         raise NotImplementedError
 
-    def plan(self, ctx: Context, region: Region) -> Taken:
+    def plan(self, ctx: Context, region: AttentionRegion) -> Taken:
         self._gate(ctx, region, decode_form(ctx, region))
         return Taken()
 
-    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+    def apply(self, ctx: Context, region: AttentionRegion) -> dict[str, Any]:
         form = decode_form(ctx, region)
         more, details = self.inputs(ctx, region, form)
         visible = visible_keys(ctx, form)
@@ -131,7 +133,12 @@ class SparseDecode(Pass):
         return {"budget": str(self.params.budget), "dense_below": threshold, **details, **choice}
 
     def choose(
-        self, ctx: Context, region: Region, form: AttentionForm, ends: tuple[fx.Node, ...], more: Sequence[fx.Node]
+        self,
+        ctx: Context,
+        region: AttentionRegion,
+        form: AttentionForm,
+        ends: tuple[fx.Node, ...],
+        more: Sequence[fx.Node],
     ) -> tuple[fx.Node, dict[str, Any]]:
         """Node of the best candidates, int64 [B or 1, M, .], and details for the report.
 
@@ -149,7 +156,7 @@ class SparseDecode(Pass):
 
         return ctx.emit(best, form.query, form.key, *ends, *more, before=form.output), {}
 
-    def _gate(self, ctx: Context, region: Region, form: AttentionForm) -> int:
+    def _gate(self, ctx: Context, region: AttentionRegion, form: AttentionForm) -> int:
         """Raise where the dense attention serves caches of this length better; puts a guard on the length.
 
         Returns:

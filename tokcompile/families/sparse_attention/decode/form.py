@@ -7,21 +7,20 @@ from torch import Tensor, fx
 
 from tokcompile.formulas.attention import AttentionForm, read_attention
 from tokcompile.formulas.mask import read_mask
-from tokcompile.regions.model import Region
+from tokcompile.regions.model import AttentionRegion
 from tokcompile.rewrite.context import Context
 
 
-def decode_form(ctx: Context, region: Region) -> AttentionForm:
+def decode_form(ctx: Context, region: AttentionRegion) -> AttentionForm:
     """The formula of the self-attention of one new token over a cache.
 
     Raises:
         NarrowError: the region is something else.
     """
-    output = region.roles["output"]
-    queries = region.shapes.get("S")
-    if not (isinstance(queries, int) and queries == 1):
+    output = region.output
+    if not (isinstance(region.queries, int) and region.queries == 1):
         raise ctx.refuse(output, "the attention of several queries at a time; keys are chosen in decode steps only")
-    if region.variant["cache"] != "yes" or region.variant["cross"] == "cross":
+    if not region.cached or region.cross:
         raise ctx.refuse(output, "not the self-attention of a token over a cache of keys; cross-attention stays dense")
     form = read_attention(ctx, region)
     heads, kv_heads = form.heads
