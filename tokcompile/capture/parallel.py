@@ -171,15 +171,7 @@ class _Fold:
         elif held is not None and held.distributed and name == "to_local":
             assert first is not None
             self._to_local(node, first, held)
-        elif (node.target in _LINEAR | _EMBEDDING and self._on_weight(node)) or (
-            str(node.target).startswith("_c10d_functional.all_reduce") and self._reduced(node, first)
-        ):
-            pass
-        elif (str(node.target).startswith("_c10d_functional.wait_tensor") and self.new.get(first) in self.calls) or (
-            name == "copy_" and self.new.get(first) in self.calls and self.new[first] is self.new.get(node.args[1])
-        ):  # type: ignore[arg-type]
-            self.new[node] = self.new[first]  # type: ignore[index]
-        else:
+        elif not (node.target in _LINEAR | _EMBEDDING and self._on_weight(node)) and not self._sum(node, name, first):
             self._plain(node)
             self.new[node] = self.graph.node_copy(node, self.new.__getitem__)
 
@@ -249,11 +241,16 @@ class _Fold:
                 return held
         raise self._refuse(node, f"moves a value between ranks ({old} to {new})")
 
-    def _reduced(self, node: fx.Node, first: fx.Node | None) -> bool:
-        """``all_reduce`` of what a linear layer made of one rank's columns, written back to it."""
+    def _sum(self, node: fx.Node, name: str, first: fx.Node | None) -> bool:
+        """``all_reduce`` of what a linear layer made of one rank's columns, the wait for it, and the copy back."""
         call = self.new.get(first) if first is not None else None
-        weight = self.calls.get(call) if call is not None else None
-        if first is None or call is None or weight is None or not _on_dim(self.sharded[weight], 1):
+        if first is None or call is None or call not in self.calls:
+            return False
+        if "wait_tensor" in str(node.target) or (name == "copy_" and self.new.get(node.all_input_nodes[-1]) is call):
+            self.new[node] = call
+            return True
+        weight = self.calls[call]
+        if not str(node.target).startswith("_c10d_functional.all_reduce") or not _on_dim(self.sharded[weight], 1):
             return False
         order = {n: i for i, n in enumerate(node.graph.nodes)}
         writes = [n for n in first.users if n.target == "copy_" and n.args[0] is first]

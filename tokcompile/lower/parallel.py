@@ -94,8 +94,8 @@ def _write(user: fx.Node, weight: fx.Node, roles: dict[str, Role]) -> None:
     if place is None or [i for i, arg in enumerate(user.args) if arg is weight] != [place]:
         at = ", ".join(part for part in (module_path(user), source_line(user)) if part)
         raise UntraceableError(
-            f"{user.name} [{at}] reads a weight of which each rank has a part (class DTensor); a rewrite that needs the "
-            "whole weight is made before the model is sharded"
+            f"{user.name} [{at}] reads a weight of which each rank has a part (class DTensor); a rewrite that needs "
+            "the whole weight is made before the model is sharded"
         )
     role = roles["embedding" if place == 0 else "linear"]
     user.target = _FORMS[role.operation, role.kind]

@@ -261,8 +261,8 @@ class Context:
         if part is not None:
             raise self.refuse(
                 part,
-                "tokens are chosen by the result of a layer that is divided between processes (tensor parallelism), and "
-                "each would choose others; choose by something that all of them hold, such as image features "
+                "tokens are chosen by the result of a layer that is divided between processes (tensor parallelism), "
+                "and each would choose others; choose by something that all of them hold, such as image features "
                 "(todre, random), or run the model in one process",
             )
         agreed: fx.Node = self.emit(lambda k: from_first(k, group), kept, before=kept.next)
