@@ -91,7 +91,7 @@ def _gradients() -> None:
 
 def _one_list() -> None:
     model, inputs = llm()
-    what = recipe("tokenselect", budget=12, sinks=2, recent=2, dense_below=0)
+    what = recipe("tokenselect", budget=12, sinks=2, recent=2, dense_below=1)
     divided = tokcompile.optimize(parallel(model), what, lowering="eager", on_no_match="ignore")
     more = {"max_new_tokens": 4, "do_sample": False}
     assert torch.equal(divided.generate(**inputs, **more), model.generate(**inputs, **more))  # type: ignore[operator]

@@ -150,6 +150,7 @@ class _Fold:
         if is_sharded(example):
             if example.device_mesh.ndim != 1:  # type: ignore[union-attr]
                 raise self._refuse(node, "is sharded over a mesh of several dimensions")
+            assert example is not None
             self.sharded[new] = example
             self.held[node] = _Held(new, weight=new, distributed=True)
         elif not isinstance(example, Tensor | torch.SymInt | int | float | bool):

@@ -15,9 +15,9 @@ from torch import Tensor, fx
 from tokcompile.capture.captured import Captured
 from tokcompile.capture.graph import module_path, source_line
 from tokcompile.capture.known_trace import UntraceableError
+from tokcompile.capture.ops import op_name
 from tokcompile.capture.parallel import Role, is_sharded
 
-aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
 
 
@@ -90,7 +90,7 @@ def write_out(captured: Captured) -> bool:
 
 
 def _write(user: fx.Node, weight: fx.Node, roles: dict[str, Role]) -> None:
-    place = {aten.linear.default: 1, aten.embedding.default: 0}.get(user.target)  # type: ignore[arg-type]
+    place = {"linear": 1, "embedding": 0}.get(op_name(user))
     if place is None or [i for i, arg in enumerate(user.args) if arg is weight] != [place]:
         at = ", ".join(part for part in (module_path(user), source_line(user)) if part)
         raise UntraceableError(
