@@ -47,6 +47,7 @@ class TokenSelect(SparseDecode):
     """Attend to the keys that the heads of a layer vote for, in decode steps."""
 
     name = "tokenselect"
+    one_list = True
     written = (0, 1)
 
     class Params(SparseDecodeParams):

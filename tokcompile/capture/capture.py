@@ -27,6 +27,7 @@ from tokcompile.capture.captured import Captured
 from tokcompile.capture.checks import CheckedInterpreter
 from tokcompile.capture.graph import module_path, source_line
 from tokcompile.capture.known_trace import UntraceableError
+from tokcompile.capture.parallel import is_sharded, one_rank
 from tokcompile.capture.trace import trace
 from tokcompile.errors import CaptureError
 
@@ -81,6 +82,8 @@ def _sizes(examples: Sequence[Any], args: Sequence[Any]) -> dict[Any, int]:
     """Symbol -> its value in a call."""
     found: dict[Any, int] = {}
     for example, arg in zip(examples, args, strict=False):
+        if is_sharded(arg):
+            continue
         pairs = zip(example.shape, arg.shape, strict=True) if isinstance(example, torch.Tensor) else [(example, arg)]
         for size, value in pairs:
             if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
@@ -110,6 +113,7 @@ def from_dynamo(graph_module: fx.GraphModule, args: Sequence[Any] = ()) -> Captu
             "recomputes cheap activations anyway), or train with shorter sequences"
         )
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    graph_module, notes = one_rank(graph_module)
     examples = [_example(node) for node in graph_module.graph.nodes if node.op == "placeholder"]
     inputs = _Inputs(mode, _sizes(examples, args))
     fakes = [inputs.value(example) for example in examples]
@@ -121,14 +125,15 @@ def from_dynamo(graph_module: fx.GraphModule, args: Sequence[Any] = ()) -> Captu
         if not kinds:
             raise
         raise UntraceableError(
-            f"weights are of class {', '.join(kinds)}, and the graph does more with them than with a plain weight, as "
-            "tensor parallelism does where it moves activations into shards inside a layer; fully_shard of the whole "
-            "model can be used (optimize(..., inplace=True)), and so can weights that torchao quantised"
+            f"weights are of class {', '.join(kinds)}, and the graph does more with them than with a plain weight; "
+            "weights that torchao quantised can be used, and those of tensor parallelism and of fully_shard"
         ) from error
     for node in traced.graph.find_nodes(op="get_attr"):
         if isinstance(getattr(traced, node.target), FakeTensor):
             raise CaptureError(f"a value computed at {source_line(node)} ({module_path(node)}) cannot be traced")
     _name_arguments(traced, graph_module)
+    for node in traced.graph.find_nodes(op="placeholder"):
+        node.meta.update(notes.get(node.meta["argument"], {}))
     return Captured(traced, mode, "dynamo", inputs.symbols)
 
 

@@ -10,8 +10,9 @@ _LONGEST = 300
 _MOVED = {
     "/accelerate/hooks.py": "accelerate moves the weights of each layer to the device when it runs (offload), which a "
     "graph cannot do; load the model with all its weights on one device",
-    "/fsdp/_fully_shard/": "FSDP gathers the weights of single layers while the model runs, which a graph cannot do; "
-    "shard the model as a whole: fully_shard(model), and optimize(..., inplace=True)",
+    "/fsdp/_fully_shard/": "FSDP gathers the weights of single layers while the model runs, which a graph cannot do "
+    "with gradients, or where it changes types (a MixedPrecisionPolicy); call the model under torch.no_grad(), or "
+    "shard it as a whole: fully_shard(model), and optimize(..., inplace=True)",
 }
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 

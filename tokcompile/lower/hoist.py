@@ -21,7 +21,7 @@ def hoist(captured: Captured, indices: Sequence[fx.Node]) -> tuple[fx.GraphModul
     Returns:
         What computes the hoisted nodes, and from which placeholders; None when nothing is hoisted.
     """
-    cheap = [n for n in dict.fromkeys(indices) if not any(node_flops(a) for a in ancestors([n]))]
+    cheap = [n for n in dict.fromkeys(indices) if not any(_needs_layers(a) for a in ancestors([n]))]
     if not cheap:
         return None
     prologue, inputs = extract(captured, cheap)
@@ -32,3 +32,7 @@ def hoist(captured: Captured, indices: Sequence[fx.Node]) -> tuple[fx.GraphModul
         last.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(last)
     return prologue, inputs
+
+
+def _needs_layers(node: fx.Node) -> bool:
+    return bool(node_flops(node)) or "sharded" in node.meta

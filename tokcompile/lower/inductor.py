@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tokcompile.capture.captured import Captured
 from tokcompile.lower.cpu_linear import choose_linears
+from tokcompile.lower.parallel import of_this_rank
 from tokcompile.lower.repeated import compile_repeated
 from tokcompile.lower.repeated_parts import WholeError
 from tokcompile.lower.wrapped import call_functions, example
@@ -29,11 +30,11 @@ def lower(
     """
     wrapped = call_functions(captured)
     if lowering == "eager":
-        return captured.graph_module, lowering
+        return of_this_rank(captured, captured.graph_module), lowering
     if wrapped:
         values = [example(node) for node in captured.placeholders]
         how = f"as a whole: weights are {', '.join(wrapped)}"
-        return _inductor(captured.graph_module, values, captured.fake_mode), how
+        return of_this_rank(captured, _inductor(captured.graph_module, values, captured.fake_mode)), how
     choose_linears(captured)
     try:
         return compile_repeated(captured, streams, _inductor)

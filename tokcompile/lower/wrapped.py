@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tokcompile.capture.captured import Captured
+from tokcompile.lower.parallel import local_example, write_out
 
 aten = torch.ops.aten
 
@@ -28,20 +29,21 @@ def wrapped_kind(value: Any) -> str:
 def note_wrapped(captured: Captured, args: Sequence[Any]) -> None:
     """Note, at each placeholder that such a weight comes in at, what it looks like (``meta["wrapped"]``)."""
     for node, arg in zip(captured.placeholders, args, strict=False):
-        if wrapped_kind(arg):
+        if wrapped_kind(arg) and "sharded" not in node.meta:
             node.meta["wrapped"] = captured.fake_mode.from_tensor(arg.detach(), static_shapes=True)
             node.meta["wrapped"].requires_grad_(arg.requires_grad)
 
 
 def call_functions(captured: Captured) -> list[str]:
     """Let the graph call the functions that wrapped weights define, in place; the classes of these weights."""
+    sharded = write_out(captured)
     kinds = sorted({wrapped_kind(node.meta.get("wrapped")) for node in captured.placeholders} - {""})
     if kinds:
         for node in captured.graph.nodes:
             if node.op == "call_function" and node.target in _FUNCTIONS:
                 node.target = _FUNCTIONS[node.target]
         captured.graph_module.recompile()
-    return kinds
+    return [*kinds, "DTensor"] if sharded else kinds
 
 
 def _embedding(weight: Tensor, indices: Tensor, padding: int = -1, scale: bool = False, sparse: bool = False) -> Tensor:
@@ -58,4 +60,4 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
 
 def example(node: fx.Node) -> Any:
     """What a placeholder takes: the value that it was captured with, or the form of a wrapped weight."""
-    return node.meta.get("wrapped", node.meta["val"])
+    return local_example(node) if "sharded" in node.meta else node.meta.get("wrapped", node.meta["val"])

@@ -12,8 +12,10 @@ from torch import fx
 from tokcompile.capture.captured import Captured
 from tokcompile.capture.graph import ancestors, module_path, refuse
 from tokcompile.capture.markers import HELD
+from tokcompile.capture.parallel import part_of, process_group
 from tokcompile.capture.trace import inline
 from tokcompile.errors import NarrowError
+from tokcompile.lower.parallel import from_first
 from tokcompile.lower.wrapped import wrapped_kind
 from tokcompile.regions.model import AttentionRegion, Layer, Region, Regions
 from tokcompile.regions.places import layer_of, region_keys
@@ -222,7 +224,7 @@ class Context:
         from tokcompile.rewrite.selection import keep_index
 
         at = self.after(node, keep, *(n for n in (size, value) if isinstance(n, fx.Node)))
-        kept = self.emit(keep_index, keep, size, before=at)
+        kept = self._agreed(self.emit(keep_index, keep, size, before=at), keep)
         narrowed = (
             None
             if value is None
@@ -247,6 +249,30 @@ class Context:
         )
         self.cuts.add(stack, kept, Kept(self.step, layer.path if layer else module_path(node), index, total))
         return kept
+
+    def _agreed(self, kept: fx.Node, keep: fx.Node) -> fx.Node:
+        """The same positions on all ranks of a model whose layers are shared between them.
+
+        Raises:
+            NarrowError: each rank would choose by its own part of a layer.
+        """
+        group = process_group(self.captured.graph)
+        if not group:
+            return kept
+        part = self.part_of_rank(keep)
+        if part is not None:
+            raise self.refuse(
+                part,
+                "tokens are chosen by the result of a layer that is divided between processes (tensor parallelism), "
+                "and each would choose others; choose by something that all of them hold, such as image features "
+                "(todre, random), or run the model in one process",
+            )
+        agreed: fx.Node = self.emit(lambda k: from_first(k, group), kept, before=kept.next)
+        return agreed
+
+    def part_of_rank(self, node: fx.Node) -> fx.Node | None:
+        """The layer that makes ``node`` differ between the processes that share a model; None where they agree."""
+        return part_of(node) if process_group(self.captured.graph) else None
 
     def surviving(self, values: fx.Node, stack: str, fill: bool, before: fx.Node) -> fx.Node:
         """bool ``[B, S]`` over the unpruned sequence -> over the tokens that the cuts of ``stack`` left."""

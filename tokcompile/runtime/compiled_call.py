@@ -18,6 +18,7 @@ from tokcompile.capture.known_trace import UntraceableError
 from tokcompile.errors import CheckError, TokcompileError
 from tokcompile.kinds import Stage
 from tokcompile.runtime.gate import GATE, Missing
+from tokcompile.runtime.gathered import gathered, sharded_layers
 from tokcompile.runtime.session import Session
 
 #: What Dynamo raises when it cannot capture a stage as one graph.
@@ -87,6 +88,7 @@ class CompiledStage:
         self._forget = session.forget
         self._backend = functools.partial(session.backend, stage=stage, merges=merges)
         self._forms: list[_Form | _ValueForm] = [_Form(function, self._backend, True if dynamic else None)]
+        self._layers: tuple[torch.nn.Module | None, list[Any]] | None = None
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +97,7 @@ class CompiledStage:
             CAPTURE_FAILURES: this call cannot be captured. The graphs of other calls stay.
             CheckError: a check that the model makes failed, where the model itself does not say so.
         """
-        with torch._dynamo.config.patch(**DYNAMO_CONFIG), _open_forms():
+        with torch._dynamo.config.patch(**DYNAMO_CONFIG), _open_forms(), gathered(self._sharded(args)):
             try:
                 for form in list(self._forms):
                     with contextlib.suppress(Missing), GATE.shared():
@@ -106,6 +108,13 @@ class CompiledStage:
                 with _uncaptured():
                     self.function(*args, **kwargs)  # the model says best what is wrong
                 raise
+
+    def _sharded(self, args: tuple[Any, ...]) -> list[Any]:
+        """The layers that FSDP shards in the module that the function runs."""
+        owner = args[0] if args and isinstance(args[0], torch.nn.Module) else None
+        if self._layers is None or self._layers[0] is not owner:
+            self._layers = owner, [] if owner is None else sharded_layers(owner)
+        return self._layers[1]
 
     def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         form = self._forms[-1]

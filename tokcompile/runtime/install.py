@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import inspect
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -49,12 +51,51 @@ def share(model: Model) -> Model:
         if isinstance(merged, list):
             memo[id(merged)] = merged
     try:
-        return copy.deepcopy(model, memo)
+        clone = copy.deepcopy(model, memo)
     except Exception as error:
         raise TokcompileError(
             f"the model cannot be copied: {str(error).splitlines()[0] if str(error) else type(error).__name__}; pass "
             "inplace=True to change the model itself"
         ) from error
+    _own_functions(model, clone)
+    return clone
+
+
+def _own_functions(model: nn.Module, clone: nn.Module) -> None:
+    """Functions that stand in the place of methods (``forward`` of a layer of tensor parallelism) and hold modules of
+    ``model`` hold those of ``clone``: a copy of a function is the function itself."""
+    pairs = list(zip(model.modules(), clone.modules(), strict=True))
+    of = {id(old): new for old, new in pairs}
+
+    def own(value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            return of.get(id(value), value)
+        if isinstance(value, types.MethodType) and id(value.__self__) in of:
+            return types.MethodType(value.__func__, of[id(value.__self__)])
+        if isinstance(value, types.FunctionType) and value.__closure__:
+            held = [_content(cell) for cell in value.__closure__]
+            new = [own(item) for item in held]
+            if any(a is not b for a, b in zip(held, new, strict=True)):
+                cells = (
+                    c if a is b else types.CellType(b) for c, a, b in zip(value.__closure__, held, new, strict=True)
+                )
+                made = types.FunctionType(
+                    value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(cells)
+                )
+                return functools.update_wrapper(made, value)
+        return value
+
+    for _, new in pairs:
+        for name, value in vars(new).items():
+            if isinstance(value, types.FunctionType):
+                new.__dict__[name] = own(value)
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return None
 
 
 def _stepped() -> set[int]:

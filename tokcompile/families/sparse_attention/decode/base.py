@@ -75,6 +75,8 @@ class SparseDecode(Pass):
 
     regions = "attention"
     stage = "decode"
+    #: Whether a layer has one list for all its heads (else one for each key head).
+    one_list: ClassVar[bool] = False
     #: float32 numbers written for each key and row of the batch, in key heads and in query heads.
     written: ClassVar[tuple[int, int]] = (1, 0)
     #: Whether scoring reads the keys.
@@ -163,6 +165,13 @@ class SparseDecode(Pass):
             The length from which on keys are chosen.
         """
         params = self.params
+        part = ctx.part_of_rank(form.query) if self.one_list else None
+        if part is not None:
+            raise ctx.refuse(
+                part,
+                f"{self.name} makes one list for all heads of a layer, and these are divided between processes (tensor "
+                "parallelism), so each would make another; fasa makes one for each key head",
+            )
         least = least_length(params.budget, params.sinks, params.recent)
         threshold = self._even(form) if params.dense_below == "auto" else params.dense_below
         if threshold is None:
