@@ -37,6 +37,9 @@ class RandomBlocks(BlockSelection):
             0, ge=0, description="Last queries, which attend to everything.", json_schema_extra=about(unit="tokens")
         )
 
+    def density(self) -> float:
+        return float(self.params.keep)
+
     def last(self) -> int:
         return int(self.params.last)
 

@@ -73,9 +73,7 @@ class BlockSelection(Pass):
     rectifies: ClassVar[bool] = False
     #: Whether a block of queries always attends to the keys of the same tokens.
     own: ClassVar[bool] = True
-    #: Share of the blocks that is expected to be kept, and multiply-adds of the choice for each pair of tokens, in
-    #: widths of a head: for the prediction of the gain.
-    expected: ClassVar[float] = 0.25
+    #: Multiply-adds of the choice for each pair of tokens, in widths of a head: for the prediction of the gain.
     per_pair: ClassVar[float] = 0.0
 
     params: Any
@@ -107,6 +105,10 @@ class BlockSelection(Pass):
     def last(self) -> int:
         """How many last queries attend to all that they see."""
         return 0
+
+    def density(self) -> float:
+        """The share of the blocks that is expected to be kept, for the prediction of the gain."""
+        return 0.25
 
     def plan(self, ctx: Context, region: Region) -> Taken:
         self._checked(ctx, region)
@@ -206,10 +208,10 @@ class BlockSelection(Pass):
         least, output = self.params.dense_below, form.output
         if least == "auto":
             seen = 1.0 if causal else 2.0  # widths of a head for each pair of tokens, both products
-            saved = seen * (1 - LISTED * self.expected) - self.per_pair
+            saved = seen * (1 - LISTED * self.density()) - self.per_pair
             if saved <= 0:
                 raise UnprofitableError(
-                    f"choosing blocks and attending to {self.expected:.0%} of them is predicted to cost as much as "
+                    f"choosing blocks and attending to {self.density():.0%} of them is predicted to cost as much as "
                     "dense attention at any length; set dense_below to run it all the same",
                     node=output.name,
                     path=region.path,
