@@ -110,7 +110,8 @@ class RectifiedSpa(DiffusionBlocks):
 
 
 def _capped(logits: Tensor, softcap: float) -> Tensor:
-    return softcap * torch.tanh(logits / softcap) if softcap else logits
+    capped: Tensor = softcap * torch.tanh(logits / softcap) if softcap else logits
+    return capped
 
 
 def _spread(x: Tensor, means: Tensor, size: int, visible: Tensor | None) -> Tensor:
@@ -118,4 +119,5 @@ def _spread(x: Tensor, means: Tensor, size: int, visible: Tensor | None) -> Tens
     away = (in_blocks(blank(x, None), size) - means.unsqueeze(3)).abs()
     there = in_blocks(visible_of(x.shape[2], visible, x.device), size, 1)
     away = torch.where(there[:, None, :, :, None], away, 0.0)
-    return away.sum(3) / there.sum(-1).clamp(min=1)[:, None, :, None]
+    mean: Tensor = away.sum(3) / there.sum(-1).clamp(min=1)[:, None, :, None]
+    return mean

@@ -66,7 +66,7 @@ class BlockSelection(Pass):
     """Base of the passes: a subclass chooses blocks (:meth:`lists`)."""
 
     regions = "attention"
-    stage = "prefill"
+    stage: ClassVar[Literal["any", "decode", "prefill"]] = "prefill"
     #: The attention that the choice is for: "causal", "both" (bidirectional), or "any".
     direction: ClassVar[Literal["causal", "both", "any"]] = "any"
     #: Whether :meth:`lists` gives a mass or a rest, which no attention with sinks can take.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from pydantic import Field
 from torch import Tensor, fx
@@ -68,8 +67,8 @@ class DiffusionBlocks(BlockSelection):
                 named[0], f"expected one timestep, or one for each row, found {named[0].meta['val'].shape}"
             )
         start = p.dense_from
-        node: Any = ctx.emit_once(f"dense from {start}", lambda t: t.to(t.dtype) >= start, named[0])
-        return node  # type: ignore[no-any-return]
+        node: fx.Node = ctx.emit_once(f"dense from {start}", lambda t: t >= start, named[0])
+        return node
 
 
 def _argument(node: fx.Node) -> str:

@@ -78,7 +78,8 @@ def _concatenations(nodes: Iterable[fx.Node], length: Any) -> list[tuple[fx.Node
             or len(_parts(node)) != 2
         ):
             continue
-        axis = int(node.args[1] if len(node.args) > 1 else 0) % value.dim()  # type: ignore[call-overload]
+        given: Any = node.args[1] if len(node.args) > 1 else 0
+        axis = int(given) % value.dim()
         if 0 < axis < value.dim() - 1 and value.is_floating_point() and equal(value.shape[axis], length):
             found.append((node, axis))
     return found
