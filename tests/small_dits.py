@@ -86,10 +86,10 @@ class TinyDiT(nn.Module):
     Args:
         kind: "joint" (two layers of two streams), "single" (one of two streams, one of one stream that holds both),
             "cross", "plain".
-        first: the text stands in front of the picture.
+        first: the text stands in front of the picture. depth: layers of "cross" and "plain".
     """
 
-    def __init__(self, kind: str, first: bool = False) -> None:
+    def __init__(self, kind: str, first: bool = False, depth: int = 2) -> None:
         super().__init__()
         self.kind, self.first = kind, first
         self.patch, self.words = nn.Conv2d(4, WIDTH, 2, 2), nn.Linear(16, WIDTH)
@@ -100,7 +100,7 @@ class TinyDiT(nn.Module):
         if kind in ("joint", "single"):
             self.layers = nn.ModuleList([Joint(first), Joint(first) if kind == "joint" else Block()])
         else:
-            self.layers = nn.ModuleList([Block(kind == "cross") for _ in range(2)])
+            self.layers = nn.ModuleList([Block(kind == "cross") for _ in range(depth)])
 
     def forward(
         self, latents: Tensor, timestep: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None

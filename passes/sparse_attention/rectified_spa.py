@@ -106,7 +106,8 @@ class RectifiedSpa(DiffusionBlocks):
         place = torch.arange(blocks, device=mass.device)
         taken = (place < count) | (place < least)
         keep = torch.zeros_like(taken).scatter(-1, order, taken)
-        return keep | ((place[:, None] - place).abs() <= p.neighbours)
+        near: Tensor = (place[:, None] - place).abs() <= p.neighbours
+        return keep | near
 
 
 def _capped(logits: Tensor, softcap: float) -> Tensor:
