@@ -8,6 +8,7 @@ what all passes are    :class:`Pass` (``observe``, ``prepare``, ``plan``, ``appl
 a choice of tokens     :class:`VisualSelection` where image features enter the language model, :class:`PatchSelection`
                        inside an encoder; both give :class:`Scores`
 a choice of keys       :class:`SparseDecode`, in decode steps; gives :class:`Scores` too
+a choice of blocks     :class:`BlockSelection`, in the prefill and in encoders; gives :class:`BlockLists`
 helpers of a choice    :func:`segment_sizes`, :func:`segment_positions`, :func:`random_scores`, :func:`pooled`,
                        :func:`row_attention` ... : plain torch, the same in every runtime
 what was found         :class:`Regions`: each a :class:`Region`, one class for each kind, with a field for each thing
@@ -32,6 +33,9 @@ from tokcompile.families.pruning.drop import drop_visual
 from tokcompile.families.pruning.patches import PatchParams, PatchSelection
 from tokcompile.families.pruning.visual import VisualParams, VisualSelection
 from tokcompile.families.scores import Scores
+from tokcompile.families.sparse_attention.blocks.attend import BlockForm
+from tokcompile.families.sparse_attention.blocks.base import BlockParams, BlockSelection
+from tokcompile.families.sparse_attention.blocks.lists import BlockLists
 from tokcompile.families.sparse_attention.decode.base import SparseDecode, SparseDecodeParams
 from tokcompile.formulas.attention import AttentionForm, read_attention
 from tokcompile.formulas.attention_rows import attention_rows, class_row
@@ -77,6 +81,10 @@ __all__ = [
     "AttentionForm",
     "AttentionRegion",
     "AudioEncoder",
+    "BlockForm",
+    "BlockLists",
+    "BlockParams",
+    "BlockSelection",
     "Budget",
     "CalibrationError",
     "Context",

@@ -1,0 +1,1 @@
+"""What passes share that give each block of queries a list of blocks of keys."""
