@@ -57,7 +57,13 @@ def prompts(family: Family) -> list[tuple[str, list[tuple[int, int]]]]:
 
 
 def serve(
-    family: Family, place: Path, given: Any, *, rounds: int = 2, environment: dict[str, str] | None = None, **engine: Any
+    family: Family,
+    place: Path,
+    given: Any,
+    *,
+    rounds: int = 2,
+    environment: dict[str, str] | None = None,
+    **engine: Any,
 ) -> Any:
     """What an engine answers: for each round, for each prompt."""
     settings = {

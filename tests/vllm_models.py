@@ -113,7 +113,12 @@ def llava(folder: Path) -> Family:
         image_seq_length=36,
     )
     model = randomize(T.LlavaForConditionalGeneration(config))
-    _save(model, processor, folder, {"model.vision_tower.": "model.vision_tower.vision_model.", "vision_tower.": "vision_tower.vision_model."})
+    _save(
+        model,
+        processor,
+        folder,
+        {"model.vision_tower.": "model.vision_tower.vision_model.", "vision_tower.": "vision_tower.vision_model."},
+    )
     return Family("llava", folder, "<image>", [(84, 84), (100, 90)], "compact", model, processor)
 
 
@@ -125,11 +130,24 @@ def qwen2_5_vl(folder: Path) -> Family:
     processor = T.Qwen2_5_VLProcessor(image_processor=pictures, tokenizer=words, video_processor=videos)
     config = T.Qwen2_5_VLConfig(
         vision_config={
-            "depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 256,
-            "fullatt_block_indexes": [1], "window_size": 56, "patch_size": 14,
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_heads": 4,
+            "out_hidden_size": 256,
+            "fullatt_block_indexes": [1],
+            "window_size": 56,
+            "patch_size": 14,
         },
-        text_config={**TEXT, "vocab_size": 320, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]}},
-        image_token_id=WORDS, video_token_id=WORDS + 1, vision_start_token_id=WORDS + 2, vision_end_token_id=WORDS + 3,
+        text_config={
+            **TEXT,
+            "vocab_size": 320,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]},
+        },
+        image_token_id=WORDS,
+        video_token_id=WORDS + 1,
+        vision_start_token_id=WORDS + 2,
+        vision_end_token_id=WORDS + 3,
     )
     model = randomize(T.Qwen2_5_VLForConditionalGeneration(config))
     _save(model, processor, folder, {})

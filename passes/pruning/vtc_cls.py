@@ -99,7 +99,9 @@ class VtcCls(VisualSelection):
         )
         return self.select(ctx, region, scores)
 
-    def outside(self, features: Tensor, grid: Tensor | None, text: Tensor | None, scores: Tensor | None) -> list[Tensor]:
+    def outside(
+        self, features: Tensor, grid: Tensor | None, text: Tensor | None, scores: Tensor | None
+    ) -> list[Tensor]:
         if scores is None:
             raise NoMatchError(
                 "vtc_cls chooses by the attention of the class token, which is not in the features; give it as scores, "

@@ -73,9 +73,7 @@ class PrunedModel:
         kept, values, start = [], [], 0
         # what follows the width of the language model is for its further layers, and goes with the token
         shown = features[:, : self.tokcompile_width]
-        for (changed, indices), length in zip(
-            chosen(shown.split(runs), self.tokcompile.method), runs, strict=True
-        ):
+        for (changed, indices), length in zip(chosen(shown.split(runs), self.tokcompile.method), runs, strict=True):
             values.append(changed[indices])
             kept.append(indices + start)
             start += length

@@ -46,7 +46,9 @@ def register() -> None:
         processor = MultiModalRegistry.create_processor
         architecture = utils.get_model_architecture
     except (ImportError, AttributeError) as error:
-        raise TokcompileError(f"tokcompile does not know this version of vLLM: {error}; it was tested with 0.32") from error
+        raise TokcompileError(
+            f"tokcompile does not know this version of vLLM: {error}; it was tested with 0.32"
+        ) from error
     if hasattr(made, _MARK):
         return
 

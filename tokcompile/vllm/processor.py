@@ -23,7 +23,9 @@ class PrunedProcessor:
         """Cache keys, of the processor, the encoder and the prefix cache: they carry the recipe."""
         found = super()._get_mm_hashes(inputs)  # type: ignore[misc]
         return {
-            modality: [f"{key}-{self.tokcompile.key}" if modality in self.tokcompile.modalities else key for key in keys]
+            modality: [
+                f"{key}-{self.tokcompile.key}" if modality in self.tokcompile.modalities else key for key in keys
+            ]
             for modality, keys in found.items()
         }
 
@@ -65,9 +67,7 @@ class PrunedProcessor:
         if any(layout.visual != layouts[0].visual for layout in layouts):
             raise TokcompileError("tokcompile: an image can be written in ways of different length in the prompt")
         if layouts:
-            item[FIELD] = MultiModalFieldElem(
-                data=layouts[0].tensor(), field=MultiModalBatchedField(keep_on_cpu=True)
-            )
+            item[FIELD] = MultiModalFieldElem(data=layouts[0].tensor(), field=MultiModalBatchedField(keep_on_cpu=True))
         return found
 
 

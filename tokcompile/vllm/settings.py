@@ -98,7 +98,9 @@ def read(given: object) -> Settings:
                 "out; use todre or another choice by features"
             )
     except NoMatchError as error:
-        raise NoMatchError(f"recipe {recipe.name or 'of the configuration'} cannot be served by vLLM: {error}") from None
+        raise NoMatchError(
+            f"recipe {recipe.name or 'of the configuration'} cannot be served by vLLM: {error}"
+        ) from None
     modality = recipe.steps[0].target.modality
     step = recipe.to_dict()["steps"][0]
     data = {"recipe_version": 1, "steps": [step]}
@@ -118,7 +120,9 @@ def check(settings: Settings, config: Any) -> None:
     if not model.is_multimodal_model:
         raise TokcompileError(f"{who}: vLLM serves it as a model of text alone, without visual tokens")
     if model.is_encoder_decoder:
-        raise TokcompileError(f"{who}: its decoder reads images by cross-attention, and vLLM gives them no placeholders")
+        raise TokcompileError(
+            f"{who}: its decoder reads images by cross-attention, and vLLM gives them no placeholders"
+        )
     if model.multimodal_config is not None and model.multimodal_config.is_multimodal_pruning_enabled():
         raise TokcompileError(f"{who}: --video-pruning-rate prunes already; use one of the two")
     if getattr(config.compilation_config, "cudagraph_mm_encoder", False):
@@ -128,11 +132,11 @@ def check(settings: Settings, config: Any) -> None:
 
 def _check_positions(settings: Settings, config: Any, who: str) -> None:
     several = bool(config.model_config.uses_mrope)
-    place = 'steps[0].params.positions'
+    place = "steps[0].params.positions"
     if not several and settings.positions != "compact":
         raise TokcompileError(
             f"{who} with positions: keep: vLLM counts positions of one axis without gaps; set {place} to compact "
-            f"('\"set\": {{\"{place}\": \"compact\"}}')"
+            f'(\'"set": {{"{place}": "compact"}}\')'
         )
     if several and settings.positions != "keep":
         raise TokcompileError(

@@ -53,7 +53,9 @@ def select(
     if scores is not None:
         given, _ = _images(scores, 1)
         if [len(s) for s in given] != [len(f) for f in images]:
-            raise ValueError(f"scores for {[len(s) for s in given]} features, found {[len(f) for f in images]} features")
+            raise ValueError(
+                f"scores for {[len(s) for s in given]} features, found {[len(f) for f in images]} features"
+            )
     found = [kept for _, kept in chosen(images, selection(recipe), grid=grid, text=text, scores=given)]
     return found[0] if one else found
 

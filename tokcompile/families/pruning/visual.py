@@ -71,7 +71,9 @@ class VisualSelection(Pass):
         scores = read_scores(self.score(tokens, segment, budget, *inputs), self.name, 2, "tokens")
         return tokens if scores.tokens is None else scores.tokens, keep_mask(scores.values, segment, budget)
 
-    def outside(self, features: Tensor, grid: Tensor | None, text: Tensor | None, scores: Tensor | None) -> list[Tensor]:
+    def outside(
+        self, features: Tensor, grid: Tensor | None, text: Tensor | None, scores: Tensor | None
+    ) -> list[Tensor]:
         """What :func:`tokcompile.select` hands to :meth:`score` in place of the ``inputs`` that :meth:`apply` makes.
 
         Args:
