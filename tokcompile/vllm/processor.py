@@ -35,7 +35,7 @@ class PrunedProcessor:
         for modality in self.tokcompile.modalities:
             if modality not in found:
                 continue
-            items = out_mm_kwargs[modality] if modality in out_mm_kwargs else []
+            items = out_mm_kwargs.get(modality, [])
             if len(items) != len(found[modality]):
                 raise TokcompileError(
                     f"tokcompile: {len(found[modality])} {modality} items have data of {len(items)}; this model cannot "

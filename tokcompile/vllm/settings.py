@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -39,7 +40,7 @@ class Settings:
     @property
     def method(self) -> VisualSelection:
         """The choice."""
-        return selection(json.loads(self.data))
+        return _method(self.data)
 
     @property
     def keep(self) -> Budget:
@@ -149,6 +150,11 @@ def _check_positions(settings: Settings, config: Any, who: str) -> None:
         raise TokcompileError(
             f"{who}: the second model runner hands out no positions of several axes; set VLLM_USE_V2_MODEL_RUNNER=0"
         )
+
+
+@functools.lru_cache(maxsize=64)
+def _method(data: str) -> VisualSelection:
+    return selection(json.loads(data))
 
 
 def _version() -> str:

@@ -116,7 +116,7 @@ def chosen(
         inspect.signature(method.score).bind(tokens, number, number, *inputs)
     except TypeError as error:
         raise NoMatchError(
-            f"{method.name}: its score reads more than the features, from a graph that an engine does not have ({error})"
+            f"{method.name}: its score reads more than the features, from a graph that is not here ({error})"
         ) from None
     with torch.no_grad():
         tokens, kept = method.choose(tokens, number, *inputs)
