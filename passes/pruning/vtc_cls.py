@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from tokcompile.capture.graph import ancestors
+from tokcompile.errors import NoMatchError
 from tokcompile.families.pruning.visual import VisualParams, VisualSelection, check_rows
 from tokcompile.families.scores import Scores
 from tokcompile.formulas.attention_rows import class_row
@@ -97,6 +98,16 @@ class VtcCls(VisualSelection):
             before=ctx.after(mask, rows),
         )
         return self.select(ctx, region, scores)
+
+    def outside(
+        self, features: Tensor, grid: Tensor | None, text: Tensor | None, scores: Tensor | None
+    ) -> list[Tensor]:
+        if scores is None:
+            raise NoMatchError(
+                "vtc_cls chooses by the attention of the class token, which is not in the features; give it as scores, "
+                "or use todre"
+            )
+        return [scores]
 
     def score(self, tokens: Tensor, segment: Tensor, budget: Tensor, scores: Tensor) -> Scores:  # type: ignore[override]
         return Scores(scores)

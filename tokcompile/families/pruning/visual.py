@@ -61,6 +61,30 @@ class VisualSelection(Pass):
         """
         raise NotImplementedError
 
+    def choose(self, tokens: Tensor, segment: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Score and choose: the tokens to go on with, and bool ``[B, S]``, which of them are kept (text always is).
+
+        Both the graph and :func:`tokcompile.select` choose by this.
+        """
+        keep: Budget = self.params.keep
+        budget = budgets_count(segment, keep.num) if keep.is_count else budgets(segment, keep.num, keep.den)
+        scores = read_scores(self.score(tokens, segment, budget, *inputs), self.name, 2, "tokens")
+        return tokens if scores.tokens is None else scores.tokens, keep_mask(scores.values, segment, budget)
+
+    def outside(
+        self, features: Tensor, grid: Tensor | None, text: Tensor | None, scores: Tensor | None
+    ) -> list[Tensor]:
+        """What :func:`tokcompile.select` hands to :meth:`score` in place of the ``inputs`` that :meth:`apply` makes.
+
+        Args:
+            features: ``[1, S, D]``, the images of one prompt, one after the other.
+            grid, text, scores: what the engine gave; ``scores`` is ``[1, S]``.
+
+        Raises:
+            NoMatchError: something is missing that the choice needs.
+        """
+        return []
+
     def plan(self, ctx: Context, region: MergePoint) -> Taken:
         ctx.check(region.output, suffix=1)
         stack = stack_below(ctx.regions, region.output)
@@ -86,10 +110,7 @@ class VisualSelection(Pass):
         compact = Compact(ctx, merged, below) if getattr(self.params, "positions", "keep") == "compact" else None
 
         def choose(tokens: Tensor, mask: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-            segment = segments(mask)
-            budget = budgets_count(segment, keep.num) if keep.is_count else budgets(segment, keep.num, keep.den)
-            scores = read_scores(self.score(tokens, segment, budget, *inputs), self.name, 2, "tokens")
-            return tokens if scores.tokens is None else scores.tokens, keep_mask(scores.values, segment, budget)
+            return self.choose(tokens, segments(mask), *inputs)
 
         def rows(mask: Tensor) -> Tensor:
             return kept_rows(mask, count=keep.num) if keep.is_count else kept_rows(mask, keep.num, keep.den)
