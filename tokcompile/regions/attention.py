@@ -136,6 +136,17 @@ def _from_softmax(flow: Flow, softmax: fx.Node, misses: Misses) -> Region | None
             f"expected weights x value after the softmax, found both operands of {output} to come from the softmax",
         )
         return None
+    for contraction, left, right in ((scores, query, key), (output, weights[0], values[0])):
+        low, high = sorted((len(flow.dims(left) or ()), len(flow.dims(right) or ())))
+        if low < 3 <= high:
+            misses.add(
+                "attention",
+                softmax,
+                0.7,
+                f"expected query x key before the softmax and weights x value behind it, found in {contraction} a "
+                f"product with a matrix of {low} axes: it mixes heads",
+            )
+            return None
     roles = {"query": query, "key": key, "value": values[0], "scores": scores, "softmax": softmax, "output": output}
     mask = _eager_mask(flow, scores, before)
     if mask is not None:
