@@ -17,6 +17,7 @@ from tokcompile.kinds import MERGED, Stage
 from tokcompile.runtime.cache import adopt, append_held, cache_argument, layers_of, note_held
 from tokcompile.runtime.calls import Call
 from tokcompile.runtime.compiled_call import CAPTURE_FAILURES, CompiledStage, by_name, captured_only
+from tokcompile.runtime.drafts import in_two
 from tokcompile.runtime.encoders import detach_scores
 from tokcompile.runtime.fallback import Failures
 from tokcompile.runtime.session import Session
@@ -106,6 +107,14 @@ class Stages:
         if self.cache_name == "cache" and "past_key_values" in kwargs:  # its older name
             kwargs = {**kwargs, "cache": kwargs["past_key_values"]}
             del kwargs["past_key_values"]
+        prompt, cache = self.session.calls.prompt_length, kwargs.get(self.cache_name)
+        if prompt is not None and cache is not None and cache.get_seq_length() == 0:
+            total = _tokens(kwargs).shape[1]
+            if total > prompt:
+                return in_two(functools.partial(self._run, model), kwargs, prompt, total)
+        return self._run(model, kwargs)
+
+    def _run(self, model: nn.Module, kwargs: dict[str, Any]) -> Any:
         if self.takes_embeddings:
             kwargs = self._with_images(kwargs)
         if self.takes_features and kwargs.get("mm_encoder_outputs") is None:

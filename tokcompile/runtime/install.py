@@ -14,6 +14,7 @@ from torch import nn
 from tokcompile.errors import TokcompileError
 from tokcompile.kinds import Stage
 from tokcompile.runtime.cache import cache_argument
+from tokcompile.runtime.drafts import PromptLength, drafts
 from tokcompile.runtime.encoders import Encoder, Part, SequenceEncoder
 from tokcompile.runtime.forward import Forward, Stages
 from tokcompile.runtime.outer import BATCHING, Generate, PassedOn, Refused, running_methods
@@ -24,7 +25,7 @@ Model = TypeVar("Model", bound=nn.Module)
 #: Attribute of an optimized model that holds its session.
 SESSION = "_tokcompile_session"
 _FEATURES = ("get_image_features", "get_video_features")
-_INSTALLED = (Forward, PassedOn, Generate, Encoder, SequenceEncoder, Part, Refused)
+_INSTALLED = (Forward, PassedOn, Generate, PromptLength, Encoder, SequenceEncoder, Part, Refused)
 
 
 def share(model: Model) -> Model:
@@ -127,6 +128,8 @@ def _install_one(model: nn.Module, session: Session) -> Stages:
     for name in BATCHING:
         if hasattr(type(model), name):
             _put(model, name, Refused(model, name))
+    if drafts(model) and any(method.last_tokens_choose for _, method in session.passes):
+        _put(model, "generate", PromptLength(model, session))
     encoder = _own_encoder(model)
     if encoder is not None:
         _put(encoder, "forward", SequenceEncoder(model, type(encoder).forward, session))
