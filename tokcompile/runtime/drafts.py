@@ -39,9 +39,7 @@ class PromptLength:
         return PromptLength, (self._tokcompile_owner, self.session)
 
 
-def in_two(
-    call: Callable[[dict[str, Any]], Any], kwargs: dict[str, Any], prompt: int, total: int
-) -> Any:
+def in_two(call: Callable[[dict[str, Any]], Any], kwargs: dict[str, Any], prompt: int, total: int) -> Any:
     """What ``call(kwargs)`` gives for ``total`` tokens, made of a call for the first ``prompt`` and one for the rest.
 
     Args:

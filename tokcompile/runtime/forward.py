@@ -20,6 +20,7 @@ from tokcompile.runtime.compiled_call import CAPTURE_FAILURES, CompiledStage, by
 from tokcompile.runtime.drafts import in_two
 from tokcompile.runtime.encoders import detach_scores
 from tokcompile.runtime.fallback import Failures
+from tokcompile.runtime.gate import apart, captures
 from tokcompile.runtime.session import Session
 
 VISUAL_MASK = "visual_mask"
@@ -36,6 +37,8 @@ class Forward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():  # a part of the graph of a model around this one
+            if not captures():
+                return apart(self, args, kwargs)
             return self.stages.original(self._tokcompile_owner, *args, **kwargs)
         return self.stages(self._tokcompile_owner, args, kwargs)
 
