@@ -19,6 +19,7 @@ from tokcompile.runtime.calls import Call
 from tokcompile.runtime.compiled_call import CAPTURE_FAILURES, CompiledStage, by_name, captured_only
 from tokcompile.runtime.drafts import in_two
 from tokcompile.runtime.encoders import detach_scores
+from tokcompile.runtime.everyday import settle
 from tokcompile.runtime.fallback import Failures
 from tokcompile.runtime.gate import apart, captures
 from tokcompile.runtime.session import Session
@@ -30,7 +31,7 @@ class Forward:
     """The forward of an optimized model. A copy of the model (or a pickle) gets one of its own, bound to the copy."""
 
     def __init__(self, owner: nn.Module, stages: Stages) -> None:
-        self._tokcompile_owner, self.stages = owner, stages
+        self._tokcompile_owner, self.stages, self.settled = owner, stages, False
         functools.update_wrapper(self, types.MethodType(stages.original, owner))
         if stages.takes_embeddings:
             self.__signature__ = _with_visual_mask(inspect.signature(types.MethodType(stages.original, owner)))
@@ -40,6 +41,9 @@ class Forward:
             if not captures():
                 return apart(self, args, kwargs)
             return self.stages.original(self._tokcompile_owner, *args, **kwargs)
+        if not self.settled:
+            settle(self._tokcompile_owner)
+            self.settled = True
         return self.stages(self._tokcompile_owner, args, kwargs)
 
     @property
