@@ -14,6 +14,7 @@ from torch.nn import functional
 import tokcompile
 from tests.test_attention_form import Written
 from tests.zoo import decoders, encoders
+from tests.zoo.vlm import VLMS
 from tokcompile.errors import NoMatchError
 from tokcompile.kernels.token_sparse_attention import op as sparse_prefill
 from tokcompile.kernels.token_sparse_attention.reference import compute
@@ -274,3 +275,28 @@ def test_pruned_images_and_sparse_attention_together():
     with torch.no_grad():
         found, wanted = both(**inputs).logits[:, -1], pruned(**inputs).logits[:, -1]
     assert difference(found, wanted) < 1e-5
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("way", ["assistant", pytest.param("padded", marks=SLOW), pytest.param("images", marks=SLOW)])
+def test_drafted_tokens_do_not_choose(way):
+    """With a draft behind the prompt, the first call takes what the prompt alone takes."""
+    more = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    if way == "images":
+        case = VLMS["llava"]()
+        model, inputs = case.model, case.inputs(text_len=20)
+    else:
+        model, inputs = MODELS["llama"]()
+        inputs = {name: value[-1:] for name, value in inputs.items() if name != "use_cache"}
+    if way == "padded":
+        inputs["attention_mask"][:, :7] = 0
+    helper = {"prompt_lookup_num_tokens": 3}
+    if way == "assistant":
+        helper = {"assistant_model": decoders.llama()[0]}
+    else:
+        inputs["input_ids"][:, -4:-2] = inputs["input_ids"][:, -2:]  # there is something to look up
+    sparse = tokcompile.optimize(model, steps(window=4, keep=0.3), lowering="eager")
+    helped = sparse.generate(**inputs, **helper, **more)
+    assert torch.equal(helped, sparse.generate(**inputs, **more))

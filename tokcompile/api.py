@@ -13,6 +13,7 @@ from tokcompile.errors import TokcompileError
 from tokcompile.kinds import Stage
 from tokcompile.lower.inductor import LOWERINGS
 from tokcompile.prepare.calibrate import calibrate, check_prepared
+from tokcompile.prepare.given import check_inputs, check_model, warn_of_training_mode
 from tokcompile.recipes import Recipe
 from tokcompile.reporting.report import Report
 from tokcompile.runtime.install import SESSION, Model, install, run_once, share, uninstall
@@ -67,8 +68,7 @@ def optimize(
             runs as without that step.
         TokcompileError: a bad argument.
     """
-    if not isinstance(model, nn.Module):
-        raise TokcompileError(f"optimize takes a torch.nn.Module, not {type(model).__name__}")
+    check_model(model, "optimize")
     if on_no_match not in ON_NO_MATCH:
         raise TokcompileError(f"on_no_match={on_no_match!r}: choose one of {', '.join(ON_NO_MATCH)}")
     if lowering not in LOWERINGS:
@@ -76,6 +76,9 @@ def optimize(
     if hasattr(model, SESSION):
         raise TokcompileError("this model is optimized already; start from the original model")
     loaded = Recipe.load(recipe)
+    if inputs is not None:
+        check_inputs(model, inputs, "optimize")
+    warn_of_training_mode(model, "optimize")
     check_prepared(loaded, calibration)
     if calibration is not None and not isinstance(calibration, PreparedState):
         calibration = calibrate(model, loaded, calibration)
@@ -117,7 +120,12 @@ def explain(
 
     Args:
         calibration: as for :func:`optimize`.
+
+    Raises:
+        TokcompileError: a bad argument.
     """
+    check_model(model, "explain")
+    check_inputs(model, inputs, "explain")
     loaded = None if recipe is None else Recipe.load(recipe)
     if loaded is not None and calibration is not None and not isinstance(calibration, PreparedState):
         calibration = calibrate(model, loaded, calibration)

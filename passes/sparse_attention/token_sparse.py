@@ -66,6 +66,7 @@ class TokenSparse(Pass):
     regions = "attention"
     stage = "prefill"
     calibration = "optional"
+    last_tokens_choose = True
 
     class Params(PassParams):
         coverage: float = Field(

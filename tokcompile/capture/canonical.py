@@ -10,6 +10,7 @@ from torch import fx
 from tokcompile.capture.captured import Captured
 from tokcompile.capture.packed import pack
 from tokcompile.capture.trace import inline, propagate
+from tokcompile.capture.written import join_writes
 
 aten = torch.ops.aten
 _PUT = {aten.index_put.default, aten.index_put_.default}
@@ -32,7 +33,7 @@ _VIEWS = {
 def canonicalise(captured: Captured) -> int:
     """Apply all rewrites in place; returns how many were made."""
     _share_views(captured.graph)
-    count = pack(captured)
+    count = pack(captured) + join_writes(captured)
     for node in list(captured.graph.nodes):
         if node.target in _PUT and _masked_add(captured, node):
             count += 1

@@ -16,6 +16,7 @@ from torch import nn
 
 from tokcompile.errors import TokcompileError
 from tokcompile.measure.timing import Progress, in_turn, load, peak_memory, versions
+from tokcompile.prepare.given import check_inputs, check_model
 from tokcompile.recipes import Recipe
 from tokcompile.reporting.bench_result import (
     COMPILED,
@@ -69,6 +70,10 @@ def bench(
 
     if new_tokens < 1 or rounds < 1 or warmup < 1:
         raise TokcompileError("new_tokens, rounds and warmup should be at least 1")
+    check_model(model, "bench")
+    check_inputs(model, inputs, "bench")
+    if isinstance(recipes, str):
+        raise TokcompileError(f"recipes is a sequence of recipes; pass [{recipes!r}]")
     loaded = [Recipe.load(recipe) for recipe in recipes]
     names = _names(loaded)
     generates = callable(getattr(model, "generate", None)) and getattr(model, "can_generate", lambda: True)()

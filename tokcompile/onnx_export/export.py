@@ -45,6 +45,7 @@ from tokcompile.onnx_export.serving import FORMAT, FORMAT_VERSION, OnnxModel
 from tokcompile.onnx_export.single import single_stage
 from tokcompile.plan.plan import CutPlan
 from tokcompile.prepare.calibrate import calibrate, check_prepared
+from tokcompile.prepare.given import check_inputs, check_model
 from tokcompile.recipes import Recipe
 from tokcompile.runtime.install import SESSION
 from tokcompile.runtime.session import Session
@@ -149,8 +150,8 @@ def export_onnx(
         raise ExportError(f"target={target!r}: choose one of {', '.join(TARGETS)}")
     if logits not in ("last", "all"):
         raise ExportError(f"logits={logits!r}: choose 'last' or 'all'")
-    if not isinstance(model, nn.Module):
-        raise ExportError(f"export_onnx takes a torch.nn.Module, not {type(model).__name__}")
+    check_model(model, "export_onnx", ExportError)
+    check_inputs(model, inputs, "export_onnx", ExportError)
     if hasattr(model, SESSION):
         raise ExportError("this model is optimized already; export the original model with recipe=")
     if model.training:

@@ -34,6 +34,8 @@ class Pass:
     stage: ClassVar[Literal["any", "decode", "prefill"]] = "any"
     #: Whether it keeps the ``ctx.leading_tokens`` and ``ctx.trailing_tokens`` of an encoder.
     protects_leading: ClassVar[bool] = False
+    #: Whether the last tokens of a prompt choose, so that tokens drafted behind it must not be among them.
+    last_tokens_choose: ClassVar[bool] = False
 
     class Params(BaseModel):
         model_config = ConfigDict(extra="forbid")

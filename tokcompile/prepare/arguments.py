@@ -21,18 +21,23 @@ def arguments(
     *,
     what: str = "calibration item",
     error: type[TokcompileError] = CalibrationError,
+    counted: bool = True,
 ) -> dict[str, Any]:
     """One input as keyword arguments.
+
+    Args:
+        counted: whether it is one of several, so that a message names its ``number``.
 
     Raises:
         TokcompileError: of the type ``error``; it is of another form, or has no argument that ``forward`` knows.
     """
     parameters = inspect.signature(model.forward).parameters
+    one = f"{what} {number}" if counted else what
     if isinstance(item, torch.Tensor):
         return {next(iter(parameters)): item}
     if not isinstance(item, Mapping):
         raise error(
-            f"{what} {number} is a {type(item).__name__}; expected a mapping of keyword arguments, such as "
+            f"{one} is a {type(item).__name__}; expected a mapping of keyword arguments, such as "
             "{'input_ids': ...}, or a tensor"
         )
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -40,8 +45,7 @@ def arguments(
     named = {p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     if not item or (unknown and not hasattr(model, "generate") and not takes_any) or not named & set(item):
         raise error(
-            f"{what} {number} has the keys {sorted(item)}; the forward of this model takes "
-            f"{', '.join(sorted(named)[:12])}"
+            f"{one} has the keys {sorted(item)}; the forward of this model takes {', '.join(sorted(named)[:12])}"
         )
     return dict(item)
 

@@ -7,6 +7,7 @@ is in ``recipe_yaml``, changing single values in ``recipe_overrides``, the JSON 
 
 from __future__ import annotations
 
+import html
 import os
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
@@ -127,6 +128,19 @@ class Recipe(RecipeModel):
         recipe = _resolve(Source("", label, Path()), data, Marks(), [], lines)
         recipe._name = self._name
         return recipe
+
+    def __repr__(self) -> str:
+        steps = ", ".join(
+            f"{step.pass_}({', '.join(f'{k}={v!r}' for k, v in step.params.model_dump(exclude_unset=True).items())})"
+            for step in self.steps
+        )
+        return f"<tokcompile recipe{' ' + self.name if self.name else ''}: {steps}>"
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        name, description, steps = map(html.escape, (self.name or "recipe", self.description, repr(self)))
+        return f"<b>{name}</b><p>{description}</p><pre>{steps}</pre>"
 
     def named(self, name: str) -> Recipe:
         """A copy of that name."""

@@ -140,6 +140,15 @@ def _from_softmax(flow: Flow, softmax: fx.Node, misses: Misses) -> AttentionRegi
             f"expected weights x value after the softmax, found both operands of {output} to come from the softmax",
         )
         return None
+    for contraction, left, right in ((scores, query, key), (output, weights[0], values[0])):
+        low, high = sorted((len(flow.dims(left) or ()), len(flow.dims(right) or ())))
+        if low < 3 <= high:
+            attempt.fails(
+                softmax,
+                f"expected query x key before the softmax and weights x value behind it, found in {contraction} a "
+                f"product with a matrix of {low} axes: it mixes heads",
+            )
+            return None
     bends = [n for n in before.passed if flow.op[n] == "tanh"]
     return AttentionRegion(
         path=module_path(softmax),

@@ -137,6 +137,11 @@ def page(
     )
 
 
+def fragment(report: Mapping[str, Any]) -> str:
+    """The page in a frame of its own, for notebooks: its style leaves theirs alone."""
+    return tag("iframe", srcdoc=page(report), width="100%", height="480", style="border:0")
+
+
 def write(report: Mapping[str, Any], path: str | os.PathLike[str], **given: Any) -> None:
     """:func:`page`, into a file."""
     Path(path).write_text(page(report, **given), encoding="utf-8")

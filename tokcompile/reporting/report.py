@@ -18,7 +18,7 @@ from rich.text import Text
 
 from tokcompile.kinds import KINDS
 from tokcompile.regions.model import Regions
-from tokcompile.reporting.html import write
+from tokcompile.reporting.html import fragment, write
 from tokcompile.reporting.paths import path_glob, path_globs, path_template
 from tokcompile.reporting.status import STATUSES, Status
 
@@ -83,7 +83,7 @@ class StageReport:
     fell_back: int = 0
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """The report of one model.
 
@@ -154,6 +154,17 @@ class Report:
             TokcompileError: something in ``pictures`` is no picture.
         """
         write(self.to_dict(), path, bench=bench, pictures=pictures)
+
+    def __repr__(self) -> str:
+        """One line; ``print(report)`` shows all of it."""
+        recipe = f"recipe {self.recipe}" if self.recipe else f"a recipe of {len(self.steps)} steps"
+        done = [f"{s.pass_name} {s.status}" + (f" x{s.matches}" if s.matches else "") for s in self.steps]
+        graphs = ", ".join(dict.fromkeys(stage.name for stage in self.stages if stage.captured)) or "none yet"
+        what = f"{recipe} ({', '.join(done)})" if self.steps else f"{len(self.regions)} regions, no recipe"
+        return f"<tokcompile report of {self.model or 'a model'}: {what}; graphs: {graphs}>"
+
+    def _repr_html_(self) -> str:
+        return fragment(self.to_dict())
 
     def __str__(self) -> str:
         # markup and highlighting off: reasons hold square brackets

@@ -20,11 +20,13 @@ class Call:
         served: the stages that a graph took so far.
         tried: whether it came to a forward that is captured.
         visual_mask: bool ``[B, S]``, the tokens of images in the prompt of this call, where it is known.
+        prompt_length: tokens of the prompt, where drafted ones may follow it.
     """
 
     served: list[Stage] = field(default_factory=list)
     tried: bool = False
     visual_mask: torch.Tensor | None = None
+    prompt_length: int | None = None
 
     @property
     def reached(self) -> bool:
@@ -66,3 +68,8 @@ class Calls:
     def visual_mask(self) -> torch.Tensor | None:
         """That of the innermost call that has one."""
         return next((call.visual_mask for call in reversed(self._open()) if call.visual_mask is not None), None)
+
+    @property
+    def prompt_length(self) -> int | None:
+        """That of the innermost call that has one."""
+        return next((call.prompt_length for call in reversed(self._open()) if call.prompt_length is not None), None)

@@ -15,6 +15,7 @@ from tokcompile.capture.failures import explain_failure
 from tokcompile.kinds import Stage
 from tokcompile.runtime.compiled_call import CAPTURE_FAILURES, CompiledStage, by_name, captured_only
 from tokcompile.runtime.fallback import Failures
+from tokcompile.runtime.gate import apart, captures
 from tokcompile.runtime.session import Session
 
 
@@ -71,6 +72,8 @@ class Encoder(_EncoderStage):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
+            if not captures():
+                return apart(self, args, kwargs)
             return self.original(self.base, *args, **kwargs)
         kwargs = by_name(self.original, self.base, args, kwargs)
         found, captured = self.run(kwargs, lambda: self.original(self.base, **kwargs), self.base, kwargs)
@@ -100,6 +103,8 @@ class SequenceEncoder(_EncoderStage):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
+            if not captures():
+                return apart(self, args, kwargs)
             return self.original(self.model.get_encoder(), *args, **kwargs)
         return self.run(
             (args, kwargs),
@@ -135,6 +140,8 @@ class Part(_EncoderStage):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
+            if not captures():
+                return apart(self, args, kwargs)
             return self.original(self._tokcompile_owner, *args, **kwargs)
         if not any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
             return self.original(self._tokcompile_owner, *args, **kwargs)

@@ -17,8 +17,11 @@ from tokcompile.kinds import MERGED, Stage
 from tokcompile.runtime.cache import adopt, append_held, cache_argument, layers_of, note_held
 from tokcompile.runtime.calls import Call
 from tokcompile.runtime.compiled_call import CAPTURE_FAILURES, CompiledStage, by_name, captured_only
+from tokcompile.runtime.drafts import in_two
 from tokcompile.runtime.encoders import detach_scores
+from tokcompile.runtime.everyday import settle
 from tokcompile.runtime.fallback import Failures
+from tokcompile.runtime.gate import apart, captures
 from tokcompile.runtime.session import Session
 
 VISUAL_MASK = "visual_mask"
@@ -28,14 +31,19 @@ class Forward:
     """The forward of an optimized model. A copy of the model (or a pickle) gets one of its own, bound to the copy."""
 
     def __init__(self, owner: nn.Module, stages: Stages) -> None:
-        self._tokcompile_owner, self.stages = owner, stages
+        self._tokcompile_owner, self.stages, self.settled = owner, stages, False
         functools.update_wrapper(self, types.MethodType(stages.original, owner))
         if stages.takes_embeddings:
             self.__signature__ = _with_visual_mask(inspect.signature(types.MethodType(stages.original, owner)))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():  # a part of the graph of a model around this one
+            if not captures():
+                return apart(self, args, kwargs)
             return self.stages.original(self._tokcompile_owner, *args, **kwargs)
+        if not self.settled:
+            settle(self._tokcompile_owner)
+            self.settled = True
         return self.stages(self._tokcompile_owner, args, kwargs)
 
     @property
@@ -106,6 +114,14 @@ class Stages:
         if self.cache_name == "cache" and "past_key_values" in kwargs:  # its older name
             kwargs = {**kwargs, "cache": kwargs["past_key_values"]}
             del kwargs["past_key_values"]
+        prompt, cache = self.session.calls.prompt_length, kwargs.get(self.cache_name)
+        if prompt is not None and cache is not None and cache.get_seq_length() == 0:
+            total = _tokens(kwargs).shape[1]
+            if total > prompt:
+                return in_two(functools.partial(self._run, model), kwargs, prompt, total)
+        return self._run(model, kwargs)
+
+    def _run(self, model: nn.Module, kwargs: dict[str, Any]) -> Any:
         if self.takes_embeddings:
             kwargs = self._with_images(kwargs)
         if self.takes_features and kwargs.get("mm_encoder_outputs") is None:

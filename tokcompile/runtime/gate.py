@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch
 from torch._dynamo.convert_frame import compile_lock
 
 
@@ -31,6 +33,11 @@ class Gate:
     def may_compile(self) -> bool:
         """Whether this thread is not inside a shared call."""
         return getattr(self._of, "mode", "") != "shared"
+
+    @property
+    def captures(self) -> bool:
+        """Whether this thread is making a graph."""
+        return bool(getattr(self._of, "mode", "") == "alone")
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
@@ -81,3 +88,15 @@ class Gate:
 
 #: One for the process: what tracing patches is the process's, whichever model is traced.
 GATE = Gate()
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def captures() -> bool:
+    """Whether what Dynamo traces here becomes a graph of tokcompile's; asked while it traces."""
+    return GATE.captures
+
+
+@torch._dynamo.disable  # type: ignore[untyped-decorator]
+def apart(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call that a ``torch.compile`` of the user leaves out of its graph, which would take the dense model."""
+    return function(*args, **kwargs)

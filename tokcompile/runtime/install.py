@@ -16,7 +16,9 @@ from torch import nn
 from tokcompile.errors import TokcompileError
 from tokcompile.kinds import Stage
 from tokcompile.runtime.cache import cache_argument
+from tokcompile.runtime.drafts import PromptLength, drafts
 from tokcompile.runtime.encoders import Encoder, Part, SequenceEncoder
+from tokcompile.runtime.everyday import DenseSaving, Told, Unhooked, settle
 from tokcompile.runtime.forward import Forward, Stages
 from tokcompile.runtime.outer import BATCHING, Generate, PassedOn, Refused, running_methods
 from tokcompile.runtime.session import Session
@@ -26,7 +28,10 @@ Model = TypeVar("Model", bound=nn.Module)
 #: Attribute of an optimized model that holds its session.
 SESSION = "_tokcompile_session"
 _FEATURES = ("get_image_features", "get_video_features")
-_INSTALLED = (Forward, PassedOn, Generate, Encoder, SequenceEncoder, Part, Refused)
+_INSTALLED = (
+    *(Forward, PassedOn, Generate, PromptLength, Encoder, SequenceEncoder, Part),
+    *(Refused, DenseSaving, Told, Unhooked),
+)
 
 
 def share(model: Model) -> Model:
@@ -147,7 +152,11 @@ def install(model: nn.Module, session: Session) -> None:
     if session.prepared is not None:
         model.add_module(NAMESPACE, session.prepared)
     object.__setattr__(model, SESSION, session)
-    _settle(model)
+    settle(model)
+    for name in ("extra_repr", "_repr_html_"):
+        _put(model, name, Told(model, session, name))
+    if callable(getattr(type(model), "save_pretrained", None)):
+        _put(model, "save_pretrained", DenseSaving(model))
     holding = {name for name, child in model.named_children() if any(m in inner for m in child.modules())}
     methods = running_methods(model)
     if "generate" in methods:
@@ -168,6 +177,8 @@ def _install_one(model: nn.Module, session: Session) -> Stages:
     for name in BATCHING:
         if hasattr(type(model), name):
             _put(model, name, Refused(model, name))
+    if drafts(model) and any(method.last_tokens_choose for _, method in session.passes):
+        _put(model, "generate", PromptLength(model, session))
     encoder = _own_encoder(model)
     if encoder is not None:
         _put(encoder, "forward", SequenceEncoder(model, type(encoder).forward, session))
@@ -206,24 +217,6 @@ def _own_encoder(model: Any) -> nn.Module | None:
         return None
     encoder = model.get_encoder()
     return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
-
-
-def _settle(model: nn.Module) -> None:
-    """Do now what transformers does under a lock at the first call; Dynamo cannot trace a lock."""
-    try:
-        from transformers.utils.output_capturing import maybe_install_capturing_hooks
-    except ImportError:
-        return
-    flag = "_output_capturing_hooks_installed"
-    for module in model.modules():
-        function: Any = type(module).forward
-        captures = False
-        while function is not None and not captures:
-            captures = "capture_outputs" in getattr(getattr(function, "__code__", None), "co_qualname", "")
-            function = getattr(function, "__wrapped__", None)
-        # a model installs the hooks of the models inside it, and a second set would record everything twice
-        if captures and not any(getattr(inner, flag, False) for inner in module.modules()):
-            maybe_install_capturing_hooks(module)  # type: ignore[arg-type]
 
 
 def uninstall(model: nn.Module) -> None:

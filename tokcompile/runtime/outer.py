@@ -14,6 +14,7 @@ from torch import nn
 from tokcompile.errors import CacheError
 from tokcompile.runtime.calls import Call
 from tokcompile.runtime.forward import Stages
+from tokcompile.runtime.gate import apart, captures
 from tokcompile.runtime.session import Session
 
 
@@ -70,6 +71,8 @@ class PassedOn:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
+            if not captures():
+                return apart(self, args, kwargs)
             return self.stages.original(self._tokcompile_owner, *args, **kwargs)
         if not self.passes_by:
             with self.stages.session.calls.open(Call()) as call:

@@ -195,7 +195,7 @@ def _write_model(made: Path, model: nn.Module, kind: str, entry: dict[str, Any])
         entry["attention"] = _attention(model.config)
         try:
             with quiet():
-                model.save_pretrained(made / MODEL, state_dict=weights)  # type: ignore[operator]
+                type(model).save_pretrained(model, made / MODEL, state_dict=weights)  # type: ignore[attr-defined]
         except Exception as error:  # a generation config that transformers itself refuses, say
             raise SavedModelError(f"{type(model).__name__}.save_pretrained failed: {first_of(error)}") from error
         odd = [f.name for f in (made / MODEL).iterdir() if not MODEL_FILES.fullmatch(f.name)]

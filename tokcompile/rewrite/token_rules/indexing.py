@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from tokcompile.capture.ops import is_in_place
 from tokcompile.capture.sizes import MAX_INT, equal, product, shape_of
 from tokcompile.rewrite.labels import Axis, Dim, Factor, is_token, is_tracked, plain
 from tokcompile.rewrite.token_axis import Follower, rule
@@ -113,6 +114,31 @@ def _gather(self: Follower, node: fx.Node) -> Any:
     if is_token(table.get("from", ())):
         raise self.refuse(node, "gather picks tokens")
     return self.output(node, [i if i != dim else "to" for i in range(rank)], table)
+
+
+@rule(
+    aten.scatter.value,
+    aten.scatter.src,
+    aten.scatter_.value,
+    aten.scatter_.src,
+    aten.scatter_add.default,
+    aten.scatter_add_.default,
+)
+def _scatter(self: Follower, node: fx.Node) -> Any:
+    """Writes along a dimension that is no token axis: each token writes into its own row."""
+    value, dim, index, source = node.args[:4]
+    shape, picked = shape_of(node), shape_of(index)
+    rank = len(shape)
+    dim = int(dim) % rank  # type: ignore[arg-type]
+    keys, written = ([i if i != dim else name for i in range(rank)] for name in ("into", "from"))
+    if any(not equal(shape[i], picked[i]) for i in range(rank) if i != dim):
+        raise self.refuse(node, "scatter writes a part of the rows")
+    table = self.align(node, [(value, keys), (index, written), (source, written)])
+    if is_token(table.get("into", ())) or is_token(table.get("from", ())):
+        raise self.refuse(node, "scatter picks tokens")
+    if is_in_place(node) and self.dims(value) is None and any(is_token(d) for d in table.values()):
+        raise self.refuse(node, "tokens are written into a value from outside")
+    return self.output(node, keys, table)
 
 
 @rule(aten.index.Tensor)
