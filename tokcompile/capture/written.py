@@ -99,7 +99,7 @@ def _write(buffer: fx.Node, view: fx.Node) -> _Write | None:
     while view.target is aten.slice.Tensor and len(view.users) == 1:
         dim, start, end, step = (*view.args[1:], *(0, 0, None, 1)[len(view.args) - 1 :])
         views.insert(0, view)
-        dim = int(dim) % len(shape)  # type: ignore[call-overload]
+        dim = int(dim) % len(shape)  # type: ignore[arg-type]
         size = shape[dim]
         if view.meta["val"].shape[dim] is not size and not (
             isinstance(size, int) and view.meta["val"].shape[dim] == size

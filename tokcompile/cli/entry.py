@@ -17,7 +17,7 @@ from tokcompile.cli.output import stderr
 
 def in_front(given: Sequence[str], option: str) -> list[str]:
     """``given`` with each ``option VALUE`` (or ``option=VALUE``) ahead of the command, where the program reads it."""
-    first, rest, words = [], [], list(given)
+    words, first, rest = list(given), list[str](), list[str]()
     while words:
         word = words.pop(0)
         if word == "--":  # what follows is not for us

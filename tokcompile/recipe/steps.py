@@ -170,7 +170,8 @@ class Step(RecipeModel):
         """A filter that the pass would not look at is refused, so that none is ignored silently."""
         if "pass_" not in info.data:
             return value
-        method, found = get_pass(info.data["pass_"]), []
+        method = get_pass(info.data["pass_"])
+        found: list[tuple[tuple[str, ...], str, Any]] = []
         kinds = (method.regions, *getattr(method, "also", ()))
         if value.region is not None and value.region not in kinds:
             what = f"{method.name} works on {' or '.join(kinds)}, not on {value.region}; leave target.region out"

@@ -31,7 +31,7 @@ from tokcompile.formulas.mask import MaskForm, read_mask
 from tokcompile.kernels.precision import as_autocast
 from tokcompile.plan.pass_base import Pass
 from tokcompile.plan.plan import Taken
-from tokcompile.regions.model import Region
+from tokcompile.regions.model import AttentionRegion
 from tokcompile.registry import PassParams, about
 from tokcompile.rewrite.context import Context
 
@@ -88,17 +88,21 @@ class BlockSelection(Pass):
         """
         raise NotImplementedError
 
-    def inputs(self, ctx: Context, region: Region, form: AttentionForm) -> tuple[Sequence[fx.Node], dict[str, Any]]:
+    def inputs(
+        self, ctx: Context, region: AttentionRegion, form: AttentionForm
+    ) -> tuple[Sequence[fx.Node], dict[str, Any]]:
         """Nodes that :meth:`lists` takes beside query, key and value, and details for the report."""
         return (), {}
 
-    def text(self, ctx: Context, region: Region, form: AttentionForm) -> tuple[fx.Node | int, int, bool] | None:
+    def text(
+        self, ctx: Context, region: AttentionRegion, form: AttentionForm
+    ) -> tuple[fx.Node | int, int, bool] | None:
         """The text of a joint sequence: its length as a number, or a node and the axis that has it; whether it is
         first. None: there is none.
         """
         return None
 
-    def dense_when(self, ctx: Context, region: Region) -> fx.Node | None:
+    def dense_when(self, ctx: Context, region: AttentionRegion) -> fx.Node | None:
         """Node, bool of one element or [B]: whether this call attends to everything; None: it never does."""
         return None
 
@@ -110,11 +114,11 @@ class BlockSelection(Pass):
         """The share of the blocks that is expected to be kept, for the prediction of the gain."""
         return 0.25
 
-    def plan(self, ctx: Context, region: Region) -> Taken:
+    def plan(self, ctx: Context, region: AttentionRegion) -> Taken:
         self._checked(ctx, region)
         return Taken()
 
-    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+    def apply(self, ctx: Context, region: AttentionRegion) -> dict[str, Any]:
         form, mask, least = self._checked(ctx, region)
         more, details = self.inputs(ctx, region, form)
         text, when = self.text(ctx, region, form), self.dense_when(ctx, region)
@@ -158,17 +162,17 @@ class BlockSelection(Pass):
         form.replace(ctx, attention, form.query, form.key, form.value, *nodes, *more)
         return {"block": self.params.block, "dense_below": least, **details}
 
-    def _checked(self, ctx: Context, region: Region) -> tuple[AttentionForm, MaskForm, int]:
+    def _checked(self, ctx: Context, region: AttentionRegion) -> tuple[AttentionForm, MaskForm, int]:
         """The attention, its mask, and the length from which on it runs sparse.
 
         Raises:
             NarrowError, UnprofitableError: it stays dense.
         """
-        output, place = region.roles["output"], ctx.layer(region)
+        output, place = region.output, ctx.layer(region)
         alone = (
             "expected an attention within one sequence, all of it in this call; with keys of a cache, or of another "
         )
-        if region.variant["cross"] == "cross" or equal(region.shapes["S"], 1):
+        if region.cross or equal(region.queries, 1):
             raise ctx.refuse(output, alone + "sequence, it stays dense")
         form = read_attention(ctx, region)
         if not equal(form.query.meta["val"].shape[2], form.key.meta["val"].shape[2]):
@@ -203,7 +207,7 @@ class BlockSelection(Pass):
                 output, "a bidirectional attention; this choice of blocks is for attention that hides later keys"
             )
 
-    def _gate(self, region: Region, form: AttentionForm, causal: bool) -> int:
+    def _gate(self, region: AttentionRegion, form: AttentionForm, causal: bool) -> int:
         """Raise where dense attention serves inputs of this length better; puts a guard on the length."""
         least, output = self.params.dense_below, form.output
         if least == "auto":

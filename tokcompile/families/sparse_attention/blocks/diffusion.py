@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from tokcompile.families.sparse_attention.blocks.base import BlockParams, BlockSelection
 from tokcompile.families.sparse_attention.blocks.joint import find_text
 from tokcompile.formulas.attention import AttentionForm
-from tokcompile.regions.model import Region
+from tokcompile.regions.model import AttentionRegion
 from tokcompile.registry import about
 from tokcompile.rewrite.context import Context
 
@@ -41,7 +41,9 @@ class DiffusionBlocks(BlockSelection):
     stage = "any"
     direction = "both"
 
-    def text(self, ctx: Context, region: Region, form: AttentionForm) -> tuple[fx.Node | int, int, bool] | None:
+    def text(
+        self, ctx: Context, region: AttentionRegion, form: AttentionForm
+    ) -> tuple[fx.Node | int, int, bool] | None:
         p = self.params
         if p.text_tokens is not None:
             if bool(form.key.meta["val"].shape[2] <= p.text_tokens):
@@ -50,7 +52,7 @@ class DiffusionBlocks(BlockSelection):
         found = find_text(ctx, form)
         return None if found is None else (found.node, found.axis, found.first)
 
-    def dense_when(self, ctx: Context, region: Region) -> fx.Node | None:
+    def dense_when(self, ctx: Context, region: AttentionRegion) -> fx.Node | None:
         p = self.params
         if p.dense_from is None:
             return None
@@ -58,7 +60,7 @@ class DiffusionBlocks(BlockSelection):
         if len(named) != 1 or not isinstance(named[0].meta.get("val"), Tensor):
             known = sorted({_argument(n) for n in ctx.captured.placeholders} - {""})
             raise ctx.refuse(
-                region.roles["output"],
+                region.output,
                 f"no tensor argument {p.timestep!r}, which dense_from needs; this graph takes "
                 f"{', '.join(known) or 'none'}",
             )
