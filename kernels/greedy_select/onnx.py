@@ -67,12 +67,17 @@ def decompose(
     if criterion == "herding":
         mean = mean_in_segment(similarity, segment)
         similarity, score = similarity - mean.to(torch.float64).unsqueeze(2), -mean
-        pivot = mean.to(torch.float64) if pivot is None else pivot
     elif criterion == "k_center":
         score = torch.full_like(segment, -(1 << 30))
     similarity = similarity.to(torch.int32)  # below 2 ** 24: exact, and no number in the loop is a float
     # at each token: the next choice of its own segment
-    choice = torch.where(inside, start + first_choices(segment, pivot), 0)
+    if criterion == "herding" and pivot is None:  # the largest mean, ties: lower index
+        least = none.scatter_reduce(1, slot, torch.where(inside, index - mean * _STRIDE, _TAKEN), "amin").gather(
+            1, slot
+        )
+        choice = torch.where(inside, torch.remainder(least, _STRIDE), 0)
+    else:
+        choice = torch.where(inside, start + first_choices(segment, pivot), 0)
 
     def body(
         step: Tensor, order: Tensor, score: Tensor, choice: Tensor, free: Tensor
@@ -108,7 +113,7 @@ def _quantise(features: Tensor) -> Tensor:
 def _fp32(x: Tensor) -> Tensor:
     """fp64 numbers rounded to the 24 bits of fp32, in arithmetic (Veltkamp): converters of files change casts to fp32.
 
-    Right for what one fp32 operation gives: products of two such numbers are exact in fp64, and quotients and roots have
+    Right for what one fp32 operation gives: products of two such numbers are exact in fp64, quotients and roots have
     more than twice the bits.
     """
     far = x * (2.0**29 + 1)
