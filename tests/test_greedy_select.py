@@ -19,7 +19,7 @@ from tokcompile.kernels.greedy_select import (
     quantise,
 )
 from tokcompile.kernels.greedy_select import triton as kernel
-from tokcompile.kernels.greedy_select.onnx import decomposition
+from tokcompile.kernels.greedy_select.onnx import _quantise, decomposition
 from tokcompile.kernels.greedy_select.op import _choose, greedy_select_host, supports
 from tokcompile.kernels.greedy_select.reference import NORM, choose, mean_similarity
 from tokcompile.rewrite import selection
@@ -298,6 +298,56 @@ def test_onnxruntime_selects_the_same():
         )
         for value, expected in zip(found, Select()(features, visual), strict=True):
             assert torch.equal(torch.from_numpy(value), expected)
+
+
+def _converted(model, way, folder):
+    """The file as people make it smaller. Features of fp16 precision stay the same in all of them."""
+    import onnx
+
+    if way == "fp16":
+        from onnxruntime.transformers.float16 import convert_float_to_float16
+
+        return convert_float_to_float16(onnx.load_from_string(model), keep_io_types=True).SerializeToString()
+    from onnxruntime.quantization import quantize_dynamic
+
+    (folder / "whole.onnx").write_bytes(model)
+    quantize_dynamic(folder / "whole.onnx", folder / "less.onnx")
+    return (folder / "less.onnx").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["fp16", "dynamic int8"])
+def test_converted_files_select_the_same(way, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+
+    class Select(torch.nn.Module):
+        def forward(self, features, visual):
+            segment = selection.segments(visual)
+            budget = selection.budgets(segment, 1, 3)
+            return [torch.ops.tokcompile.greedy_select(features, segment, budget, c) for c in CRITERIA]
+
+    example = realistic(2, 12, 8), torch.rand(2, 12) < 0.7
+    dims = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(Select(), example, dynamic_shapes=(dims, dims))
+    program = program.run_decompositions({torch.ops.tokcompile.greedy_select.default: decomposition()})
+    model = torch.onnx.export(program, dynamo=True, opset_version=20, verbose=False).model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(_converted(model, way, tmp_path), providers=["CPUExecutionProvider"])
+    for shape, share in (((1, 7), 0.8), ((3, 40), 0.9), ((1, 90), 1.0)):
+        features, visual = realistic(*shape, 8, seed=shape[1]).half().float(), torch.rand(shape) < share
+        features[:, 3] = features[:, 2]
+        found = session.run(
+            None, dict(zip((i.name for i in session.get_inputs()), (features.numpy(), visual.numpy()), strict=True))
+        )
+        for value, expected in zip(found, Select()(features, visual), strict=True):
+            assert torch.equal(torch.from_numpy(value), expected)
+
+
+@pytest.mark.parametrize("scale", [1e-14, 1.0, 1e14, 3e38])
+def test_integers_of_fp64_are_those_of_fp32(scale):
+    features = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)).clamp(-1, 1) * scale
+    features[0, 0], features[1, 1], features[2] = float("inf"), float("nan"), 0.0
+    assert torch.equal(_quantise(features), quantise(features).double())
 
 
 def triton_equals_reference(device):
