@@ -102,7 +102,7 @@ def serve(
         env=os.environ | QUIET | (environment or {}),
         capture_output=True,
         text=True,
-        timeout=540,
+        timeout=1800,
     )
     if done.returncode:
         raise RuntimeError(done.stdout[-4000:] + done.stderr[-8000:])
