@@ -29,6 +29,7 @@ TOKENS = 6
 RATIO = 0.25
 BLOCK = 32  # tokens, of the cache: the smallest that vLLM has on a CPU
 QUIET = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -53,7 +54,7 @@ def prompts(family: Family) -> list[tuple[str, list[tuple[int, int]]]]:
 
     Behind 20 words an image is in the first block of the cache, behind 28 and 30 it is in two blocks.
     """
-    words, sizes = [f"w{i}" for i in range(10, 40)], family.sizes
+    words, sizes = [f"w{i}" for i in range(30, 60)], family.sizes
     found = [
         (" ".join([*words[:count], family.image, *words[: 14 + i]]), [sizes[i % len(sizes)]])
         for i, count in enumerate((20, 28, 30))
