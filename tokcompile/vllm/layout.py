@@ -145,6 +145,6 @@ def write_columns(features: Tensor, numbers: Tensor) -> Tensor:
 def read_columns(features: Tensor) -> tuple[Tensor, Tensor]:
     """The features and the numbers that :func:`write_columns` put together."""
     width = features.shape[1] - COLUMNS
-    digits = features[:, width:].to(torch.int64).unflatten(1, (1 + AXES, _DIGITS))
+    digits = features[:, width:].to(torch.int64).reshape(-1, 1 + AXES, _DIGITS)
     powers = torch.tensor([_BASE**power for power in range(_DIGITS)], device=features.device)
     return features[:, :width], (digits * powers).sum(2) - _SHIFT
