@@ -54,8 +54,8 @@ def segments(visual: Tensor) -> Tensor:
     return torch.cumsum(start, dim=1) * flag - 1
 
 
-def _segment_sum(value: Tensor, segment: Tensor) -> Tensor:
-    """Sum of ``value`` (int64 [B, S], 0 outside segments) over the segment of each position; [B, S]."""
+def segment_sum(value: Tensor, segment: Tensor) -> Tensor:
+    """Sum of ``value`` ([B, S], 0 outside segments) over the segment of each position; [B, S]."""
     slot = segment.clamp(min=0)
     return torch.zeros_like(value).scatter_add(1, slot, value).gather(1, slot)
 
@@ -63,7 +63,7 @@ def _segment_sum(value: Tensor, segment: Tensor) -> Tensor:
 def segment_sizes(segment: Tensor) -> Tensor:
     """int64 [B, S]: number of tokens of the segment that a position belongs to, 0 outside segments."""
     flag = (segment >= 0).to(torch.int64)
-    return _segment_sum(flag, segment) * flag
+    return segment_sum(flag, segment) * flag
 
 
 def segment_positions(segment: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def segment_positions(segment: Tensor) -> Tensor:
     flag = (segment >= 0).to(torch.int64)
     index = index_of(segment) * flag
     start = (segment != _previous(segment, -1)).to(torch.int64) * flag
-    return (index - _segment_sum(start * index, segment)) * flag
+    return (index - segment_sum(start * index, segment)) * flag
 
 
 def budgets(segment: Tensor, num: int, den: int) -> Tensor:

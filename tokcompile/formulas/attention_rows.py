@@ -14,7 +14,7 @@ from tokcompile.rewrite.context import Context
 from tokcompile.rewrite.selection import keep_index, row_attention
 
 
-def attention_rows(ctx: Context, layer: Layer, rows: int | fx.Node | None, *, most: int | None = None) -> fx.Node:
+def attention_rows(ctx: Context, layer: Layer, rows: int | fx.Node | None, *, most: int | fx.Node | None = None) -> fx.Node:
     """Attention probabilities of some queries of ``layer``: fp32 ``[B, H, R, T]``, computed beside the attention.
 
     Soft cap, mask, causal order, window, shared key heads and sinks are those of the layer. Only the rows asked for are
@@ -24,7 +24,7 @@ def attention_rows(ctx: Context, layer: Layer, rows: int | fx.Node | None, *, mo
     Args:
         rows: which queries: the first so many; all (None); a node, int64 ``[B, R]``: those at these places (-1: none);
             or a node, bool ``[B, S]``: the last ``most`` of those where it is true, right-aligned.
-        most: rows that a bool ``rows`` gives.
+        most: rows that a bool ``rows`` gives, a number or a size in the graph.
 
     Raises:
         NarrowError: the layer has no attention, or one whose formula is not known.
@@ -33,9 +33,14 @@ def attention_rows(ctx: Context, layer: Layer, rows: int | fx.Node | None, *, mo
     if isinstance(rows, fx.Node) and rows.meta["val"].dtype == torch.bool:
         if most is None:
             raise ValueError("attention_rows: queries given by a bool mask need most=, the number of rows")
-        count = most
-        rows = ctx.emit(lambda chosen: keep_index(chosen, count), rows, before=ctx.after(rows))
+        rows = last_places(ctx, rows, most)
     return _taken(ctx, source, rows) if isinstance(source, fx.Node) else _computed(ctx, source, rows)
+
+
+def last_places(ctx: Context, chosen: fx.Node, most: int | fx.Node) -> fx.Node:
+    """int64 ``[B, R]``: the last ``most`` places where ``chosen`` (bool ``[B, S]``) is true, right-aligned; -1: none."""
+    sized = (most,) if isinstance(most, fx.Node) else ()
+    return ctx.emit(keep_index, chosen, most, before=ctx.after(chosen, *sized))  # type: ignore[no-any-return]
 
 
 def rows_source(ctx: Context, layer: Layer) -> fx.Node | AttentionForm:

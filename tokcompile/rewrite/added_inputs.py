@@ -48,9 +48,11 @@ class AddedInputs:
             for name, tensor in self.prepared.tensors(pass_name, key).items()
         }
 
-    def size(self, mask: fx.Node, function: SizeFunction, name: str, args: Sequence[Any]) -> tuple[Any, bool]:
+    def size(
+        self, mask: fx.Node, function: SizeFunction, name: str, args: Sequence[Any], padded: bool = False
+    ) -> tuple[Any, bool]:
         """See :meth:`Context.host_size`."""
-        size = HostSize(*extract(self.captured, [mask]), function, mask)
+        size = HostSize(*extract(self.captured, [mask]), function, mask, padded=padded)
         hint, ragged = size(args)
         ragged = ragged or self.always_ragged
         self.sizes.append(size)

@@ -193,9 +193,15 @@ class Context:
             following = following.next
         return following
 
-    def host_size(self, mask: fx.Node, function: SizeFunction, name: str) -> tuple[Any, bool]:
-        """A size read off the real visual mask before each call (a node, or an int), and whether rows differ."""
-        return self.added.size(mask, function, name, self.args)
+    def host_size(
+        self, mask: fx.Node, function: SizeFunction, name: str, *, padded: bool = False
+    ) -> tuple[Any, bool]:
+        """A size read off the real visual mask before each call (a node, or an int), and whether rows differ.
+
+        Args:
+            padded: the graph is the same whether rows differ or not: count them as rows that do.
+        """
+        return self.added.size(mask, function, name, self.args, padded)
 
     def cut(
         self,
@@ -210,11 +216,13 @@ class Context:
         prefix: int = 0,
         suffix: int = 0,
         value: fx.Node | None = None,
+        aside: Sequence[fx.Node] = (),
     ) -> fx.Node:
         """Keep the tokens of ``node [B, S, D]`` where ``keep [B, S]`` is true, in ``size`` slots for each row.
 
         Args:
             value: ``[B, S, D]`` to take the kept tokens from instead of ``node`` (tokens that were merged, say).
+            aside: values that are computed from ``node`` and keep all of its tokens.
             stack: name of the residual stream; later cuts of the same stack compose with this one.
             layer, index: the first layer below the cut, and its position in the stack.
 
@@ -235,7 +243,10 @@ class Context:
                 before=at,
             )
         )
-        narrow(self.captured, [Cut(node, kept, size, ragged=ragged, prefix=prefix, suffix=suffix, narrowed=narrowed)])
+        made = Cut(
+            node, kept, size, ragged=ragged, prefix=prefix, suffix=suffix, narrowed=narrowed, aside=tuple(aside)
+        )
+        narrow(self.captured, [made])
         before = self.cuts.positions.get(stack)
         total = (
             kept

@@ -82,6 +82,7 @@ class HostSize:
     comes straight from the token ids; reading it is one small transfer for each prefill.
 
     ``static``: the graph was compiled for this number only (all its other sizes are static too).
+    ``padded``: rows count as different, whether they are or not.
     ``function`` of ``mask`` can be traced too: an exported graph computes the size itself.
     """
 
@@ -90,13 +91,14 @@ class HostSize:
     function: SizeFunction
     mask: fx.Node
     static: int | None = None
+    padded: bool = False
 
     def __call__(self, args: Sequence[Any]) -> tuple[int, bool]:
         with torch.no_grad():
             (mask,) = self.prologue(*(args[i] for i in self.inputs))
             size, ragged = kept_size(self.function(mask.to("cpu", torch.bool)))
         # a symbolic size is at least 2; a single token gets an empty slot beside it
-        return (size, ragged) if size > 1 else (2, True)
+        return (size, ragged or self.padded) if size > 1 else (2, True)
 
 
 @dataclass(eq=False)

@@ -52,6 +52,7 @@ class Cut:
         token_dim, batch_dim: the dimensions of ``node``.
         narrowed: the value after the cut, if it is there already; else ``node`` is indexed.
         prefix, suffix: how many tokens at either end are known to be kept in every row.
+        aside: values computed from ``node`` that stay as they are, whatever they are made of.
     """
 
     node: fx.Node
@@ -63,6 +64,7 @@ class Cut:
     narrowed: fx.Node | None = None
     prefix: int = 0
     suffix: int = 0
+    aside: tuple[fx.Node, ...] = ()
 
 
 def narrow(captured: Captured, cuts: Sequence[Cut]) -> Flow:
@@ -125,6 +127,7 @@ class _Narrower:
         self.roots: dict[Axis, Cut] = {}
         self.fixed = ancestors([c.index for c in cuts] + [c.narrowed for c in cuts if c.narrowed is not None])
         self.fixed |= {c.index for c in cuts} | {c.narrowed for c in cuts if c.narrowed is not None}
+        self.fixed |= {n for c in cuts for n in c.aside} | ancestors(n for c in cuts for n in c.aside)
         self._index: dict[Axis, fx.Node] = {}
         self._alive: dict[Axis, fx.Node | None] = {}
         self._size: dict[Axis, Any] = {}
