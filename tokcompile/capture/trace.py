@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tokcompile.capture.captured import Captured
+from tokcompile.capture.ops import VIEWS, is_in_place, op_name
 
 aten = torch.ops.aten
 #: Run-time assertions that compute nothing: what tracing learns of numbers (see :mod:`tokcompile.capture.checks`).
@@ -53,7 +54,41 @@ def derive(captured: Captured, nodes: Iterable[fx.Node]) -> None:
     with captured.fake_mode, enable_python_dispatcher():
         for node in nodes:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+            try:
+                node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+            except ValueError:
+                if not loosen_view(node):
+                    raise
+                node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def loosen_view(node: fx.Node) -> bool:
+    """Let a ``view`` copy where the memory of what it views is ordered otherwise than at capture, in place.
+
+    ``contiguous()`` leaves no trace in a graph where there was nothing to do; the ``view`` behind it does not fit what
+    a rewrite puts in front of it. As ``reshape`` it is the same view where it can be one. Not where something writes
+    through it.
+
+    Returns:
+        Whether ``node`` was such a view.
+    """
+    if node.target is not aten.view.default or _is_written(node):
+        return False
+    node.target = aten.reshape.default
+    return True
+
+
+def _is_written(node: fx.Node) -> bool:
+    """Whether an operation below writes to the memory of ``node``, itself or a view of it."""
+    seen, todo = {node}, [node]
+    while todo:
+        for user in todo.pop().users:
+            if is_in_place(user):
+                return True
+            if op_name(user) in VIEWS and user not in seen:
+                seen.add(user)
+                todo.append(user)
+    return False
 
 
 def is_fake(value: Any) -> bool:

@@ -12,7 +12,7 @@ from torch import fx
 from tokcompile.capture.capture import from_dynamo
 from tokcompile.capture.captured import Captured
 from tokcompile.capture.checks import Checks, give_back, take
-from tokcompile.capture.trace import ASSERTIONS, propagate
+from tokcompile.capture.trace import ASSERTIONS, loosen_view, propagate
 from tokcompile.errors import RewriteError
 from tokcompile.kinds import Stage
 from tokcompile.lower.constants import fold_constants
@@ -136,6 +136,8 @@ class CompiledGraph:
         session.check_matches(self.stage)
         if session.observed is None:
             fold_constants(captured)
+        for node in captured.graph.find_nodes(op="call_function", target=aten.view.default):
+            loosen_view(node)  # a kernel may order its result in memory otherwise than the one it replaces
         if session.lowering == "eager":
             propagate(captured)  # Inductor traces the graph anyway, and so derives every shape
         run, compiled = lower(captured, session.lowering, ctx.streams)
