@@ -70,15 +70,10 @@ class TransPrune(StagedSelection):
 
     def _modules(self, ctx: Context, layer: Layer) -> list[tuple[fx.Node, fx.Node]]:
         """What enters and what leaves the attention and the feed-forward part of a layer."""
-        found = []
-        for region, names in (
-            (layer.attention, ("query_source", "output_proj")),
-            (layer.feed_forward, ("input", "output")),
-        ):
-            if region is None or any(name not in region.roles for name in names):
-                raise ctx.refuse(layer.output, f"layer {layer.index} has no attention and feed-forward part in sequence")
-            found.append((region.roles[names[0]], region.roles[names[1]]))
-        return found
+        first, second = layer.attention, layer.feed_forward
+        if first is None or second is None or first.query_source is None or first.output_proj is None:
+            raise ctx.refuse(layer.output, f"layer {layer.index} has no attention and feed-forward part in sequence")
+        return [(first.query_source, first.output_proj), (second.input, second.output)]
 
     def score(
         self, stage: int, tokens: Tensor, segment: Tensor, budget: Tensor, carried: Mapping[str, Tensor], *inputs: Tensor

@@ -19,7 +19,7 @@ from tokcompile.kernels.hidden import is_visible
 from tokcompile.plan.pass_base import Pass
 from tokcompile.plan.plan import LayerCut, Taken
 from tokcompile.recipes import Budget
-from tokcompile.regions.model import Layer, Region
+from tokcompile.regions.model import DecoderStack, Layer, MergePoint
 from tokcompile.regions.places import stack_below
 from tokcompile.registry import PassParams, about
 from tokcompile.rewrite.above import check_above, compute_above
@@ -69,8 +69,8 @@ class StagedCut:
 
     number: int
     index: int
-    merge: Region
-    stack: Region
+    merge: MergePoint
+    stack: DecoderStack
     text: fx.Node
     count: int | fx.Node
     since: int
@@ -157,11 +157,11 @@ class StagedSelection(Pass):
 
     # .. plan
 
-    def plan(self, ctx: Context, region: Region) -> Taken:
+    def plan(self, ctx: Context, region: MergePoint) -> Taken:
         stack, starts = self._stages(ctx, region)
         if "decoder" in ctx.cuts.positions:
             raise ctx.refuse(
-                region.roles["output"],
+                region.output,
                 f"an earlier step has removed visual tokens, and {self.name} counts all that an image has; put it into "
                 "a recipe of its own",
             )
@@ -184,9 +184,9 @@ class StagedSelection(Pass):
             for at in self.params.at
         ]
 
-    def _stages(self, ctx: Context, region: Region) -> tuple[Region, list[int]]:
+    def _stages(self, ctx: Context, region: MergePoint) -> tuple[DecoderStack, list[int]]:
         """The stack, and the first layer below each cut."""
-        merged = region.roles["output"]
+        merged = region.output
         stack = stack_below(ctx.regions, merged)
         if stack is None:
             raise ctx.refuse(merged, "no stack of decoder layers is recognised below this merge point")
@@ -200,7 +200,7 @@ class StagedSelection(Pass):
             )
         return stack, starts
 
-    def _try(self, ctx: Context, region: Region, stack: Region, starts: list[int]) -> None:
+    def _try(self, ctx: Context, region: MergePoint, stack: DecoderStack, starts: list[int]) -> None:
         """Ask for the inputs of all stages, and take what that put into the graph out again."""
         graph, shared = ctx.captured.graph, dict(ctx.shared)
         there = set(graph.nodes)
@@ -219,9 +219,9 @@ class StagedSelection(Pass):
 
     # .. rewrite
 
-    def apply(self, ctx: Context, region: Region) -> dict[str, Any]:
+    def apply(self, ctx: Context, region: MergePoint) -> dict[str, Any]:
         stack, starts = self._stages(ctx, region)
-        before = hint(region.roles["output"].meta["val"].shape[1])
+        before = hint(region.output.meta["val"].shape[1])
         mask = visual_mask(ctx, region)
         text = _text(ctx, mask)
         count, _ = ctx.host_size(mask, _behind, "questions", padded=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 from pydantic import Field
-from torch import Tensor, fx
+from torch import fx
 
+from tokcompile.families.sparse_attention.blocks.arguments import argument
 from tokcompile.families.sparse_attention.blocks.base import BlockParams, BlockSelection
 from tokcompile.families.sparse_attention.blocks.joint import find_text
 from tokcompile.formulas.attention import AttentionForm
@@ -56,24 +55,9 @@ class DiffusionBlocks(BlockSelection):
         p = self.params
         if p.dense_from is None:
             return None
-        named = [n for n in ctx.captured.placeholders if _argument(n) == p.timestep]
-        if len(named) != 1 or not isinstance(named[0].meta.get("val"), Tensor):
-            known = sorted({_argument(n) for n in ctx.captured.placeholders} - {""})
-            raise ctx.refuse(
-                region.output,
-                f"no tensor argument {p.timestep!r}, which dense_from needs; this graph takes "
-                f"{', '.join(known) or 'none'}",
-            )
-        if named[0].meta["val"].dim() > 1:
-            raise ctx.refuse(
-                named[0], f"expected one timestep, or one for each row, found {named[0].meta['val'].shape}"
-            )
+        named = argument(ctx, region, p.timestep, "dense_from")
+        if named.meta["val"].dim() > 1:
+            raise ctx.refuse(named, f"expected one timestep, or one for each row, found {named.meta['val'].shape}")
         start = p.dense_from
-        node: fx.Node = ctx.emit_once(f"dense from {start}", lambda t: t >= start, named[0])
+        node: fx.Node = ctx.emit_once(f"dense from {start}", lambda t: t >= start, named)
         return node
-
-
-def _argument(node: fx.Node) -> str:
-    """The name of the model's argument that an input of the graph is; "" for weights and sizes."""
-    found = re.fullmatch(r"l_(?:kwargs_|args_)?(\w+?)_*", str(node.meta.get("argument", "")).lower())
-    return found[1] if found and not re.search("(_parameters|_buffers|_modules)_", found[1]) else ""
