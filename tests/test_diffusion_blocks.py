@@ -187,6 +187,18 @@ def test_text_by_number_and_where_nothing_tells() -> None:
         tokcompile.optimize(Scores(), recipe(), inputs=inputs, lowering="eager")
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_pictures_of_other_sizes(first: bool, told: list[tuple[int, bool]]) -> None:
+    """Sizes are symbols from the second picture on, and the text is found all the same."""
+    model, inputs = tiny_dit("single", first)
+    whole = tokcompile.optimize(model, recipe(keep=1.0), lowering="eager")
+    for rows, columns in ((18, 24), (20, 26), (16, 24)):
+        inputs["latents"] = torch.randn(2, 4, rows, columns)
+        torch.testing.assert_close(run(whole, inputs), run(model, inputs), atol=1e-5, rtol=1e-4)
+    assert len(told) >= 4
+    assert {side for _, side in told} == {first}
+
+
 def test_a_key_of_the_text_is_never_left_out() -> None:
     """Each text token alone, changed, changes every token of the picture."""
     torch.manual_seed(0)

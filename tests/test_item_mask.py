@@ -18,7 +18,7 @@ from tokcompile.passes.sparse_attention.item_mask import item_attention
 
 
 def explicit(segments: Tensor, visible: Tensor | None) -> Tensor:
-    """The mask of the paper, bool [B, L, L]: earlier tokens, none of the same item but oneself, none that is padding."""
+    """The mask of the paper, bool [B, L, L]: earlier tokens, of the same item only oneself, none that is padding."""
     length = segments.shape[1]
     mask = torch.zeros(len(segments), length, length, dtype=torch.bool)
     for b, row in enumerate(segments.tolist()):

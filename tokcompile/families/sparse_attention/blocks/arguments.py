@@ -25,8 +25,8 @@ def argument(ctx: Context, region: AttentionRegion, name: str, why: str) -> fx.N
     known = sorted({_name(n) for n in ctx.captured.placeholders} - {""})
     raise ctx.refuse(
         region.output,
-        f"no tensor argument {name!r}, which {why} needs; this graph takes {', '.join(known) or 'none'} (an argument that "
-        "the model does not use is in no graph)",
+        f"no tensor argument {name!r}, which {why} needs; this graph takes {', '.join(known) or 'none'} (an argument "
+        "that the model does not use is in no graph)",
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from tokcompile.capture.graph import ancestors
 from tokcompile.capture.ops import op_name
-from tokcompile.capture.sizes import dims_of, equal
+from tokcompile.capture.sizes import equal, hint
 from tokcompile.formulas.attention import AttentionForm
 from tokcompile.rewrite.context import Context
 
@@ -96,19 +96,19 @@ def _by_origin(node: fx.Node, axis: int, noisy: set[fx.Node]) -> TextPart | None
 
 
 def _latents(ctx: Context) -> list[fx.Node]:
-    """Inputs of three axes or more that have the shape of an output."""
-    shapes = [
-        dims_of(node.meta["val"].shape)
-        for node in ctx.captured.graph.output_node().all_input_nodes
-        if isinstance(node.meta.get("val"), Tensor)
-    ]
-    return [
-        node
-        for node in ctx.captured.placeholders
-        if isinstance(node.meta.get("val"), Tensor)
-        and node.meta["val"].dim() >= 3
-        and dims_of(node.meta["val"].shape) in shapes
-    ]
+    """Inputs of three axes or more that have the shape of an output, at the sizes at hand.
+
+    A picture that is cut into patches and put together again has ``2 * (h // 2)`` rows, which is ``h`` where it runs.
+    """
+
+    def shape(node: fx.Node) -> tuple[int, ...] | None:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or value.dim() < 3:
+            return None
+        return tuple(hint(size, unknown=-1) for size in value.shape)
+
+    outputs = {shape(node) for node in ctx.captured.graph.output_node().all_input_nodes} - {None}
+    return [node for node in ctx.captured.placeholders if shape(node) in outputs]
 
 
 def _descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
