@@ -138,6 +138,7 @@ class CompiledGraph:
             fold_constants(captured)
         for node in captured.graph.find_nodes(op="call_function", target=aten.view.default):
             loosen_view(node)  # a kernel may order its result in memory otherwise than the one it replaces
+        captured.graph_module.recompile()
         if session.lowering == "eager":
             propagate(captured)  # Inductor traces the graph anyway, and so derives every shape
         run, compiled = lower(captured, session.lowering, ctx.streams)
