@@ -47,6 +47,12 @@ class FastV(StagedSelection):
         return [attention_to_tokens(ctx, cut.above, cut.text, 1)]
 
     def score(
-        self, stage: int, tokens: Tensor, segment: Tensor, budget: Tensor, carried: Mapping[str, Tensor], *inputs: Tensor
+        self,
+        stage: int,
+        tokens: Tensor,
+        segment: Tensor,
+        budget: Tensor,
+        carried: Mapping[str, Tensor],
+        *inputs: Tensor,
     ) -> Scores:
         return Scores(inputs[0])

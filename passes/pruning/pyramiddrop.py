@@ -6,8 +6,8 @@
 The score of a token is the attention that the next layer would give it from the last token of the prompt, averaged
 over heads; its query and keys are computed ahead on all tokens. Kept tokens keep their positions.
 
-Source: "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction", CVPR 2025,
-arXiv 2410.17247.
+Source: "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction", CVPR
+2025, arXiv 2410.17247.
 """
 
 from __future__ import annotations
@@ -49,6 +49,12 @@ class PyramidDrop(StagedSelection):
         return [attention_to_tokens(ctx, cut.below, cut.text, 1)]
 
     def score(
-        self, stage: int, tokens: Tensor, segment: Tensor, budget: Tensor, carried: Mapping[str, Tensor], *inputs: Tensor
+        self,
+        stage: int,
+        tokens: Tensor,
+        segment: Tensor,
+        budget: Tensor,
+        carried: Mapping[str, Tensor],
+        *inputs: Tensor,
     ) -> Scores:
         return Scores(inputs[0])

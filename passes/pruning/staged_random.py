@@ -31,7 +31,13 @@ class StagedRandom(StagedSelection):
         seed: int = Field(0, ge=0, lt=2**31, description="Seed of the draw.")
 
     def score(
-        self, stage: int, tokens: Tensor, segment: Tensor, budget: Tensor, carried: Mapping[str, Tensor], *inputs: Tensor
+        self,
+        stage: int,
+        tokens: Tensor,
+        segment: Tensor,
+        budget: Tensor,
+        carried: Mapping[str, Tensor],
+        *inputs: Tensor,
     ) -> Scores:
         values = carried["draw"] if stage else random_scores(segment, self.params.seed)
         return Scores(torch.where(segment >= 0, values, 0.0), carried={"draw": values})

@@ -1,7 +1,7 @@
 """TransPrune: keep the visual tokens that the middle layers change most, and that the question attends to.
 
     before   merge -> layer 0 .. L-1 on S tokens
-    after    merge -> layers -> change of each token in them + attention of the question in the next layer -> keep -> ...
+    after    merge -> layers -> change of each token + attention of the question in the next layer -> keep -> ...
 
 A module (attention, feed-forward) gives y for x, both without the residual. Its change of a token is ``|y| / |x|``,
 weighted by the softmax of ``1 - |cos(x, y)|`` over the tokens of the image (``form: paper``), or of ``1 - cos(x, y)``
@@ -76,7 +76,13 @@ class TransPrune(StagedSelection):
         return [(first.query_source, first.output_proj), (second.input, second.output)]
 
     def score(
-        self, stage: int, tokens: Tensor, segment: Tensor, budget: Tensor, carried: Mapping[str, Tensor], *inputs: Tensor
+        self,
+        stage: int,
+        tokens: Tensor,
+        segment: Tensor,
+        budget: Tensor,
+        carried: Mapping[str, Tensor],
+        *inputs: Tensor,
     ) -> Scores:
         attention, *values = inputs
         inside = segment >= 0

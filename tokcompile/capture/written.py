@@ -97,9 +97,10 @@ def _write(buffer: fx.Node, view: fx.Node) -> _Write | None:
     shape: Any = buffer.meta["val"].shape
     found: tuple[int, int, int] | None = None
     while view.target is aten.slice.Tensor and len(view.users) == 1:
-        dim, start, end, step = (*view.args[1:], *(0, 0, None, 1)[len(view.args) - 1 :])
+        given: tuple[Any, ...] = (*view.args[1:], *(0, 0, None, 1)[len(view.args) - 1 :])
+        dim, start, end, step = given
         views.insert(0, view)
-        dim = int(dim) % len(shape)  # type: ignore[arg-type]
+        dim = int(dim) % len(shape)
         size = shape[dim]
         if view.meta["val"].shape[dim] is not size and not (
             isinstance(size, int) and view.meta["val"].shape[dim] == size

@@ -14,7 +14,9 @@ from tokcompile.rewrite.context import Context
 from tokcompile.rewrite.selection import keep_index, row_attention
 
 
-def attention_rows(ctx: Context, layer: Layer, rows: int | fx.Node | None, *, most: int | fx.Node | None = None) -> fx.Node:
+def attention_rows(
+    ctx: Context, layer: Layer, rows: int | fx.Node | None, *, most: int | fx.Node | None = None
+) -> fx.Node:
     """Attention probabilities of some queries of ``layer``: fp32 ``[B, H, R, T]``, computed beside the attention.
 
     Soft cap, mask, causal order, window, shared key heads and sinks are those of the layer. Only the rows asked for are
@@ -38,7 +40,7 @@ def attention_rows(ctx: Context, layer: Layer, rows: int | fx.Node | None, *, mo
 
 
 def last_places(ctx: Context, chosen: fx.Node, most: int | fx.Node) -> fx.Node:
-    """int64 ``[B, R]``: the last ``most`` places where ``chosen`` (bool ``[B, S]``) is true, right-aligned; -1: none."""
+    """int64 ``[B, R]``: the last ``most`` places where bool ``chosen [B, S]`` is true, right-aligned; -1: none."""
     sized = (most,) if isinstance(most, fx.Node) else ()
     return ctx.emit(keep_index, chosen, most, before=ctx.after(chosen, *sized))  # type: ignore[no-any-return]
 

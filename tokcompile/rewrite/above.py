@@ -23,8 +23,8 @@ def check_above(node: fx.Node, values: Sequence[fx.Node]) -> list[fx.Node]:
             if is_in_place(other):
                 raise refuse(
                     other,
-                    f"{other.target} writes in place, so a score that needs the next layer cannot compute this a second "
-                    "time (a static cache, say; use a dynamic one, or a method that reads the layer above)",
+                    f"{other.target} writes in place, so a score that needs the next layer cannot compute this "
+                    "a second time (a static cache, say; use a dynamic one, or a method that reads the layer above)",
                 )
             late.append(other)
         passed = passed or other is node

@@ -193,9 +193,7 @@ class Context:
             following = following.next
         return following
 
-    def host_size(
-        self, mask: fx.Node, function: SizeFunction, name: str, *, padded: bool = False
-    ) -> tuple[Any, bool]:
+    def host_size(self, mask: fx.Node, function: SizeFunction, name: str, *, padded: bool = False) -> tuple[Any, bool]:
         """A size read off the real visual mask before each call (a node, or an int), and whether rows differ.
 
         Args:
@@ -243,9 +241,7 @@ class Context:
                 before=at,
             )
         )
-        made = Cut(
-            node, kept, size, ragged=ragged, prefix=prefix, suffix=suffix, narrowed=narrowed, aside=tuple(aside)
-        )
+        made = Cut(node, kept, size, ragged=ragged, prefix=prefix, suffix=suffix, narrowed=narrowed, aside=tuple(aside))
         narrow(self.captured, [made])
         before = self.cuts.positions.get(stack)
         total = (

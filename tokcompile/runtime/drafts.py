@@ -60,7 +60,7 @@ def in_two(call: Callable[[dict[str, Any]], Any], kwargs: dict[str, Any], prompt
     other.logits = logits[:, -keep:] if isinstance(keep, int) and keep else logits
     states = [getattr(result, "hidden_states", None) for result in (one, other)]
     if all(isinstance(state, tuple) for state in states):
-        other.hidden_states = tuple(torch.cat(pair, 1) for pair in zip(*states, strict=True))  # type: ignore[arg-type]
+        other.hidden_states = tuple(torch.cat(pair, 1) for pair in zip(*states, strict=True))
     return other
 
 

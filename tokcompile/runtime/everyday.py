@@ -28,7 +28,8 @@ class Unhooked:
 
     def __call__(self, protocol: Any) -> Any:
         owner = self._tokcompile_owner
-        function, args, state, *rest = type(owner).__reduce_ex__(owner, protocol)
+        reduced: Any = type(owner).__reduce_ex__(owner, protocol)
+        function, args, state, *rest = reduced
         if isinstance(state, dict):
             state = {name: value for name, value in state.items() if name not in (HOOKED, "__reduce_ex__")}
             lost = [key for key, hook in owner._forward_hooks.items() if _records(hook)]

@@ -123,7 +123,7 @@ class PrunedPositions(PrunedModel):
             feature.data[FIELD].data = table  # read again when the item is encoded
         left = positions[:, torch.tensor(places, dtype=torch.int64)].clone()
         delta = int(delta) + len(whole) - len(input_tokens)
-        left.tokcompile = self._request(items, starts, positions, delta)  # type: ignore[attr-defined]
+        left.tokcompile = self._request(items, starts, positions, delta)
         return left, delta
 
     def _request(self, items: Sequence[Placed], starts: Sequence[int], positions: Tensor, delta: int) -> _Request:

@@ -98,7 +98,7 @@ def prune_processor(processor: Any, settings: Settings) -> Any:
             f"tokcompile: {cls.__name__} writes placeholders in a way of its own (its apply), which cannot be pruned"
         )
     pruned = type(cls.__name__, (PrunedProcessor, cls), {"__module__": cls.__module__, "tokcompile": settings})
-    made = pruned.__new__(pruned)
+    made: Any = object.__new__(pruned)
     made.__dict__.update(processor.__dict__)
     return made
 

@@ -180,7 +180,7 @@ class StagedSelection(Pass):
 
     def _starts(self, depth: int) -> list[int]:
         return [
-            max(1, min(depth - 1, round(at * depth))) if isinstance(at, float) else at  # type: ignore[redundant-expr]
+            max(1, min(depth - 1, round(at * depth))) if isinstance(at, float) else at
             for at in self.params.at
         ]
 
@@ -195,8 +195,8 @@ class StagedSelection(Pass):
         if sorted(set(starts)) != starts or not starts or starts[-1] >= depth:
             raise ctx.refuse(
                 merged,
-                f"cuts at layers {', '.join(map(str, starts))} do not fit into {depth} layers: they need to ascend, and "
-                f"end before layer {depth}; give layer numbers, fewer stages, or depths further apart",
+                f"cuts at layers {', '.join(map(str, starts))} do not fit into {depth} layers: they need to ascend and "
+                f"to end before layer {depth}; give layer numbers, fewer stages, or depths further apart",
             )
         return stack, starts
 
