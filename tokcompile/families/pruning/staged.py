@@ -179,10 +179,7 @@ class StagedSelection(Pass):
         return self._starts(depth)
 
     def _starts(self, depth: int) -> list[int]:
-        return [
-            max(1, min(depth - 1, round(at * depth))) if isinstance(at, float) else at
-            for at in self.params.at
-        ]
+        return [max(1, min(depth - 1, round(at * depth))) if isinstance(at, float) else at for at in self.params.at]
 
     def _stages(self, ctx: Context, region: MergePoint) -> tuple[DecoderStack, list[int]]:
         """The stack, and the first layer below each cut."""
