@@ -14,6 +14,7 @@ from tests.zoo.vlm import VLMS
 from tokcompile import registry
 from tokcompile.demo import tiny_vit
 from tokcompile.families.pruning.patches import PatchParams, PatchSelection
+from tokcompile.families.pruning.staged import StagedSelection
 from tokcompile.families.pruning.visual import VisualParams, VisualSelection
 from tokcompile.families.scores import Scores, read_scores
 from tokcompile.passes.pruning.patch_merge import PatchMerge
@@ -70,6 +71,9 @@ def test_every_choice_of_tokens_that_ships_gives_scores() -> None:
         if issubclass(method, VisualSelection):
             more = [torch.rand(1, 10)] if name == "vtc_cls" else []
             result = method(method.Params(keep=0.5)).score(tokens, segment, budget, *more)
+        elif issubclass(method, StagedSelection):
+            params = method.Params(keep=[0.5], at=[0.5])
+            result = method(params).score(0, tokens, segment, budget, {}, torch.rand(1, 10), tokens, tokens)
         elif issubclass(method, PatchSelection):
             context, rows, key = torch.rand(1, 2, 10, 4), torch.rand(1, 2, 1, 10), torch.rand(1, 2, 10, 4)
             inputs = [key] if issubclass(method, PatchMerge) else [context, rows]

@@ -5,8 +5,8 @@ a class with a name    :func:`register`, :class:`PassParams`, :func:`about`, :cl
 what all passes are    :class:`Pass` (``observe``, ``prepare``, ``plan``, ``apply``), :class:`Context` (one graph being
                        rewritten), :class:`Seen` (what calibration saw), :class:`Taken` and :class:`LayerCut` (what
                        ``plan`` answers)
-a choice of tokens     :class:`VisualSelection` where image features enter the language model, :class:`PatchSelection`
-                       inside an encoder; both give :class:`Scores`
+a choice of tokens     :class:`VisualSelection` where image features enter the language model, :class:`StagedSelection`
+                       between its layers, :class:`PatchSelection` inside an encoder; all give :class:`Scores`
 a choice of keys       :class:`SparseDecode`, in decode steps; gives :class:`Scores` too
 a choice of blocks     :class:`BlockSelection`, in the prefill and in encoders; gives :class:`BlockLists`
 helpers of a choice    :func:`segment_sizes`, :func:`segment_positions`, :func:`random_scores`, :func:`pooled`,
@@ -31,6 +31,7 @@ from tokcompile.capture.graph import ancestors, erase
 from tokcompile.errors import CalibrationError, NarrowError, UnprofitableError
 from tokcompile.families.pruning.drop import drop_visual
 from tokcompile.families.pruning.patches import PatchParams, PatchSelection
+from tokcompile.families.pruning.staged import StagedCut, StagedParams, StagedSelection, attention_to_tokens
 from tokcompile.families.pruning.visual import VisualParams, VisualSelection
 from tokcompile.families.scores import Scores
 from tokcompile.families.sparse_attention.blocks.attend import BlockForm
@@ -110,7 +111,13 @@ __all__ = [
     "Seen",
     "SparseDecode",
     "SparseDecodeParams",
+<<<<<<< HEAD
     "StackRegion",
+=======
+    "StagedCut",
+    "StagedParams",
+    "StagedSelection",
+>>>>>>> staged
     "Taken",
     "UnprofitableError",
     "VisionEncoder",
@@ -120,6 +127,7 @@ __all__ = [
     "activate",
     "ancestors",
     "attention_rows",
+    "attention_to_tokens",
     "budgets",
     "budgets_count",
     "class_row",
