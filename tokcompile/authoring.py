@@ -111,13 +111,10 @@ __all__ = [
     "Seen",
     "SparseDecode",
     "SparseDecodeParams",
-<<<<<<< HEAD
     "StackRegion",
-=======
     "StagedCut",
     "StagedParams",
     "StagedSelection",
->>>>>>> staged
     "Taken",
     "UnprofitableError",
     "VisionEncoder",
