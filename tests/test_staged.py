@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tokcompile.errors import NoMatchError
 
 CASES = {**VLMS, **VARIANTS}
 PASSES = ["staged_random", "fastv", "pyramiddrop", "transprune"]
+PADDING = 3
 MODELS = ["qwen2_5_vl", "qwen3_vl", "internvl", "gemma3", "gemma3_window", "smolvlm", "plain_cat", "plain_index_put"]
 
 
@@ -54,19 +56,87 @@ def test_keeping_everything_changes_nothing(name: str) -> None:
     assert max(error(a, b) for a, b in zip(found.logits, wanted.logits, strict=True)) <= 1e-5
 
 
+def reference(case: Any, inputs: dict[str, Any], padding: int, **asked: bool) -> Any:
+    """The dense model in double precision, on the rows without the padding in front of them."""
+    short = {name: value[:, padding:] for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
+    pixels = {"pixel_values": inputs["pixel_values"].double()}
+    with torch.no_grad():
+        return case.model.double()(**{**inputs, **short, **pixels}, **asked)
+
+
+def chosen(score: torch.Tensor, visual: torch.Tensor, count: int, padding: int) -> list[int]:
+    """The ``count`` visual tokens of largest score ``[S]``, and all text; places of the padded row."""
+    best = score.masked_fill(~visual[padding:], -math.inf).topk(count).indices + padding
+    return sorted({*best.tolist(), *(~visual).nonzero().flatten().tolist()})
+
+
+def kept_by(
+    name: str, keep: list[Any], at: list[Any], **params: Any
+) -> tuple[Any, dict[str, Any], list[list[list[int]]]]:
+    """A small LLaVA, its inputs with padding in front, and for each cut what each row keeps: places of the row."""
+    case = CASES["llava"]("eager")  # type: ignore[call-arg]
+    inputs = case.inputs(batch=2, left_padding=PADDING)
+    pruned = optimized(case.model, steps(name, keep, at, **params))
+    with torch.no_grad(), tokcompile.record(pruned) as recording:
+        pruned(**inputs, use_cache=False)
+    return case, inputs, [[[i for i in row if i >= 0] for row in e.indices.tolist()] for e in recording.kept]
+
+
 def test_fastv_keeps_what_the_last_token_attends_to() -> None:
     """By the rows of a model in double precision that gives its attention weights."""
-    case = CASES["llava"]("eager")  # type: ignore[call-arg]
-    inputs = case.inputs(batch=2, left_padding=3)
-    with torch.no_grad(), tokcompile.record(pruned := optimized(case.model, steps("fastv", [0.25], [2]))) as recording:
-        pruned(**inputs, use_cache=False)
-        double = case.model.double()
-        weights = double(**{**inputs, "pixel_values": inputs["pixel_values"].double()}, output_attentions=True)
-    score = weights.attentions[1][:, :, -1].mean(1)
+    case, inputs, [kept] = kept_by("fastv", [0.25], [2])
+    weights = reference(case, inputs, PADDING, output_attentions=True).attentions
     visual = case.visual_mask(inputs)
-    for row, kept in enumerate(recording.kept[0].indices.tolist()):
-        best = score[row].masked_fill(~visual[row], -1).topk(int(visual[row].sum()) // 4).indices.tolist()
-        assert sorted(i for i in kept if i >= 0) == sorted({*best, *(~visual[row]).nonzero().flatten().tolist()})
+    for row, found in enumerate(kept):
+        score = weights[1][row, :, -1].mean(0)  # of the last layer above the cut
+        assert found == chosen(score, visual[row], int(visual[row].sum()) // 4, PADDING)
+
+
+def test_pyramiddrop_keeps_what_the_last_token_would_attend_to_in_the_next_layer() -> None:
+    case, inputs, [kept] = kept_by("pyramiddrop", [0.5], [2])
+    weights = reference(case, inputs, PADDING, output_attentions=True).attentions
+    visual = case.visual_mask(inputs)
+    for row, found in enumerate(kept):
+        score = weights[2][row, :, -1].mean(0)  # of the first layer below it
+        assert found == chosen(score, visual[row], int(visual[row].sum()) // 2, PADDING)
+
+
+@pytest.mark.parametrize("form", ["paper", "code"])
+def test_transprune_keeps_what_changes_and_is_looked_at(form: str) -> None:
+    """Changes of all layers from the second on, over a first cut that keeps all; the question reads the layer below."""
+    case, inputs, [_, kept] = kept_by("transprune", [1.0, 0.25], [2, 3], first_layer=0.25, form=form, alpha=0.3)
+    moves: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+
+    def note(layer: int) -> Any:
+        def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            x = args[0] if args else kwargs["hidden_states"]
+            moves.append((layer, x, output[0] if isinstance(output, tuple) else output))
+
+        return hook
+
+    for number, layer in enumerate(case.model.model.language_model.layers):
+        for module in (layer.self_attn, layer.mlp):
+            module.register_forward_hook(note(number), with_kwargs=True)
+    weights = reference(case, inputs, PADDING, output_attentions=True).attentions
+    visual = case.visual_mask(inputs)
+    for row, found in enumerate(kept):
+        image = visual[row, PADDING:]
+        change = torch.zeros(len(image), dtype=torch.float64)
+        for layer, xs, ys in moves:
+            if layer not in (1, 2):  # behind first_layer, above the cut
+                continue
+            x, y = xs[row], ys[row]
+            cosine = torch.nn.functional.cosine_similarity(x, y, dim=-1)
+            if form == "paper":
+                weight = torch.zeros_like(change)
+                weight[image] = (1 - cosine.abs())[image].softmax(0)
+            else:  # over the row; padding in front takes its part, the same of every token
+                weight = (1 - cosine).softmax(0)
+            change += weight * y.norm(dim=-1) / x.norm(dim=-1)
+        question = int(image.nonzero().max()) + 1
+        looked = weights[3][row, :, question:].mean((0, 1))
+        score = 0.3 * change / change[image].sum() + 0.7 * looked / looked[image].sum()
+        assert found == chosen(score, visual[row], int(image.sum()) // 4, PADDING)
 
 
 def test_stages_that_do_not_fit_are_refused_before_anything_is_changed() -> None:
