@@ -1,4 +1,4 @@
-"""The authors' door: the three passes of ``docs/write_a_pass.md`` are short, need one import, and are exact.
+"""The authors' door: the passes of ``docs/write_a_pass.md`` are short, need one import, and are exact.
 
 Each is loaded as a user does it (``load_file``) and held against an equal that knows nothing of it.
 """
@@ -30,9 +30,9 @@ from tokcompile.errors import CalibrationError, NarrowError
 from tokcompile.registry import load_file
 
 #: File of the page -> how many lines it may have.
-LINES = {"norm.py": 40, "small_keys.py": 40, "neurons.py": 100}
+LINES = {"norm.py": 40, "small_keys.py": 40, "asked.py": 60, "neurons.py": 100}
 #: What a pass imports besides tokcompile.authoring.
-OTHERS = {"__future__", "typing", "pydantic", "torch", "torch.nn.functional"}
+OTHERS = {"__future__", "collections.abc", "typing", "pydantic", "torch", "torch.nn.functional"}
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +107,15 @@ def test_visual_selector(tmp_path: Path) -> None:
     model = tokcompile.optimize(case.model, recipe(load("norm.py", tmp_path), keep=0.25), lowering="eager")
     recording = check(model, case, case.inputs(batch=2, images_per_row=[2, 1], left_padding=2), 3)
     assert len(recording.kept) == 1
+
+
+def test_staged_selector(tmp_path: Path) -> None:
+    """Two cuts between the layers, the second with the score that the first carried on: as dense with keys hidden."""
+    case = VLMS["llava"]()
+    name = load("asked.py", tmp_path)
+    model = tokcompile.optimize(case.model, recipe(name, keep=[0.5, 0.25], at=[1, 3]), lowering="eager")
+    recording = check(model, case, case.inputs(batch=2, images_per_row=[2, 1], left_padding=2), 3)
+    assert [(entry.name, entry.layer) for entry in recording.kept] == [("asked", 1), ("asked", 3)]
 
 
 # .. a decode attention
