@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import tokcompile
 import tokcompile.registry
@@ -168,3 +169,20 @@ def test_flops_of_transprune_by_hand() -> None:
     total = sum(n * layer_macs(tokens, 4096, 11008) for n, tokens in zip(layers, left, strict=True))
     assert round(32 * layer_macs(576, 4096, 11008) / 1e12, 3) == 3.817
     assert round(total / 1e12, 3) == 1.557
+
+
+@pytest.mark.slow
+def test_the_report_predicts_the_flops_that_a_hand_counts() -> None:
+    """32 layers and 576 visual tokens as LLaVA-1.5-7B has them, of a small width, with two text tokens."""
+    sizes = {"num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 172}
+    vision = CLIPVisionConfig(**sizes | {"hidden_size": 16}, num_hidden_layers=2, image_size=336, patch_size=14)
+    text = LlamaConfig(**sizes, num_hidden_layers=32, vocab_size=128, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=120, image_seq_length=576)
+    ids = torch.tensor([[5, *[120] * 576, 7]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 336, 336)}
+    report = tokcompile.explain(LlavaForConditionalGeneration(config).eval(), inputs, "vlm_transprune_75")
+    [plan] = [plan for plan in report.plans if plan["cuts"]]
+    assert [(cut["layer"], cut["tokens"]) for cut in plan["cuts"]] == [(7, 506), (9, 362), (12, 74)]
+    layers = [(7, 578), (2, 506), (3, 362), (20, 74)]
+    after = sum(n * layer_macs(tokens, 64, 172) for n, tokens in layers)
+    assert plan["predicted_flop_ratio"] == pytest.approx(32 * layer_macs(578, 64, 172) / after, rel=0.01)
