@@ -13,7 +13,9 @@ from tests.pruning import recipe
 from tests.zoo.vlm import IMAGE, PlainVLM, randomize
 from tokcompile.errors import NoMatchError, RecipeError
 from tokcompile.families.pruning.select import chosen, selection
+from tokcompile.families.pruning.visual import VisualSelection
 from tokcompile.recipes import Recipe, shipped
+from tokcompile.registry import get_pass
 
 WIDTH = 64
 
@@ -34,8 +36,15 @@ def plain(name: str) -> Recipe:
     return Recipe.load(recipe(steps))
 
 
-#: Every shipped recipe that chooses visual tokens by their features.
-RECIPES = [name for name in shipped() if name.startswith("vlm_") and not selection(plain(name)).scores_features]
+def by_features(name: str) -> bool:
+    """Whether a shipped recipe chooses visual tokens by their features, once."""
+    first = Recipe.load(name).steps[0]
+    if first.region != "merge_point" or not issubclass(get_pass(first.pass_), VisualSelection):
+        return False
+    return not selection(plain(name)).scores_features
+
+
+RECIPES = [name for name in shipped() if by_features(name)]
 
 
 def prompts(dtype: torch.dtype = torch.float32) -> tuple[list[list[Tensor]], dict[str, Tensor]]:
@@ -131,8 +140,10 @@ def test_tokens_that_a_method_changes() -> None:
     ("steps", "words"),
     [
         ("vlm_herd_90", r"steps\[0\] \(todre\): drops tokens inside the decoder too \(drop_layer: 0.875\).*to null"),
-        ("vit_prune_50", "works on vision_encoder, inside the model"),
-        ("llm_sparse_decode", "works on attention, inside the model"),
+        ("vit_prune_50", "works on vision_encoder, part of the model"),
+        ("llm_sparse_decode", "works on attention, part of the model"),
+        ("vlm_fastv_75", r"steps\[0\] \(fastv\): chooses inside the decoder"),
+        ("vlm_transprune_75", r"steps\[0\] \(transprune\): chooses inside the decoder"),
         ([{"pass": "random", "params": {"keep": 0.5}}] * 2, "2 steps choose visual tokens"),
         ([{"pass": "random", "params": {"keep": 0.5}, "target": {"path": "a*"}}], "name places in a graph"),
     ],

@@ -47,12 +47,22 @@ def check_model(model: Any, what: str, error: Error = TokcompileError) -> None:
             f"{what}: the model is wrapped in {type(model).__name__}, whose copies would not be the optimized one; "
             "pass the model inside (model.module)"
         )
-    name = next((n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta), None)
+    name = _without_values(model)
     if name is not None:
         raise error(
             f"{what}: '{name}' is on the meta device and has no values; load the weights first (from_pretrained, or "
             "to_empty() and load_state_dict)"
         )
+
+
+def _without_values(model: nn.Module) -> str | None:
+    """A weight on the meta device that no hook of accelerate fills when its module runs (offload)."""
+    for path, module in model.named_modules():
+        if not hasattr(module, "_hf_hook"):
+            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                if tensor.is_meta:
+                    return f"{path}.{name}" if path else name
+    return None
 
 
 def warn_of_training_mode(model: nn.Module, what: str) -> None:

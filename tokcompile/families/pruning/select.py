@@ -74,8 +74,9 @@ def selection(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> Vi
         where = f"steps[{number}] ({step.pass_})"
         method = get_pass(step.pass_)
         if not issubclass(method, VisualSelection) or step.region != "merge_point":
+            place = "chooses inside the decoder" if step.region == "merge_point" else f"works on {step.region}"
             raise NoMatchError(
-                f"{where}: works on {step.region}, inside the model, which an engine runs by itself; only a choice of "
+                f"{where}: {place}, part of the model, which an engine runs by itself; only a choice of "
                 "visual tokens where they enter the language model can be made outside: leave the step out"
             )
         if step.target.path is not None or step.target.layers is not None:
