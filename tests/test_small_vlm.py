@@ -135,22 +135,26 @@ def test_text_alone_still_works(vlm: tuple[torch.nn.Module, small_vlm.Processor]
     assert "Paris" in processor.decode_answers(tokens, batch)[0]
 
 
-@needs_weights
-@needs_projector
-def test_file_of_trained_parts_is_small_and_says_how_it_was_made() -> None:
+PROJECTOR = {f"linear_{n}.{part}" for n in (1, 2) for part in ("weight", "bias")}
+LORA = {f"lora.{group}.{side}" for group in ("qkv", "o", "gate_up", "down") for side in "ab"}
+
+
+@pytest.mark.parametrize(
+    ("path", "size", "names"),
+    [(small_vlm.PROJECTOR_FILE, 4_000_000, PROJECTOR), (small_vlm.TRAINED_FILE, 6_000_000, PROJECTOR | LORA)],
+    ids=["projector", "projector and LoRA"],
+)
+def test_trained_files_are_small_and_say_how_they_were_made(path: Path, size: int, names: set[str]) -> None:
     import json
 
-    from safetensors import safe_open
-
-    assert small_vlm.PROJECTOR_FILE.stat().st_size < 6_000_000
-    with safe_open(str(small_vlm.PROJECTOR_FILE), framework="pt") as file:
+    safetensors = pytest.importorskip("safetensors")
+    assert path.stat().st_size < size
+    with safetensors.safe_open(str(path), framework="pt") as file:
         metadata = file.metadata()
-        projector = {f"linear_{n}.{part}" for n in (1, 2) for part in ("weight", "bias")}
-        lora = {f"lora.{group}.{side}" for group in ("qkv", "o", "gate_up", "down") for side in "ab"}
-        assert set(file.keys()) == projector | lora
+        assert set(file.keys()) == names
     assert {"trained_by", "data", "settings", "measured"} <= set(metadata)
-    assert "MIT" in metadata["data"]
     assert json.loads(metadata["measured"])
+    assert path != small_vlm.TRAINED_FILE or "easy-vqa 1.0 (MIT licence" in metadata["data"]
 
 
 def test_low_rank_changes_reach_the_weights_they_were_trained_for(tmp_path: Path) -> None:

@@ -39,11 +39,11 @@ def examples() -> tuple[Any, Any]:
     return small_vlm, questions
 
 
-def load() -> tuple[Any, Any]:
-    """The VLM in fp32 and its processor. Raises MissingError."""
+def load(shapes: bool = False) -> tuple[Any, Any]:
+    """The VLM in fp32 and its processor; ``shapes``: with what was trained on coloured shapes. Raises MissingError."""
     small_vlm, _ = examples()
     try:
-        return small_vlm.load_vlm()  # type: ignore[no-any-return]
+        return small_vlm.load_vlm(small_vlm.TRAINED_FILE if shapes else small_vlm.PROJECTOR_FILE)  # type: ignore[no-any-return]
     except small_vlm.WeightsNotFoundError as error:
         raise MissingError(str(error)) from None
 
