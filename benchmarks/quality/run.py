@@ -86,6 +86,16 @@ def small_vlm(run: Run) -> None:
     run.measure(model, "small VLM", tasks, vlm.budget_recipes(budgets))
 
 
+def shapes(run: Run) -> None:
+    """The small VLM trained on coloured shapes: easy-vqa and collages of four of its pictures."""
+    model, processor = vlm.load(shapes=True)
+    tasks = [vlm.easy_vqa_task(processor, 1000 if run.full else 40)]
+    if run.full:
+        tasks.append(vlm.shape_collage_task(processor))
+    recipes = vlm.shape_recipes((0.25, 0.1)) if run.full else {"herding 10%": vlm.shape_recipes((0.1,))["herding 10%"]}
+    run.measure(model, "small VLM (shapes)", tasks, recipes)
+
+
 def text(run: Run) -> None:
     """SmolLM2-135M: perplexity and capitals, with the recipes that change feed-forward layers."""
     model, tokenizer = language.load()
@@ -124,6 +134,7 @@ def whisper(run: Run) -> None:
 GROUPS: dict[str, Callable[[Run], None]] = {
     "vit": vit,
     "vlm": small_vlm,
+    "shapes": shapes,
     "text": text,
     "minilm": minilm,
     "long": long_text,

@@ -272,3 +272,20 @@ def budget_recipes(budgets: Sequence[float] = (0.5, 0.25, 0.1)) -> dict[str, Any
         found[f"todre {keep:.0%}, no late drop"] = recipe("todre", keep=keep, drop_layer=None)
         found[f"vtc_cls {keep:.0%}"] = recipe("vtc_cls", keep=keep)
     return found
+
+
+def shape_recipes(budgets: Sequence[float]) -> dict[str, Any]:
+    """name -> recipe: the choices by features in front of the decoder, and FastV behind its second layer."""
+    found: dict[str, Any] = {}
+    for keep in budgets:
+        for name, params in {
+            "herding": {"criterion": "herding"},
+            "herding, compact": {"criterion": "herding", "positions": "compact"},
+            "diversity": {},
+        }.items():
+            steps = [{"pass": "todre", "params": {"keep": keep, "drop_layer": None, **params}}]
+            title = name.replace(",", f" {keep:.0%},") if "," in name else f"{name} {keep:.0%}"
+            found[title] = {"recipe_version": 1, "steps": steps}
+        steps = [{"pass": "fastv", "params": {"keep": [keep], "at": [2]}}]
+        found[f"FastV {keep:.0%}"] = {"recipe_version": 1, "steps": steps}
+    return found
