@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.house import ROOT, install_copy
+from tests.house import ROOT, install_copy, sources
 
 LINT = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(sys.argv[1], no_cache=True))"
 
@@ -58,3 +59,20 @@ def test_what_the_contracts_refuse(house: Path, module: str, imported: str, word
             file.write_text(before)
     assert code == 1
     assert words in said
+
+
+@pytest.mark.parametrize("file", sources("*.py"), ids=str)
+def test_what_is_longer_than_one_reading_says_why_it_is_one_thing(file: Path) -> None:
+    """450 lines of a file, 200 of a class, 60 of a function, without its signature and docstring."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    page = ast.get_docstring(tree) or ""
+    assert text.count("\n") <= 450 or "One file:" in page
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            said = ast.get_docstring(node)
+            body = node.body[1:] if said and len(node.body) > 1 else node.body
+            lines = (body[-1].end_lineno or 0) - body[0].lineno + 1
+            kind, most = ("class", 200) if isinstance(node, ast.ClassDef) else ("function", 60)
+            reason = f"One {kind}:" in (said or "") or (f"One {kind}:" in page and f"``{node.name}``" in page)
+            assert lines <= most or reason, f"{node.name}: {lines} lines"

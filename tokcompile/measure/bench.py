@@ -65,7 +65,6 @@ def bench(
         TokcompileError: a bad argument, or a recipe that does not fit the model (see :func:`tokcompile.optimize`).
     """
     from tokcompile.api import optimize, report
-    from tokcompile.registry import get_pass
     from tokcompile.runtime.install import share
 
     if new_tokens < 1 or rounds < 1 or warmup < 1:
@@ -93,18 +92,12 @@ def bench(
     if compiled_baseline:
         models[COMPILED] = _plainly_compiled(share(model))
     for name, recipe in zip(names, loaded, strict=True):
-        takes = any(getattr(get_pass(step.pass_), "calibration", "none") != "none" for step in recipe.steps)
-        models[name] = optimize(model, recipe, lowering=lowering, calibration=calibration if takes else None)
+        given = calibration if _takes_calibration(recipe) else None
+        models[name] = optimize(model, recipe, lowering=lowering, calibration=given)
     calls = {name: _Call(one, inputs, new_tokens if generates else 0, device) for name, one in models.items()}
 
     rows = {name: BenchRow(name) for name in models}
-    for number, (name, call) in enumerate(calls.items()):
-        if progress:
-            progress(f"compiling {name}", number, len(calls))
-        started = time.perf_counter()
-        with torch.inference_mode():
-            call()
-        rows[name].compile_seconds = None if name == EAGER else time.perf_counter() - started
+    _compile(calls, rows, progress)
     for name, found in in_turn(calls, rounds, warmup, progress).items():
         for part in PARTS:
             if all(part in entry for entry in found):
@@ -122,6 +115,23 @@ def bench(
     _compare(list(rows.values()), rows[result.baseline])
     result.rows = list(rows.values())
     return result
+
+
+def _takes_calibration(recipe: Recipe) -> bool:
+    from tokcompile.registry import get_pass
+
+    return any(getattr(get_pass(step.pass_), "calibration", "none") != "none" for step in recipe.steps)
+
+
+def _compile(calls: Mapping[str, _Call], rows: Mapping[str, BenchRow], progress: Progress | None) -> None:
+    """The first call of each model, with its time."""
+    for number, (name, call) in enumerate(calls.items()):
+        if progress:
+            progress(f"compiling {name}", number, len(calls))
+        started = time.perf_counter()
+        with torch.inference_mode():
+            call()
+        rows[name].compile_seconds = None if name == EAGER else time.perf_counter() - started
 
 
 def _compare(rows: Sequence[BenchRow], base: BenchRow) -> None:

@@ -426,14 +426,17 @@ def _rows(
             _fill(row, "dense", differ(mine, [base]))
             for role in ("random", "pool"):
                 others = [s for c in names.get(key, ()) if c.role == role and (s := stats(c.key)) is not None]
-                if not others:
-                    continue
-                values = [metric.score(other) for other in others]
-                setattr(row, role, sum(values) / len(values))
-                if role == "random":
-                    row.random_min, row.random_max = min(values), max(values)
-                _fill(row, role, differ(mine, others))
+                if others:
+                    _beside(row, role, [metric.score(other) for other in others])
+                    _fill(row, role, differ(mine, others))
     return rows
+
+
+def _beside(row: EvalRow, role: str, values: Sequence[float]) -> None:
+    """What the controls of one kind reached."""
+    setattr(row, role, sum(values) / len(values))
+    if role == "random":
+        row.random_min, row.random_max = min(values), max(values)
 
 
 def _fill(row: EvalRow, name: str, difference: Difference) -> None:

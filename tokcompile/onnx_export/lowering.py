@@ -299,18 +299,8 @@ def lower(
         n for n, s in zip(captured.placeholders, found.specs, strict=False) if s.kind == InputKind.USER_INPUT
     ]
     placeholders += [n for n, item in added.items() if isinstance(item, HostSize)]
-    program = _program(found, ctx)
     try:
-        with (
-            torch.no_grad(),
-            _quiet(),
-            fx_config.patch(  # type: ignore[attr-defined]
-                backed_size_oblivious=True
-            ),
-        ):
-            converted = torch.onnx.export(program, opset_version=opset, verbose=False, optimize=False)
-            assert converted is not None
-            simplify(converted.model)
+        converted = _convert(_program(found, ctx), opset)
     except Exception as error:
         raise not_convertible(captured, stage.name, error) from error
     assert converted.exported_program is not None
@@ -331,6 +321,20 @@ def lower(
         lines,
         {name: check for name, (_, check) in checks.items()},
     )
+
+
+def _convert(program: ExportedProgram, opset: int) -> torch.onnx.ONNXProgram:
+    with (
+        torch.no_grad(),
+        _quiet(),
+        fx_config.patch(  # type: ignore[attr-defined]
+            backed_size_oblivious=True
+        ),
+    ):
+        converted = torch.onnx.export(program, opset_version=opset, verbose=False, optimize=False)
+        assert converted is not None
+        simplify(converted.model)
+        return converted
 
 
 def _checks(captured: Captured) -> dict[str, tuple[fx.Node, Check]]:

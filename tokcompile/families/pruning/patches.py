@@ -226,14 +226,7 @@ class PatchSelection(Pass):
 
         given, names, old_form = len(inputs), list[str](), list[bool]()
         tokens, chosen, *more = ctx.emit(choose, node, *inputs, *padding, before=ctx.after(node, *inputs, *padding))
-        count = node.meta["val"].shape[1]
-        size: Any = (
-            keep.count(count - front - behind) + front + behind
-            if isinstance(count, int)
-            else ctx.emit(
-                lambda x: keep.count(x.shape[1] - front - behind) + front + behind, node, before=ctx.after(node)
-            )
-        )
+        size = _kept_count(ctx, node, keep, front + behind)
         kept = ctx.cut(
             node,
             chosen,
@@ -257,6 +250,14 @@ class PatchSelection(Pass):
                 )
             restored.stage(kept, into, range(stage, end))
         return hint(size)
+
+
+def _kept_count(ctx: Context, node: fx.Node, keep: Budget, protected: int) -> Any:
+    """How many tokens a cut of ``node [B, S, D]`` leaves, ``protected`` ones among them: a number or a node."""
+    count = node.meta["val"].shape[1]
+    if isinstance(count, int):
+        return keep.count(count - protected) + protected
+    return ctx.emit(lambda x: keep.count(x.shape[1] - protected) + protected, node, before=ctx.after(node))
 
 
 def _mask(ctx: Context, layer: Layer) -> fx.Node | None:
