@@ -81,7 +81,12 @@ def _stream_above(flow: Flow, node: fx.Node, adds: set[fx.Node]) -> fx.Node:
             break
         if current in adds:
             return current
-        current = flow.primary(current) or _written(flow, current) or _sum_with_outside(flow, current, adds)
+        current = (
+            flow.primary(current)
+            or _written(flow, current)
+            or _above_unknown(flow, current)
+            or _sum_with_outside(flow, current, adds)
+        )
     return node
 
 
@@ -92,6 +97,15 @@ def _sum_with_outside(flow: Flow, node: fx.Node, adds: set[fx.Node]) -> fx.Node 
         return None
     inside = [n for n in operands if any(flow.reaches(add, n) for add in adds)]
     return inside[0] if len(inside) == 1 and flow.dims(inside[0]) == flow.dims(node) else None
+
+
+def _above_unknown(flow: Flow, node: fx.Node) -> fx.Node | None:
+    """The stream before a block that is no known region is added to it: the operand that the other is made from."""
+    operands = [flow.canonical(n) for n in flow.inputs[node][:2]]
+    if flow.op[node] != "add" or len(operands) < 2:
+        return None
+    found = [one for one, other in (operands, operands[::-1]) if flow.reaches(one, other)]
+    return found[0] if len(found) == 1 and flow.dims(found[0]) == flow.dims(node) else None
 
 
 def _written(flow: Flow, node: fx.Node) -> fx.Node | None:
@@ -122,9 +136,8 @@ def _layers(flow: Flow, stream: Stream) -> list[Layer]:
     runs: list[list[tuple[int, list[Block]]]] = []
     for segment in segments:
         kinds = {b.region.kind for b in segment[1]}
-        mixes = "attention" in kinds or not kinds
         ended = bool(runs) and any(b.region.kind != "attention" for _, run in runs[-1] for b in run)
-        if not runs or (mixes and ended) or (ended and not mixes):
+        if not runs or ended or ("attention" in kinds and _unknown_behind_attention(runs[-1])):
             runs.append([])
         runs[-1].append(segment)
     layers: list[Layer] = []
@@ -138,6 +151,12 @@ def _layers(flow: Flow, stream: Stream) -> list[Layer]:
             output = _last_output(flow, stream)
         layers.append(_layer(flow, index, [b for _, part in run for b in part], before, output))
     return layers
+
+
+def _unknown_behind_attention(run: list[tuple[int, list[Block]]]) -> bool:
+    """Whether something that is no known region stands where a layer has its feed-forward block."""
+    filled = [bool(blocks) for _, blocks in run]
+    return True in filled and False in filled[filled.index(True) :]
 
 
 def _segments(flow: Flow, stream: Stream, points: list[fx.Node]) -> list[tuple[int, list[Block]]]:
