@@ -100,12 +100,21 @@ def _sum_with_outside(flow: Flow, node: fx.Node, adds: set[fx.Node]) -> fx.Node 
 
 
 def _above_unknown(flow: Flow, node: fx.Node) -> fx.Node | None:
-    """The stream before a block that is no known region is added to it: the operand that the other is made from."""
-    operands = [flow.canonical(n) for n in flow.inputs[node][:2]]
+    """The stream before a block that is no known region is added to it: what both operands are made from."""
+    operands = flow.inputs[node][:2]
     if flow.op[node] != "add" or len(operands) < 2:
         return None
-    found = [one for one, other in (operands, operands[::-1]) if flow.reaches(one, other)]
-    return found[0] if len(found) == 1 and flow.dims(found[0]) == flow.dims(node) else None
+    found = {_shared(flow, one, other) for one, other in (operands, operands[::-1])} - {None}
+    stream = found.pop() if len(found) == 1 else None
+    return stream if stream is not None and flow.dims(stream) == flow.dims(node) else None
+
+
+def _shared(flow: Flow, scaled: fx.Node, branch: fx.Node) -> fx.Node | None:
+    """The value that ``scaled`` is, but for scales and norms, if ``branch`` is made from it."""
+    current: fx.Node | None = scaled
+    while current is not None and not flow.reaches(current, branch):
+        current = flow.primary(current)
+    return current
 
 
 def _written(flow: Flow, node: fx.Node) -> fx.Node | None:
