@@ -19,7 +19,8 @@ transformers registers, each as a tiny random model, without any change for one 
 _LANGUAGE = """
 ## Language models
 
-*Right*: one attention region for each attention module, and one stack of layers, whose depths recipes can name.
+*Right*: one attention region for each call of an attention module, and one stack of layers, whose depths recipes can
+name.
 *Refused*: something was not found, and the report says what and where. Families whose configuration could not be cut
 down to a tiny model are left out ({left_out} of {all_}).
 
@@ -61,7 +62,7 @@ def _language(results: Sequence[Result]) -> str:
 
 
 def _counts(result: Result) -> str:
-    if result.stacks != min(result.modules, 1) and result.attention == result.modules:
+    if result.attention == result.modules:
         return f" ({result.stacks} stacks)"
     return f" ({result.attention} of {result.modules} attentions)"
 

@@ -55,7 +55,7 @@ class Result:
     Attributes:
         task: a key of :data:`TASKS`.
         outcome: "right", "refused" (with the reason), "wrong" or "not tried" (its configuration was not made tiny).
-        modules: modules of the model that are attention, by their names.
+        modules: calls of modules that are attention, by their names, in one forward.
         attention, feed_forward, stacks, encoders: regions that were found (mixtures of experts are feed-forward).
         prefill, generated: largest error against the oracle, of the last logits and of four generated tokens.
         reason: why it was refused, or what went wrong.
@@ -82,11 +82,17 @@ class OverTimeError(Exception):
     """A family took more than :data:`SECONDS`."""
 
 
-def attention_modules(model: nn.Module) -> int:
-    """Modules that are called an attention and hold no other such module."""
-    named = [(path, bool(re.search("Attention|Attn", type(m).__name__))) for path, m in model.named_modules()]
-    places = [path for path, is_attention in named if is_attention]
-    return sum(not any(other.startswith(f"{path}.") for other in places) for path in places)
+def attention_calls(model: nn.Module, inputs: dict[str, Any]) -> int:
+    """How often a forward calls modules that are named an attention and hold no other such module."""
+    named = {path: m for path, m in model.named_modules() if re.search("Attention|Attn", type(m).__name__)}
+    inner = [m for path, m in named.items() if not any(other.startswith(f"{path}.") for other in named)]
+    calls: list[nn.Module] = []
+    hooks = [m.register_forward_pre_hook(lambda module, _: calls.append(module)) for m in inner]
+    with torch.no_grad():
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return len(calls)
 
 
 def count(result: Result, report: tokcompile.Report, stage: str | None = None) -> None:
@@ -99,14 +105,14 @@ def count(result: Result, report: tokcompile.Report, stage: str | None = None) -
 
 def language(result: Result, model: Any) -> None:
     """Regions of a forward of text."""
+    result.modules = attention_calls(model, tiny.text_inputs())
     report = tokcompile.explain(model, tiny.text_inputs())
-    result.modules = attention_modules(model)
     count(result, report)
     uncaptured = [stage for stage in report.stages if not stage.captured]
     misses = [miss["reason"] for miss in report.near_misses]
     if uncaptured:
         result.outcome, result.reason = "refused", uncaptured[0].reason
-    elif result.attention == result.modules and result.stacks == min(result.modules, 1):
+    elif result.attention == result.modules and (result.stacks == 1 or not result.modules):
         result.outcome = "right"
     else:
         result.outcome, result.reason = ("refused" if misses else "wrong"), "; ".join(misses[:1])
