@@ -43,8 +43,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "registry.csv"
 SECONDS = 150
 HALF = {"recipe_version": 1, "steps": [{"pass": "random", "params": {"keep": 0.5}}]}
 TASKS = {
-    "language": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "vision-language": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    "language": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 }
 
 
