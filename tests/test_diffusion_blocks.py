@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import tokcompile
+from tests.members import members
 from tests.small_dits import TEXT, tiny_dit
 from tests.zoo import decoders
 from tokcompile.errors import NoMatchError
@@ -187,7 +188,7 @@ def test_text_by_number_and_where_nothing_tells() -> None:
         tokcompile.optimize(Scores(), recipe(), inputs=inputs, lowering="eager")
 
 
-@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("first", members([False, True], [True]))
 def test_pictures_of_other_sizes(first: bool, told: list[tuple[int, bool]]) -> None:
     """Sizes are symbols from the second picture on, and the text is found all the same."""
     model, inputs = tiny_dit("single", first)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import tokcompile
 from tests import oracle
+from tests.members import members
 from tests.pruning import close, generate, optimized
 from tests.zoo import vlm as zoo
-from tests.zoo.vlm import IMAGE, VIDEO, VLMS, Case, PlainVLM, randomize
+from tests.zoo.vlm import IMAGE, VIDEO, VLMS, Case, PlainVLM, randomize, shallow
 from tokcompile.errors import CacheError, NoMatchError
 from tokcompile.rewrite.selection import budgets, pooled, segments
 from tokcompile.runtime.recording import Recording
@@ -90,17 +91,11 @@ def check(
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "llava",
-        "llava_next",
-        pytest.param("llava_onevision", marks=pytest.mark.slow),
-        "internvl",
-        pytest.param("smolvlm", marks=pytest.mark.slow),
-    ],
+    members(["llava", "llava_next", "llava_onevision", "internvl", "smolvlm"], ["llava", "internvl"]),
 )
 def test_equals_the_dense_model_on_fewer_embeddings(name: str) -> None:
     """Rows of different length, one of them with padding in front."""
-    case = VLMS[name]()
+    case = shallow(VLMS[name]())
     inputs = case.inputs(batch=2, left_padding=3)
     recording = check(case, step(), inputs)
     assert recording.kept[0].indices.shape[1] < inputs["input_ids"].shape[1] - 8
@@ -124,7 +119,7 @@ def test_each_pass(name: str, params: dict[str, Any], attention: str) -> None:
 
 def test_rows_with_unequal_images_and_a_row_of_text() -> None:
     """A row without an image is not moved at all."""
-    case = VLMS["llava"]()
+    case = shallow(VLMS["llava"]())
     model = optimized(case.model, step())
     inputs = case.inputs(batch=3, images_per_row=[1, 2, 0])
     recording = check(case, [], inputs, model=model)
@@ -132,7 +127,7 @@ def test_rows_with_unequal_images_and_a_row_of_text() -> None:
 
 
 def test_keeping_everything_is_the_dense_model() -> None:
-    case = VLMS["llava"]()
+    case = shallow(VLMS["llava"]())
     inputs = case.inputs(batch=2, left_padding=3)
     found, _ = generate(optimized(case.model, step(keep=1.0)), inputs, 6)
     wanted = oracle.run(case, inputs, 6)
@@ -142,7 +137,7 @@ def test_keeping_everything_is_the_dense_model() -> None:
 
 
 def test_a_batch_equals_single_runs_and_is_not_keep() -> None:
-    case = VLMS["llava"]()
+    case = shallow(VLMS["llava"]())
     model = optimized(case.model, step())
     inputs = case.inputs(batch=2, left_padding=3)
     both, _ = generate(model, inputs, 4)
@@ -154,7 +149,7 @@ def test_a_batch_equals_single_runs_and_is_not_keep() -> None:
 
 
 def test_without_a_cache_and_with_beams() -> None:
-    case = VLMS["llava"]()
+    case = shallow(VLMS["llava"]())
     model = optimized(case.model, step())
     inputs = case.inputs(batch=2, left_padding=3)
     cached, _ = generate(model, inputs, 4)
@@ -168,7 +163,7 @@ def test_without_a_cache_and_with_beams() -> None:
 
 def test_a_direct_forward_without_positions() -> None:
     """Positions are then a row that all rows share."""
-    case = VLMS["llava"]()
+    case = shallow(VLMS["llava"]())
     model = optimized(case.model, step())
     for batch in (1, 2):
         inputs = case.inputs(batch=batch)
@@ -179,7 +174,7 @@ def test_a_direct_forward_without_positions() -> None:
 
 def test_a_second_turn_of_text() -> None:
     """It continues from the last position, as if the first prompt had been the shorter one."""
-    case = VLMS["llava"]()
+    case = shallow(VLMS["llava"]())
     model = optimized(case.model, step())
     inputs = case.inputs(batch=1)
     with torch.no_grad(), tokcompile.record(model) as recording:
@@ -211,7 +206,7 @@ def test_a_second_turn_of_text() -> None:
     ],
 )
 def test_models_that_cannot_be_moved(name: str, says: str) -> None:
-    case = VLMS[name]()
+    case = shallow(VLMS[name]())
     inputs = case.inputs(batch=1)
     before = oracle.run(case, inputs, 2)
     model = optimized(case.model, step())
@@ -222,7 +217,7 @@ def test_models_that_cannot_be_moved(name: str, says: str) -> None:
 
 
 def test_an_image_in_a_later_turn_is_refused() -> None:
-    case = VLMS["llava"]()
+    case = shallow(VLMS["llava"]())
     model = optimized(case.model, step())
     inputs = case.inputs(batch=1)
     with torch.no_grad():
