@@ -183,6 +183,7 @@ def test_optimize(call: Any, tmp_path: Path) -> None:
     assert "load it with tokcompile.load" in err
 
 
+@pytest.mark.slow  # docs/index.md has it, too
 def test_bench(call: Any, tmp_path: Path) -> None:
     code, out, _ = call(
         "bench",

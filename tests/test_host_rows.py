@@ -173,7 +173,8 @@ def test_a_moved_model_leaves_its_tables_where_they_are() -> None:
 @pytest.mark.inductor
 def test_inductor_computes_the_same() -> None:
     dense, inputs = decoders.llama()
-    one, other = pair(dense, inputs, "inductor", dense_first=1)
+    one = made(dense, inputs, "model", dense_first=1)
+    other = made(dense, inputs, "host", "inductor", dense_first=1)
     mixed = inputs | {"input_ids": inputs["input_ids"] + 5}
     close(output(other, mixed), output(one, mixed))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
 import tokcompile
-from tests.zoo.vlm import VLMS
+from tests.zoo.vlm import VLMS, shallow
 from tokcompile.errors import RecipeError
 from tokcompile.measure.evaluate import controls
 from tokcompile.passes.pruning.patch_merge import merged
@@ -194,7 +194,7 @@ def test_a_head_that_reads_the_grid_gets_it() -> None:
 
 def test_the_tower_of_a_vlm_gives_as_many_features_as_before() -> None:
     """They leave in front of its last layer; the language model finds one for each of its places."""
-    case = VLMS["llava"]()
+    case = shallow(VLMS["llava"]())
     inputs = case.inputs(batch=2)
     with torch.no_grad():
         model = tokcompile.optimize(case.model, step(keep=[0.6], at=[0.34]), lowering="eager")

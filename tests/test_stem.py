@@ -188,7 +188,7 @@ def test_unseen_ids_leave_a_dense_model():
 
 @pytest.mark.parametrize("name", members(["llava", "gemma3"], ["llava"]))
 def test_visual_positions_stay_dense(name):
-    case = vlm.VLMS[name]()
+    case = vlm.shallow(vlm.VLMS[name]())
     inputs = case.inputs(batch=2, left_padding=3)
     optimized = tokcompile.optimize(
         case.model, recipe({"path": "*language_model*"}), calibration=[inputs], lowering="eager"
@@ -204,7 +204,7 @@ def test_visual_positions_stay_dense(name):
 
 @pytest.mark.parametrize("dense_first", members([0, 1], [1]))
 def test_ids_and_first_tokens_follow_what_a_pruning_step_keeps(dense_first):
-    case = vlm.VLMS["llava"]()
+    case = vlm.shallow(vlm.VLMS["llava"]())
     inputs = case.inputs(batch=2, left_padding=3)
     both = recipe({"path": "*language_model*"}, dense_first=dense_first)
     both["steps"].insert(0, {"pass": "random", "params": {"keep": 0.25}})

@@ -43,7 +43,7 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor | None]:
 
 
 def llava(**kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
-    case = vlm.llava()
+    case = vlm.shallow(vlm.llava())
     return case.model, {**case.inputs(batch=2, **kwargs), "use_cache": False}
 
 
