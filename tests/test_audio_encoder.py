@@ -214,6 +214,7 @@ def test_a_decoder_attends_to_restored_frames_by_how_many_they_are(whisper: Any)
         close(found, attention.out_proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2)))
 
 
+@pytest.mark.slow
 def test_beams_and_the_models_own_generate(whisper: Any) -> None:
     model, features = optimized(whisper, "class_attention"), frames(2)
     with torch.no_grad():

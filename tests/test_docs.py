@@ -107,8 +107,8 @@ class Runner:
         pass
 
 
-#: What stands on these pages is also in tests/test_one_file_pass.py and tests/test_cli.py.
-ELSEWHERE = ["write_a_pass.md", "command_line.md"]
+#: What stands on these pages is also in tests/test_one_file_pass.py, tests/test_cli.py and tests/test_onnx_single.py.
+ELSEWHERE = ["write_a_pass.md", "command_line.md", "onnx.md"]
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ def kept_of_each_image(case: Case, inputs: dict[str, Tensor], indices: Tensor) -
 # ------------------------------------------------------------------------------------------------ images and rows
 
 
+@pytest.mark.slow
 def test_several_images_keep_a_budget_each(shared: tuple[Case, Any]) -> None:
     case, model = shared
     inputs = case.inputs(batch=2, images_per_row=2, left_padding=3)
@@ -320,6 +321,14 @@ def _refused(cache: Any, steps: Any = RANDOM, **options: Any) -> str:
     return str(caught.value)
 
 
+def _static(config: Any) -> StaticCache:
+    return StaticCache(config=config, max_cache_len=64)
+
+
+def _offloaded(config: Any) -> DynamicCache:
+    return DynamicCache(config=config, offloading=True)
+
+
 def _quantized(config: Any) -> DynamicCache:
     """A dynamic cache with layers of another kind, as a quantized cache has (its packages need not be installed)."""
     from transformers.cache_utils import DynamicLayer
@@ -334,12 +343,18 @@ def _quantized(config: Any) -> DynamicCache:
 
 @pytest.mark.parametrize(
     ("cache", "options", "says"),
-    [
-        (None, {"cache_implementation": "static"}, "StaticCache .* default dynamic cache"),
-        (lambda config: StaticCache(config=config, max_cache_len=64), {}, "StaticCache .* default dynamic cache"),
-        (lambda config: DynamicCache(config=config, offloading=True), {}, "offloaded cache .* default dynamic cache"),
-        (_quantized, {}, "PackedLayer, which cannot hold fewer tokens; use a plain dynamic cache"),
-    ],
+    members(
+        [
+            (None, {"cache_implementation": "static"}, "StaticCache .* default dynamic cache"),
+            (_static, {}, "StaticCache .* default dynamic cache"),
+            (_offloaded, {}, "offloaded cache .* default dynamic cache"),
+            (_quantized, {}, "PackedLayer, which cannot hold fewer tokens; use a plain dynamic cache"),
+        ],
+        [
+            (_static, {}, "StaticCache .* default dynamic cache"),
+            (_quantized, {}, "PackedLayer, which cannot hold fewer tokens; use a plain dynamic cache"),
+        ],
+    ),
 )
 def test_caches_that_cannot_lose_tokens(cache: Any, options: dict[str, Any], says: str) -> None:
     import re

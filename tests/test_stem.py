@@ -141,7 +141,7 @@ def close(one: Tensor, other: Tensor, limit: float = 1e-5) -> None:
     assert error <= limit, error
 
 
-@pytest.mark.parametrize("family", members(FAMILIES, ["llama", "gemma2", "phi3", "hand_written"]))
+@pytest.mark.parametrize("family", members(FAMILIES, ["llama", "phi3", "hand_written"]))
 def test_a_table_with_the_exact_rows_equals_the_dense_layer(family):
     dense, inputs = FAMILIES[family]()
     without_mixing(dense)
@@ -159,9 +159,7 @@ def test_a_table_with_the_exact_rows_equals_the_dense_layer(family):
 
 @pytest.mark.parametrize(
     ("family", "fallback"),
-    members(
-        itertools.product(FAMILIES, ["dense", "mean"]), [("llama", "mean"), ("phi3", "dense"), ("hand_written", "mean")]
-    ),
+    members(itertools.product(FAMILIES, ["dense", "mean"]), [("gemma2", "mean"), ("hand_written", "dense")]),
 )
 def test_rows_are_read_by_id_and_what_has_none_falls_back(family, fallback):
     dense, inputs = FAMILIES[family]()
@@ -273,7 +271,7 @@ def without_first(ids: Tensor, mask: Tensor, count: int) -> Tensor:
     ("family", "count", "fallback"),
     members(
         itertools.product(FAMILIES, [1, 3], ["dense", "mean"]),
-        [("llama", 1, "dense"), ("gemma2", 3, "mean"), ("phi3", 1, "mean"), ("hand_written", 3, "dense")],
+        [("llama", 1, "dense"), ("phi3", 3, "mean"), ("hand_written", 1, "mean")],
     ),
 )
 def test_the_first_visible_tokens_stay_dense(family, count, fallback):
@@ -301,7 +299,7 @@ def test_the_first_visible_tokens_stay_dense(family, count, fallback):
     ("length", "padding", "cache"),
     members(
         [(*prompt, cache) for prompt in [(3, 2), (1, 0)] for cache in ["dynamic", "static"]],
-        [(3, 2, "dynamic"), (1, 0, "static")],
+        [(3, 2, "dynamic")],
     ),
 )
 def test_decode_steps_know_how_many_tokens_came_before(length, padding, cache):
@@ -361,7 +359,7 @@ def test_without_an_order_of_tokens_none_is_first():
     tokcompile.optimize(dense, recipe(dense_first=0), calibration=[inputs], lowering="eager", inputs=inputs)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", members(["sdpa", "eager"], ["sdpa"]))
 def test_dropout_in_training_does_not_hide_which_token_is_first(attention):
     dense, inputs = decoders.llama()
     dense.set_attn_implementation(attention)
