@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tokcompile
+from tests.members import members
 from tests.pruning import optimized
 from tests.test_only_patches import Encoder
 from tests.zoo.vlm import llava, randomize, shallow
@@ -58,7 +59,7 @@ def values(result: Any) -> Tensor:
     return result if isinstance(result, Tensor) else result.logits  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", members(WHOLE, ["todre", "class_attention", "moe_from_dense", "token_sparse"]))
 def test_as_the_model_under_autocast(name: str) -> None:
     kind, steps = WHOLE[name]
     model, inputs = made(kind)

@@ -4,6 +4,7 @@ embeddings of the kept tokens alone, row by row, at the positions 0, 1, 2, ...
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,8 +22,23 @@ from tokcompile.rewrite.selection import budgets, pooled, segments
 from tokcompile.runtime.recording import Recording
 
 
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    """Keeps compiled code from test to test: most of them share one optimized model."""
+    torch.manual_seed(0)
+
+
 def step(name: str = "random", **params: Any) -> list[dict[str, Any]]:
     return [{"pass": name, "params": {"keep": 0.25, "positions": "compact", **params}}]
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[tuple[Case, Any]]:
+    """A small LLaVA, and the same with a quarter of its visual tokens."""
+    torch._dynamo.reset()
+    case = shallow(VLMS["llava"]())
+    yield case, optimized(case.model, step())
+    torch._dynamo.reset()
 
 
 def embeddings(case: Case, inputs: dict[str, Tensor]) -> Tensor:
@@ -120,10 +136,9 @@ def test_each_pass(name: str, params: dict[str, Any], attention: str) -> None:
     assert len(recording.kept) == (2 if params.get("drop_layer") else 1)
 
 
-def test_rows_with_unequal_images_and_a_row_of_text() -> None:
+def test_rows_with_unequal_images_and_a_row_of_text(shared: tuple[Case, Any]) -> None:
     """A row without an image is not moved at all."""
-    case = shallow(VLMS["llava"]())
-    model = optimized(case.model, step())
+    case, model = shared
     inputs = case.inputs(batch=3, images_per_row=[1, 2, 0])
     recording = check(case, [], inputs, model=model)
     assert (recording.kept[0].indices[2] >= 0).sum() > inputs["attention_mask"][2].sum()  # its padding too is kept
@@ -139,9 +154,8 @@ def test_keeping_everything_is_the_dense_model() -> None:
     assert torch.equal(found.tokens, wanted.tokens)
 
 
-def test_a_batch_equals_single_runs_and_is_not_keep() -> None:
-    case = shallow(VLMS["llava"]())
-    model = optimized(case.model, step())
+def test_a_batch_equals_single_runs_and_is_not_keep(shared: tuple[Case, Any]) -> None:
+    case, model = shared
     inputs = case.inputs(batch=2, left_padding=3)
     both, _ = generate(model, inputs, 4)
     for row in range(2):
@@ -151,9 +165,8 @@ def test_a_batch_equals_single_runs_and_is_not_keep() -> None:
     assert (kept.logits[0] - both.logits[0]).abs().max() > 0.1
 
 
-def test_without_a_cache_and_with_beams() -> None:
-    case = shallow(VLMS["llava"]())
-    model = optimized(case.model, step())
+def test_without_a_cache_and_with_beams(shared: tuple[Case, Any]) -> None:
+    case, model = shared
     inputs = case.inputs(batch=2, left_padding=3)
     cached, _ = generate(model, inputs, 4)
     plain, _ = generate(model, inputs, 4, use_cache=False)
@@ -164,10 +177,9 @@ def test_without_a_cache_and_with_beams() -> None:
     assert torch.equal(beams, again)
 
 
-def test_a_direct_forward_without_positions() -> None:
+def test_a_direct_forward_without_positions(shared: tuple[Case, Any]) -> None:
     """Positions are then a row that all rows share."""
-    case = shallow(VLMS["llava"]())
-    model = optimized(case.model, step())
+    case, model = shared
     for batch in (1, 2):
         inputs = case.inputs(batch=batch)
         with torch.no_grad(), tokcompile.record(model) as recording:
@@ -175,10 +187,9 @@ def test_a_direct_forward_without_positions() -> None:
         equals_shortened(case, inputs, oracle.Run([logits], logits.argmax(-1, keepdim=True)), recording)
 
 
-def test_a_second_turn_of_text() -> None:
+def test_a_second_turn_of_text(shared: tuple[Case, Any]) -> None:
     """It continues from the last position, as if the first prompt had been the shorter one."""
-    case = shallow(VLMS["llava"]())
-    model = optimized(case.model, step())
+    case, model = shared
     inputs = case.inputs(batch=1)
     with torch.no_grad(), tokcompile.record(model) as recording:
         one = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True)
@@ -219,9 +230,8 @@ def test_models_that_cannot_be_moved(name: str, says: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before.logits, after.logits, strict=True))
 
 
-def test_an_image_in_a_later_turn_is_refused() -> None:
-    case = shallow(VLMS["llava"]())
-    model = optimized(case.model, step())
+def test_an_image_in_a_later_turn_is_refused(shared: tuple[Case, Any]) -> None:
+    case, model = shared
     inputs = case.inputs(batch=1)
     with torch.no_grad():
         one = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)

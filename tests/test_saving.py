@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import tokcompile
 from tests.members import members
 from tests.pruning import RANDOM, close, recipe
+from tests.small_models import demo_vlm
 from tokcompile import demo
 from tokcompile.errors import RecipeError, SavedModelError, TokcompileError
 from tokcompile.save import format as form
@@ -58,7 +59,7 @@ def plain() -> nn.Module:
 
 
 def _vlm() -> tuple[nn.Module, dict[str, Tensor]]:
-    model, inputs = demo.tiny_vlm()
+    model, inputs = demo_vlm()
     return tokcompile.optimize(model, "vlm_prune_75", lowering="eager"), inputs
 
 
@@ -208,7 +209,7 @@ def test_saving_again_writes_the_same(saved: Path, tmp_path: Path) -> None:
 
 
 def test_mixed_dtypes_and_attention_come_back(tmp_path: Path) -> None:
-    model, _ = demo.tiny_vlm()
+    model, _ = demo_vlm()
     model.set_attn_implementation("eager")  # type: ignore[operator]
     model.to(torch.bfloat16)
     for layer in model.model.language_model.layers:  # type: ignore[union-attr, operator]
@@ -249,7 +250,7 @@ def test_weights_can_stay_away(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- restore_dense
 
 
-@pytest.mark.parametrize(("name", "make"), [("vlm", demo.tiny_vlm), ("stem", demo.tiny_llm), ("moe", demo.tiny_llm)])
+@pytest.mark.parametrize(("name", "make"), [("vlm", demo_vlm), ("stem", demo.tiny_llm), ("moe", demo.tiny_llm)])
 def test_restore_dense(name: str, make: Callable[[], Any], saved: Path) -> None:
     dense = make()[0].state_dict()
     found = tokcompile.restore_dense(tokcompile.load(saved / name, lowering="eager"))
