@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import tokcompile
+from tests.members import members
 from tests.pruning import check, close
 from tests.test_one_file_pass import block
 from tests.test_sparse_decode import BUDGET, MODELS, SHARED, Masked, assert_same, generate, masked, prompt
@@ -191,7 +192,10 @@ def without(model: nn.Module, inputs: dict[str, Tensor], keep: float, names: tup
 
 @pytest.mark.parametrize(
     ("make", "names", "down"),
-    [(tiny_llm, ("gate_proj", "up_proj"), "down_proj"), (tiny_vit, ("fc1",), "fc2")],
+    members(
+        [(tiny_llm, ("gate_proj", "up_proj"), "down_proj"), (tiny_vit, ("fc1",), "fc2")],
+        [(tiny_llm, ("gate_proj", "up_proj"), "down_proj")],
+    ),
     ids=["gated", "plain with biases"],
 )
 def test_calibrated_pass(make: Any, names: tuple[str, ...], down: str, tmp_path: Path) -> None:

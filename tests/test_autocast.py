@@ -89,6 +89,7 @@ def test_generation_and_training() -> None:
     assert sum(p.grad is not None for p in fast.parameters()) > 10
 
 
+@pytest.mark.slow
 def test_experts_train_under_autocast() -> None:
     model, inputs = tiny_llm()
     fast = optimized(model, moe(), calibration=[inputs])

@@ -107,8 +107,8 @@ class Runner:
         pass
 
 
-#: What stands on these pages is also in tests/test_one_file_pass.py, tests/test_cli.py and tests/test_onnx_single.py.
-ELSEWHERE = ["write_a_pass.md", "command_line.md", "onnx.md"]
+#: Commands and calls that tests/test_cli.py, tests/test_one_file_pass.py and tests/test_onnx_single.py make, too.
+ELSEWHERE = ["index.md", "command_line.md", "write_a_pass.md", "onnx.md"]
 
 
 @pytest.mark.parametrize(

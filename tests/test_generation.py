@@ -194,6 +194,7 @@ def _conversation(case: Case, model: Any, more: dict[str, Tensor], steps: int = 
     return [first, again]
 
 
+@pytest.mark.slow
 def test_second_turn_of_text(shared: tuple[Case, Any]) -> None:
     case, model = shared
     first, again = _conversation(case, model, {"input_ids": torch.randint(3, TEXT_VOCAB, (2, 5))})
@@ -287,6 +288,7 @@ def test_a_direct_forward_that_keeps_everything_is_the_dense_one(name: str) -> N
     close(found[real], wanted[real])
 
 
+@pytest.mark.slow
 def test_a_loss_inside_the_graph_is_that_of_the_kept_tokens() -> None:
     case = shallow(VLMS["llava"]())
     torch.compiler.reset()  # sizes of earlier calls would make Dynamo's symbolic from the start

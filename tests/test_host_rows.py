@@ -170,6 +170,7 @@ def test_a_moved_model_leaves_its_tables_where_they_are() -> None:
     assert "tokcompile.stem.model.layers.0.mlp.table" in model.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_inductor_computes_the_same() -> None:
     dense, inputs = decoders.llama()

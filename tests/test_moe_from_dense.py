@@ -228,6 +228,7 @@ def test_inductor_computes_the_same_and_trains():
     close(grads[1], grads[0], 1e-4)
 
 
+@pytest.mark.slow
 def test_layers_that_change_least_are_converted_and_the_controls_do_worse():
     torch.manual_seed(0)
     dense, inputs = decoders.llama(4)

@@ -154,6 +154,7 @@ def test_keeping_everything_is_the_dense_model() -> None:
     assert torch.equal(found.tokens, wanted.tokens)
 
 
+@pytest.mark.slow
 def test_a_batch_equals_single_runs_and_is_not_keep(shared: tuple[Case, Any]) -> None:
     case, model = shared
     inputs = case.inputs(batch=2, left_padding=3)
@@ -165,6 +166,7 @@ def test_a_batch_equals_single_runs_and_is_not_keep(shared: tuple[Case, Any]) ->
     assert (kept.logits[0] - both.logits[0]).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_without_a_cache_and_with_beams(shared: tuple[Case, Any]) -> None:
     case, model = shared
     inputs = case.inputs(batch=2, left_padding=3)

@@ -72,6 +72,7 @@ def test_a_second_chat_compiles_nothing(llava: Case) -> None:
     assert chat(llava, model, [True, False, True, False, False]) == [first[-1]] * 5
 
 
+@pytest.mark.slow
 def test_five_picture_sizes() -> None:
     """One prefill for each number of image tokens and one decode step: transformers writes that number into the text of
     a check, which fixes it in the graph. The image encoder reads sizes off a tensor and is captured for each size of a

@@ -112,6 +112,7 @@ def test_the_same_model_comes_out_whichever_form_is_given() -> None:
     assert torch.equal(_logits("pool"), tupled)
 
 
+@pytest.mark.slow
 def test_an_old_patch_merge_still_runs() -> None:
     """A choice of patches with a tuple of four, and the ``below`` that goes with it."""
 

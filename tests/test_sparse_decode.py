@@ -299,6 +299,7 @@ def test_a_batch_is_its_rows() -> None:
             torch.testing.assert_close(a[row], b[0], rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_random_keys_are_drawn_anew_and_the_same_for_the_same_seed(lists: Any) -> None:
     model, inputs = MODELS["llama"](), prompt()
     runs = []
@@ -538,6 +539,7 @@ def test_reuse_says_where_it_does_not_hold() -> None:
             optimized(model, "tokenselect", **params)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_reuse_under_inference_mode() -> None:
     model, inputs = MODELS["llama"](), prompt()

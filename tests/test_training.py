@@ -109,6 +109,7 @@ def test_gradients_through_inductor_flow_on_to_what_made_the_inputs() -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_freezing_and_thawing_tables_under_inductor() -> None:
     """Compiled without their gradients, then asked for them: the graph is compiled again."""
