@@ -169,3 +169,19 @@ def test_a_compiled_optimized_model_is_not_the_dense_one(
             found = called(**inputs).last_hidden_state
     assert len(recording.kept) == 3
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "take"),
+    [
+        ("torch.export", lambda fast, inputs: torch.export.export(fast, (), inputs)),
+        ("torch.jit.trace", lambda fast, inputs: torch.jit.trace(fast, inputs["pixel_values"], strict=False)),
+    ],
+    ids=["export", "jit"],
+)
+def test_who_takes_the_model_apart_is_told_the_way_out(
+    name: str, take: Callable[..., Any], vit: tuple[nn.Module, dict[str, Any]]
+) -> None:
+    model, inputs = vit
+    with pytest.raises(tokcompile.TokcompileError, match=f"{name} cannot take an optimized model.*export_onnx"):
+        take(optimize(model), inputs)

@@ -139,6 +139,19 @@ def test_refuses_what_the_model_refuses(kind: Any, late: bool) -> None:
     assert all(stage.captured for stage in tokcompile.report(fast).stages)
 
 
+@pytest.mark.parametrize("ask", [torch._assert_async, torch.ops.aten._assert_async.default], ids=["torch", "aten"])
+def test_a_check_without_words_holds(ask: Any) -> None:
+    model = Encoder(lambda image, labels: ask((labels < 5).all())).eval()
+    fast = optimized(model, HALF)
+    with torch.no_grad():
+        for given in (inputs(1, 5), inputs(1, 2), inputs(7, 2)):
+            if (given["labels"] < 5).all():
+                fast(**given)
+            else:
+                with pytest.raises(RuntimeError, match="Assertion is failed|got zero"):  # the words of torch
+                    fast(**given)
+
+
 @pytest.mark.inductor
 @pytest.mark.parametrize("late", members([False, True], [True]), ids=["early", "late"])
 def test_holds_in_compiled_graphs(late: bool) -> None:

@@ -197,6 +197,7 @@ def test_fused_encoder_layer_is_a_near_miss_that_says_what_to_do() -> None:
         (lambda x: F.relu(x) ** 2, "relu2"),
         (lambda x: x * torch.sigmoid(1.702 * x), "quick_gelu"),
         (F.mish, "mish"),
+        (lambda x: torch.where(x > 0, 0.8 * x * x, torch.expm1(torch.min(x, -1e-6 + 0 * x)) - x), "expm1"),  # xIELU
     ],
 )
 def test_activation_names(activation: Callable[[torch.Tensor], torch.Tensor], name: str) -> None:
@@ -261,6 +262,35 @@ def test_dense_loop_over_experts_is_one_mixture() -> None:
     assert region.roles["input"].op == "placeholder"
 
 
+def test_router_that_takes_the_largest_score_twice() -> None:
+    """Without top_k: the largest, then the largest of the others (the router of PhiMoE)."""
+
+    def experts(m: Any, x: torch.Tensor) -> torch.Tensor:
+        scores = m.router(x)
+        result = torch.zeros_like(x)
+        for _ in range(2):
+            largest, chosen = scores.max(-1, keepdim=True)
+            weights = scores.masked_fill((largest - scores) / scores.abs().clamp(min=largest) > 0.02, -1e9).softmax(-1)
+            for number in range(3):
+                share = weights.gather(-1, chosen) * (chosen == number)
+                result = result + share * m[f"down{number}"](F.gelu(m[f"up{number}"](x)))
+            scores = scores.scatter(-1, chosen, -1e9)
+        return result
+
+    (region,) = regions_of(lambda m, x: x + experts(m, x), TOKENS, **_expert_layers()).of("moe")
+    assert (region.shapes["E"], region.shapes["K"]) == (3, 2)
+
+
+def test_largest_values_choose_nothing() -> None:
+    """The maximum that a softmax subtracts, or a pooling, is no router."""
+
+    def call(m: Any, x: torch.Tensor) -> torch.Tensor:
+        scores = m.router(x)
+        return x + m.down0(F.gelu(m.up0(x))) * (scores - scores.max(-1, keepdim=True)[0]).exp().sum(-1, keepdim=True)
+
+    assert counts(regions_of(call, TOKENS, **_expert_layers())).get("moe") is None
+
+
 def test_router_without_residual_is_a_near_miss() -> None:
     regions = regions_of(_experts, TOKENS, **_expert_layers())
     assert regions.of("moe") == []
@@ -297,6 +327,19 @@ def test_layers_of_every_residual_form(block: Callable[[Any, torch.Tensor], torc
     assert second.output is stack.roles["output"]
     assert [user.target for user in second.output.users] == [torch.ops.aten.mul.Tensor]  # the last node of the stack
     assert all(layer.attention and layer.feed_forward for layer in stack.layers)
+
+
+def test_a_block_that_is_no_known_region_leaves_the_stack_whole() -> None:
+    def block(m: Any, x: torch.Tensor) -> torch.Tensor:
+        y = x + attend(m, m.one(x))
+        return y + m.down(m.up(m.two(y)).cumsum(1))
+
+    norms = {"one": nn.LayerNorm(WIDTH), "two": nn.LayerNorm(WIDTH)}
+    regions = regions_of(_two_layers(block), TOKENS, **projections(), **norms)
+    assert counts(regions) == {"decoder_stack": 1, "attention": 2}
+    (stack,) = regions.of("decoder_stack")
+    attentions = [layer.attention for layer in stack.layers if layer.attention]
+    assert attentions == regions.of("attention")
 
 
 def test_attention_without_residual_is_no_stack() -> None:

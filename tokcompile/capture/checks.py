@@ -34,6 +34,8 @@ aten = torch.ops.aten
 
 #: The form of a check in a captured graph: a bool tensor, and what to say.
 CHECK = aten._assert_async.msg
+#: The same without words, which tracing takes for dead code.
+_WORDLESS = {torch._assert_async, aten._assert_async.default}
 #: Assertions that tracing learns from; each has a :data:`CHECK` beside it.
 SCALAR = {aten._assert_scalar.default, torch._check_is_size, aten.sym_constrain_range_for_size.default}
 _READS = {aten.item.default, aten._local_scalar_dense.default}
@@ -63,6 +65,9 @@ class CheckedInterpreter(fx.Interpreter):
         if n.target in SCALAR:
             with fx_traceback.set_current_meta(n):
                 self._hold(n)
+        if n.target in _WORDLESS and len(n.args) == 1:
+            with fx_traceback.set_current_meta(n):
+                return CHECK(self.env[n.args[0]], "")  # type: ignore[index]
         result = super().run_node(n)
         with fx_traceback.set_current_meta(n):
             self._follow(n, result)
@@ -118,7 +123,7 @@ class CheckedInterpreter(fx.Interpreter):
                 return  # of sizes of inputs: guards, or axes of one name
             value = torch.scalar_tensor(torch.sym_ite(value, 1, 0), dtype=torch.int64)
         if isinstance(value, torch.Tensor):
-            torch.ops.aten._assert_async.msg(value, "" if _NO_MESSAGE.match(message) else message)
+            CHECK(value, "" if _NO_MESSAGE.match(message) else message)
 
 
 def _tensor(value: Any) -> torch.Tensor:

@@ -10,6 +10,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 from torch._ops import OpOverload
 
@@ -213,6 +214,13 @@ def op_name(node: fx.Node) -> str:
         name = node.target.overloadpacket.__name__
         return name if name.startswith("__") else name.rstrip("_")
     return "getitem" if node.target is operator.getitem else ""
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether each number of the result depends on the numbers at its place alone (after broadcasting)."""
+    return op_name(node) in POINTWISE or (
+        isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
+    )
 
 
 def is_in_place(node: fx.Node) -> bool:

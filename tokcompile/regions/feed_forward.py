@@ -18,7 +18,7 @@ from typing import Literal
 from torch import fx
 
 from tokcompile.capture.graph import module_path, source_line
-from tokcompile.capture.ops import CONV, LAYOUT, NONLINEAR, NORM, POINTWISE, TRIVIAL
+from tokcompile.capture.ops import CONV, LAYOUT, NONLINEAR, NORM, TRIVIAL, is_pointwise
 
 from .flow import Flow, Linear
 from .misses import Misses
@@ -90,7 +90,7 @@ def _inner(flow: Flow, down: Linear) -> Inner | None:
             inner.convolution, operands = True, operands[:1]
         elif flow.op[node] in NORM:
             operands = operands[:1]
-        elif flow.op[node] in POINTWISE:
+        elif is_pointwise(node):
             size = flow.dims(node)
             operands = [n for n in operands if flow.dims(n) == size]
         elif flow.op[node] not in TRIVIAL | LAYOUT and flow.op[node] != "glu":

@@ -24,7 +24,7 @@ from .model import MoeRegion
 from .residual import Join, find_join
 
 _SCORE = TRIVIAL | LAYOUT | POINTWISE | SELECT | SOFTMAX | {"sum", "scatter", "gather", "topk", "cat"}
-_CHOICE = ("topk", "argmax")
+_CHOICE = ("topk", "argmax", "max")
 
 
 @dataclass
@@ -38,14 +38,16 @@ class MixtureOfExperts:
 
 def find_moe(flow: Flow, blocks: list[FeedForward], misses: Misses) -> list[MixtureOfExperts]:
     """All mixtures of experts. ``inside`` names the feed-forward blocks that are experts or shared experts."""
-    routers: dict[fx.Node, tuple[Linear, fx.Node]] = {}
-    for choice in sorted((n for op in _CHOICE for n in flow.by_op.get(op, [])), key=flow.position.__getitem__):
-        walk = flow.back(choice, _SCORE | {"argmax"}, limit=40, stop=lambda n: flow.linear(n) is not None)
+    routers: dict[fx.Node, tuple[Linear, list[fx.Node]]] = {}
+    choices = [n for op in _CHOICE for n in flow.by_op.get(op, []) if op != "max" or _names_places(flow, n)]
+    for choice in sorted(choices, key=flow.position.__getitem__):
+        walk = flow.back(choice, _SCORE | {*_CHOICE}, limit=40, stop=lambda n: flow.linear(n) is not None)
         linears = [m for m in (flow.linear(n) for n in walk.stops) if m is not None]
         if linears:
-            routers[linears[0].node] = (linears[0], choice)  # a later choice by the same router is the final one
+            routers.setdefault(linears[0].node, (linears[0], []))[1].append(choice)
     found = []
-    for router, choice in routers.values():
+    for router, by_router in routers.values():
+        choice = by_router[-1]  # a later choice by the same router is the final one
         join = find_join(flow, [router.input], router.node, through_all=True)
         if join is None or not flow.reaches(choice, join.branch):
             misses.attempt("moe", "router", "choice").fails(
@@ -54,11 +56,19 @@ def find_moe(flow: Flow, blocks: list[FeedForward], misses: Misses) -> list[Mixt
                 f"stream, found that {choice} of the linear {router.node} never reaches one",
             )
             continue
-        found.append(_describe(flow, router, choice, join, blocks))
+        experts = choice.args[1] if flow.op[choice] == "topk" else sum(flow.op[n] != "topk" for n in by_router)
+        found.append(_describe(flow, router, choice, experts, join, blocks))
     return found
 
 
-def _describe(flow: Flow, router: Linear, choice: fx.Node, join: Join, blocks: list[FeedForward]) -> MixtureOfExperts:
+def _names_places(flow: Flow, node: fx.Node) -> bool:
+    """Whether the places of the largest values are read, not the values alone."""
+    return any(flow.op[user] == "getitem" and user.args[1] == 1 for user in flow.users[node])
+
+
+def _describe(
+    flow: Flow, router: Linear, choice: fx.Node, chosen: Any, join: Join, blocks: list[FeedForward]
+) -> MixtureOfExperts:
     source = flow.canonical(router.input, layout=True)
     inside, shared = [], False
     for block in blocks:
@@ -69,7 +79,6 @@ def _describe(flow: Flow, router: Linear, choice: fx.Node, join: Join, blocks: l
             inside.append(block)
             shared = shared or not routed
     batch, tokens, width = batch_tokens_width(flow, source)
-    chosen: Any = choice.args[1] if flow.op[choice] == "topk" else 1
     between = [
         n for n in flow.nodes[flow.position[router.node] : flow.position[join.add]] if flow.reaches(router.node, n)
     ]

@@ -81,7 +81,12 @@ def _stream_above(flow: Flow, node: fx.Node, adds: set[fx.Node]) -> fx.Node:
             break
         if current in adds:
             return current
-        current = flow.primary(current) or _written(flow, current) or _sum_with_outside(flow, current, adds)
+        current = (
+            flow.primary(current)
+            or _written(flow, current)
+            or _above_unknown(flow, current)
+            or _sum_with_outside(flow, current, adds)
+        )
     return node
 
 
@@ -92,6 +97,24 @@ def _sum_with_outside(flow: Flow, node: fx.Node, adds: set[fx.Node]) -> fx.Node 
         return None
     inside = [n for n in operands if any(flow.reaches(add, n) for add in adds)]
     return inside[0] if len(inside) == 1 and flow.dims(inside[0]) == flow.dims(node) else None
+
+
+def _above_unknown(flow: Flow, node: fx.Node) -> fx.Node | None:
+    """The stream before a block that is no known region is added to it: what both operands are made from."""
+    operands = flow.inputs[node][:2]
+    if flow.op[node] != "add" or len(operands) < 2:
+        return None
+    found = {_shared(flow, one, other) for one, other in (operands, operands[::-1])} - {None}
+    stream = found.pop() if len(found) == 1 else None
+    return stream if stream is not None and flow.dims(stream) == flow.dims(node) else None
+
+
+def _shared(flow: Flow, scaled: fx.Node, branch: fx.Node) -> fx.Node | None:
+    """The value that ``scaled`` is, but for scales and norms, if ``branch`` is made from it."""
+    current: fx.Node | None = scaled
+    while current is not None and not flow.reaches(current, branch):
+        current = flow.primary(current)
+    return current
 
 
 def _written(flow: Flow, node: fx.Node) -> fx.Node | None:
@@ -122,9 +145,8 @@ def _layers(flow: Flow, stream: Stream) -> list[Layer]:
     runs: list[list[tuple[int, list[Block]]]] = []
     for segment in segments:
         kinds = {b.region.kind for b in segment[1]}
-        mixes = "attention" in kinds or not kinds
         ended = bool(runs) and any(b.region.kind != "attention" for _, run in runs[-1] for b in run)
-        if not runs or (mixes and ended) or (ended and not mixes):
+        if not runs or ended or ("attention" in kinds and _unknown_behind_attention(runs[-1])):
             runs.append([])
         runs[-1].append(segment)
     layers: list[Layer] = []
@@ -138,6 +160,12 @@ def _layers(flow: Flow, stream: Stream) -> list[Layer]:
             output = _last_output(flow, stream)
         layers.append(_layer(flow, index, [b for _, part in run for b in part], before, output))
     return layers
+
+
+def _unknown_behind_attention(run: list[tuple[int, list[Block]]]) -> bool:
+    """Whether something that is no known region stands where a layer has its feed-forward block."""
+    filled = [bool(blocks) for _, blocks in run]
+    return True in filled and False in filled[filled.index(True) :]
 
 
 def _segments(flow: Flow, stream: Stream, points: list[fx.Node]) -> list[tuple[int, list[Block]]]:

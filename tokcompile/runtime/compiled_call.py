@@ -97,13 +97,14 @@ class CompiledStage:
             CAPTURE_FAILURES: this call cannot be captured. The graphs of other calls stay.
             CheckError: a check that the model makes failed, where the model itself does not say so.
         """
-        with torch._dynamo.config.patch(**DYNAMO_CONFIG), _open_forms(), gathered(self._sharded(args)):
+        with gathered(self._sharded(args)):
             try:
-                for form in list(self._forms):
-                    with contextlib.suppress(Missing), GATE.shared():
-                        return form.run(*args, **kwargs)
-                with GATE.alone():
-                    return self._capture(args, kwargs)
+                with torch._dynamo.config.patch(**DYNAMO_CONFIG), _open_forms():
+                    for form in list(self._forms):
+                        with contextlib.suppress(Missing), GATE.shared():
+                            return form.run(*args, **kwargs)
+                    with GATE.alone():
+                        return self._capture(args, kwargs)
             except CheckError:
                 with _uncaptured():
                     self.function(*args, **kwargs)  # the model says best what is wrong

@@ -33,6 +33,7 @@ class Forward:
     def __init__(self, owner: nn.Module, stages: Stages) -> None:
         self._tokcompile_owner, self.stages, self.settled = owner, stages, False
         functools.update_wrapper(self, types.MethodType(stages.original, owner))
+        self.__code__ = getattr(stages.original, "__code__", None)  # torch.export reads it before it calls
         if stages.takes_embeddings:
             self.__signature__ = _with_visual_mask(inspect.signature(types.MethodType(stages.original, owner)))
 
@@ -41,6 +42,7 @@ class Forward:
             if not captures():
                 return apart(self, args, kwargs)
             return self.stages.original(self._tokcompile_owner, *args, **kwargs)
+        _refuse_tracers()
         if not self.settled:
             settle(self._tokcompile_owner)
             self.settled = True
@@ -53,6 +55,17 @@ class Forward:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Forward, (self._tokcompile_owner, self.stages)
+
+
+def _refuse_tracers() -> None:
+    """Raise where something else than Dynamo takes the model apart: it would find the dense one, or nothing."""
+    who = "torch.export" if torch.compiler.is_exporting() else "torch.jit.trace" if torch.jit.is_tracing() else ""
+    if who:
+        raise TokcompileError(
+            f"{who} cannot take an optimized model: its graphs are made when it is called. For files, "
+            "tokcompile.export_onnx(model, inputs, folder, recipe=...) exports the original model with the recipe; "
+            "tokcompile.save_pretrained keeps the optimized one"
+        )
 
 
 def _with_visual_mask(signature: inspect.Signature) -> inspect.Signature:
