@@ -270,6 +270,7 @@ def test_a_folder_of_transformers(call: Any, tmp_path: Path) -> None:
     assert call("explain", tmp_path / "llm", "--random-weights", "--dtype", "bfloat16")[0] == OK
 
 
+@pytest.mark.slow
 def test_demo(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = call("demo", "--tiny", "--json")
     assert code == OK

@@ -171,7 +171,7 @@ TABLE = [
 LIKE_OTHERS = [
     *(d.mistral, d.qwen2, d.gemma3_text, d.stablelm, d.olmo2, d.granite, d.cohere, d.smollm3, d.glm4, d.starcoder2),
     *(d.qwen3_moe, d.olmoe, e.bert_classifier, e.roberta, e.distilbert, v.deit, v.dinov2, v.videomae, v.fused_vit),
-    *(d.falcon, s.t5_gated, s.marian, a.speech_to_text, a.hubert_large),
+    *(d.gptj, d.falcon, e.clip_text, s.t5_gated, s.marian, a.speech_to_text, a.hubert_large),
 ]
 #: Of these the self- and cross-attention of each stack is looked at too: whether the encoder is a decoder stack.
 ROLES = {s.t5: ["no", "yes"], s.bart: ["no", "yes"], s.whisper: ["yes"]}

@@ -107,8 +107,8 @@ class Runner:
         pass
 
 
-#: Commands and calls that tests/test_cli.py, tests/test_one_file_pass.py and tests/test_onnx_single.py make, too.
-ELSEWHERE = ["index.md", "command_line.md", "write_a_pass.md", "onnx.md"]
+#: Commands and calls that the tests of the command line, of a pass in one file, of ONNX and of quality make, too.
+ELSEWHERE = ["index.md", "command_line.md", "write_a_pass.md", "onnx.md", "quality.md"]
 
 
 @pytest.mark.parametrize(

@@ -390,6 +390,7 @@ def test_an_energy_split_finds_the_groups_that_the_input_tells_apart():
     assert float(mine) > 0.95 * float(energy[:, :20].topk(4, 1).values.sum(1).mean())
 
 
+@pytest.mark.slow
 def test_rounds_raise_the_energy_that_a_fitted_router_chooses():
     dense, inputs = decoders.llama()
     torch.manual_seed(0)

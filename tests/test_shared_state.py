@@ -42,7 +42,7 @@ def by_a_step(model: Any) -> None:
     ("steps", "change"),
     members(
         [(MOE, in_place), (MOE, by_loading), (MOE, by_a_step), (STEM, in_place)],
-        [(MOE, by_loading), (MOE, by_a_step), (STEM, in_place)],
+        [(MOE, by_a_step), (STEM, in_place)],
     ),
 )
 def test_changed_sources_are_told(steps: Any, change: Any) -> None:
