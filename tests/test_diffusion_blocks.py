@@ -188,7 +188,7 @@ def test_text_by_number_and_where_nothing_tells() -> None:
         tokcompile.optimize(Scores(), recipe(), inputs=inputs, lowering="eager")
 
 
-@pytest.mark.parametrize("first", members([False, True], []))
+@pytest.mark.parametrize("first", members([False, True], [True]))
 def test_pictures_of_other_sizes(first: bool, told: list[tuple[int, bool]]) -> None:
     """Sizes are symbols from the second picture on, and the text is found all the same."""
     model, inputs = tiny_dit("single", first)
