@@ -21,7 +21,7 @@ from tokcompile.runtime.recording import Recording
 TOLERANCE = 1e-5
 
 RANDOM = [{"pass": "random", "params": {"keep": 0.25}}]
-#: Two cuts in one graph: at the merge point, and after layer 1 (two layers without visual tokens remain).
+#: Two cuts in one graph: at the merge point, and after layer 1 (the layers behind it have no visual tokens).
 TODRE = [{"pass": "todre", "params": {"keep": 0.25, "drop_layer": 1}}]
 POOL = [{"pass": "pool", "params": {"keep": 0.25}}]
 

@@ -8,6 +8,8 @@ import torch
 import transformers as T
 from torch import nn
 
+from tokcompile import demo
+
 IMAGE = 120
 
 
@@ -40,3 +42,13 @@ def vlm() -> tuple[nn.Module, dict[str, Any]]:
         "attention_mask": torch.ones_like(ids),
         "pixel_values": torch.randn(1, 3, 32, 32),
     }
+
+
+def demo_vlm(layers: int = 4) -> tuple[nn.Module, dict[str, Any]]:
+    """The tiny VLM of the package with its first decoder layers only."""
+    model, inputs = demo.tiny_vlm()
+    tower: Any = model.model.language_model  # type: ignore[union-attr]
+    tower.layers = tower.layers[:layers]
+    for config in (model.config.text_config, tower.config):  # type: ignore[union-attr]
+        config.num_hidden_layers = layers
+    return model, inputs

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.members import members
 from tests.triton_tools import dense
 from tests.zoo import capture_graphs, decoders, encoders
 from tokcompile.capture.canonical import canonicalise
@@ -136,10 +137,11 @@ def attention(form: AttentionForm, shape: MaskForm, query, key, value, *extra):
 
 
 #: The first of each spelling; the rest take their time.
-SLOW = {"gemma3", "mistral", "gpt_neox", "gptj", "opt", "falcon", "llama_cached", "deepseek_v3", "gpt2_eager", "bert"}
+SLOW = ["llama_eager", "llama_cached", "qwen3", "gemma3", "mistral", "gpt2_eager", "gpt_neox", "gptj", "opt", "falcon"]
+SLOW += ["deepseek_v3", "bert"]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CASES])
+@pytest.mark.parametrize("name", members(CASES, [name for name in CASES if name not in SLOW]))
 def test_every_attention_can_be_computed_from_its_form(name):
     family, says, window = CASES[name]
     model, inputs = family()

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import tokcompile
 from tests import oracle
+from tests.members import members
 from tests.pruning import close, hidden
 from tests.test_patch_merge import by_hand
 from tests.zoo.vlm import randomize
@@ -53,7 +54,7 @@ def whisper() -> Any:
         vocab_size=97,
         d_model=24,
         encoder_layers=4,
-        decoder_layers=2,
+        decoder_layers=1,
         encoder_attention_heads=4,
         decoder_attention_heads=4,
         encoder_ffn_dim=48,
@@ -138,7 +139,10 @@ def test_the_reference_is_the_model(whisper: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "params"),
-    [(n, {}) for n in METHODS] + [("patch_merge", {"size_bias": False}), ("patch_merge", {"reach": 1})],
+    members(
+        [*((n, {}) for n in METHODS), ("patch_merge", {"size_bias": False}), ("patch_merge", {"reach": 1})],
+        [(n, {}) for n in METHODS],
+    ),
 )
 def test_frames_that_are_left_equal_the_model_by_hand(whisper: Any, name: str, params: Any) -> None:
     restore = {"restore": False} if name == "patch_merge" else {}
@@ -210,6 +214,7 @@ def test_a_decoder_attends_to_restored_frames_by_how_many_they_are(whisper: Any)
         close(found, attention.out_proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2)))
 
 
+@pytest.mark.slow
 def test_beams_and_the_models_own_generate(whisper: Any) -> None:
     model, features = optimized(whisper, "class_attention"), frames(2)
     with torch.no_grad():
@@ -220,7 +225,7 @@ def test_beams_and_the_models_own_generate(whisper: Any) -> None:
             assert torch.equal(model.generate(features, **given), wanted)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", members(METHODS, ["class_attention", "patch_merge"]))
 def test_keeping_all_changes_nothing(whisper: Any, name: str) -> None:
     model = optimized(whisper, name, keep=[1.0], at=[0.5])
     ids = torch.tensor([[1, 2], [3, 4]])
@@ -276,7 +281,7 @@ def speech_to_text() -> Any:
         vocab_size=64,
         d_model=24,
         encoder_layers=4,
-        decoder_layers=2,
+        decoder_layers=1,
         encoder_attention_heads=4,
         decoder_attention_heads=4,
         encoder_ffn_dim=48,
@@ -304,7 +309,7 @@ def padded() -> dict[str, Tensor]:
     }  # type: ignore[dict-item]
 
 
-@pytest.mark.parametrize("name", ["class_attention", "patch_random"])
+@pytest.mark.parametrize("name", members(["class_attention", "patch_random"], ["class_attention"]))
 def test_a_mask_follows_the_frames(speech_to_text: Any, name: str) -> None:
     """Padding is dropped before frames, and hidden from the encoder and from the decoder where it is left."""
     model, inputs = optimized(speech_to_text, name), padded()

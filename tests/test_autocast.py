@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import tokcompile
+from tests.members import members
 from tests.pruning import optimized
 from tests.test_only_patches import Encoder
-from tests.zoo.vlm import llava, randomize
+from tests.zoo.vlm import llava, randomize, shallow
 from tokcompile.demo import tiny_llm
 from tokcompile.kernels.precision import exact_matmul, matmul
 
@@ -47,7 +48,7 @@ WHOLE: dict[str, tuple[Any, list[dict[str, Any]]]] = {
 
 def made(kind: str) -> tuple[nn.Module, dict[str, Any]]:
     if kind == "vlm":
-        case = llava()
+        case = shallow(llava(), 3)
         return case.model, case.inputs(batch=2)
     if kind == "vit":
         return randomize(Encoder(1, 0)), {"image": torch.randn(2, 3, 32, 32)}
@@ -58,7 +59,7 @@ def values(result: Any) -> Tensor:
     return result if isinstance(result, Tensor) else result.logits  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", members(WHOLE, ["todre", "class_attention", "moe_from_dense"]))
 def test_as_the_model_under_autocast(name: str) -> None:
     kind, steps = WHOLE[name]
     model, inputs = made(kind)
@@ -75,7 +76,7 @@ def test_as_the_model_under_autocast(name: str) -> None:
 
 
 def test_generation_and_training() -> None:
-    case = llava()
+    case = shallow(llava(), 3)
     inputs = case.inputs(batch=2)
     fast = optimized(case.model, [{"pass": "todre", "params": {"keep": 0.25, "criterion": "k_center"}}])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -88,6 +89,7 @@ def test_generation_and_training() -> None:
     assert sum(p.grad is not None for p in fast.parameters()) > 10
 
 
+@pytest.mark.slow
 def test_experts_train_under_autocast() -> None:
     model, inputs = tiny_llm()
     fast = optimized(model, moe(), calibration=[inputs])

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, SwinConfig, SwinModel
 import tokcompile
 from tests.pruning import RANDOM, TODRE, optimized, recipe
 from tests.zoo.encoders_for_pruning import ENCODERS
-from tests.zoo.vlm import TEXT, VLMS, randomize
+from tests.zoo.vlm import TEXT, VLMS, randomize, shallow
 from tokcompile.errors import NoMatchError, RecipeError, TokcompileError
 
 CLASS_ATTENTION = [{"pass": "class_attention", "params": {"keep": [0.5], "at": [0.5]}}]
@@ -81,7 +81,7 @@ def test_without_inputs_the_first_call_says_so() -> None:
 
 
 def test_a_vlm_called_without_an_image() -> None:
-    case = VLMS["llava"]()
+    case = shallow(VLMS["llava"](), 3)
     inputs = case.inputs()
     text = {"input_ids": torch.randint(3, 200, (1, 9))}
     pruned = optimized(case.model, TODRE)
@@ -296,7 +296,7 @@ def test_in_place_is_undone_after_a_refusal() -> None:
 
 
 def test_explain_changes_nothing() -> None:
-    case = VLMS["llava"]()
+    case = shallow(VLMS["llava"](), 3)
     inputs = case.inputs(batch=2)
     with untouched(case.model, inputs):
         found = tokcompile.explain(case.model, inputs, recipe(TODRE))

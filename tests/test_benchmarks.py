@@ -120,6 +120,7 @@ def test_kernel_cases_stand_for_the_same_numbers_as_their_dense_operation(name: 
         assert case.moved > 0
 
 
+@pytest.mark.slow
 def test_kernels_run_and_write_their_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--quick", "--no-compile", "--out", str(tmp_path)]
     assert kernels.main(["--only", "embedding_gate,token_list_attention", *command]) == 0

@@ -14,8 +14,9 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from tests import oracle
+from tests.members import members
 from tests.zoo.encoders_for_pruning import ENCODERS, EncoderCase
-from tests.zoo.vlm import VARIANTS, VLMS, Case
+from tests.zoo.vlm import VARIANTS, VLMS, shallow
 from tokcompile.capture.capture import DYNAMO_CONFIG, from_dynamo
 from tokcompile.capture.captured import Captured
 from tokcompile.capture.checks import take
@@ -89,28 +90,14 @@ def count(captured: Captured, *targets: Any) -> int:
     return sum(node.target in targets for node in captured.graph.nodes)
 
 
-def shallow(case: Case) -> Case:
-    """The same model with its first layers only: capture costs seconds for each layer.
-
-    Two layers with a sliding window are kept: from the second on, Dynamo makes the length of their cache symbolic.
-    """
-    types = getattr(case.model.config.get_text_config(), "layer_types", None) if case.has_generate else None
-    layers = 3 if "sliding_attention" in (types or ()) else 2
-    case.decoder_layers = case.decoder_layers[:layers]
-    case.text_tower.layers = nn.ModuleList(case.decoder_layers)
-    if case.has_generate:
-        for config in (case.model.config.get_text_config(), case.text_tower.config):
-            config.num_hidden_layers = layers
-            if getattr(config, "layer_types", None):
-                config.layer_types = config.layer_types[:layers]
-    return case
+#: Structures of their own: three-part positions, features between the layers, sliding layers with capped scores,
+#: a prefix that sees itself.
+IN_DEFAULT = ["llava", "qwen3_vl", "qwen2_5_vl", "internvl", "paligemma2"]
 
 
-def params(cases: dict[str, Any]) -> list[Any]:
-    return [pytest.param(name, marks=[pytest.mark.slow] if name == "gemma3_window" else []) for name in cases]
-
-
-@pytest.mark.parametrize("name", params({n: c for n, c in {**VLMS, **VARIANTS}.items() if not n.startswith("plain")}))
+@pytest.mark.parametrize(
+    "name", members((name for name in {**VLMS, **VARIANTS} if not name.startswith("plain")), IN_DEFAULT)
+)
 def test_generate_is_a_prefill_and_a_decode_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = shallow({**VLMS, **VARIANTS}[name]())
     inputs = case.inputs(batch=2, left_padding=3)

@@ -236,6 +236,7 @@ def test_export_hands_everything_over(call: Any, tmp_path: Path, monkeypatch: py
     assert (given_["opset"], given_["target"], given_["logits"], given_["overwrite"]) == (18, "contrib", "all", True)
 
 
+@pytest.mark.slow
 def test_export_writes_files_that_equal_the_model(call: Any, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="onnxscript is not installed (extra: onnx)")
     code, out, err = call("export", VIT, "--out", tmp_path / "vit", "--json")
@@ -248,6 +249,7 @@ def test_export_writes_files_that_equal_the_model(call: Any, tmp_path: Path) -> 
     assert "overwrite" in err
 
 
+@pytest.mark.slow
 def test_a_folder_of_transformers(call: Any, tmp_path: Path) -> None:
     """A text model, an encoder and a model with images, each saved by save_pretrained; inputs are made up."""
     from tokcompile.demo import tiny_llm, tiny_vit, tiny_vlm
@@ -268,6 +270,7 @@ def test_a_folder_of_transformers(call: Any, tmp_path: Path) -> None:
     assert call("explain", tmp_path / "llm", "--random-weights", "--dtype", "bfloat16")[0] == OK
 
 
+@pytest.mark.slow
 def test_demo(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = call("demo", "--tiny", "--json")
     assert code == OK

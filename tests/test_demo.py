@@ -113,6 +113,7 @@ def test_divergence_and_first_token() -> None:
     assert not demo.same_token(a, b)
 
 
+@pytest.mark.slow
 def test_a_tiny_vlm_is_shown(tmp_path: Path) -> None:
     console, file = _console()
     model, processor = _tiny()

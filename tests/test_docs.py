@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
+from tests.members import members
 from tokcompile import registry
 from tokcompile.cli import main
 from tokcompile.recipes import Recipe, shipped
@@ -106,7 +107,13 @@ class Runner:
         pass
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+#: Commands and calls that the tests of the command line, of a pass in one file, of ONNX and of quality make, too.
+ELSEWHERE = ["index.md", "command_line.md", "write_a_pass.md", "onnx.md", "quality.md"]
+
+
+@pytest.mark.parametrize(
+    "page", members(PAGES, [page for page in PAGES if page.name not in ELSEWHERE]), ids=lambda page: page.stem
+)
 def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

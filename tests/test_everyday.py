@@ -15,10 +15,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tokcompile
-from tests.zoo.vlm import TEXT, VLMS, randomize
+from tests.zoo.vlm import TEXT, VLMS, randomize, shallow
 from tokcompile.demo import tiny_vit
 
-TODRE = {"recipe_version": 1, "steps": [{"pass": "todre", "params": {"keep": 0.25, "drop_layer": 2}}]}
+TODRE = {"recipe_version": 1, "steps": [{"pass": "todre", "params": {"keep": 0.25, "drop_layer": 1}}]}
 OPTIONS = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
 
 
@@ -31,7 +31,7 @@ def tokens(model: Any, inputs: dict[str, Any]) -> tuple[Any, int]:
 @pytest.fixture(scope="module")
 def vlm() -> tuple[Any, dict[str, Any], bytes, tuple[Any, int]]:
     """An optimized model, its inputs, a pickle from before its first call, and what it generates."""
-    case = VLMS["llava"]()
+    case = shallow(VLMS["llava"](), 3)
     fast, inputs = tokcompile.optimize(case.model, TODRE, lowering="eager"), case.inputs()
     cold = pickle.dumps(fast)
     return fast, inputs, cold, tokens(fast, inputs)

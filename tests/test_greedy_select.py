@@ -274,6 +274,7 @@ def test_onnx_decomposition_of_an_exported_program(steps):
         assert torch.equal(program.module()(features, visual), select(features, visual))
 
 
+@pytest.mark.slow
 def test_onnxruntime_selects_the_same():
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tokcompile
+from tests.members import members
 from tests.test_stem import close, gated, output
 from tests.zoo import decoders, encoders, vision
 from tokcompile.errors import CalibrationError, NoMatchError, RecipeError
@@ -25,8 +28,8 @@ FAMILIES = {
     "hand_written_plain": encoders.hand_written,
 }
 CMOE = {"split": "activity", "choice": "analytic"}
-BOTH = pytest.mark.parametrize("router", ["top_k", "relu"])
-WAYS = pytest.mark.parametrize("way", [{}, CMOE], ids=["energy", "cmoe"])
+ROUTERS = ["top_k", "relu"]
+WAYS = {"energy": {}, "cmoe": CMOE}
 
 
 def recipe(target: dict | None = None, **params) -> dict:
@@ -47,14 +50,25 @@ def result(model: nn.Module, inputs: dict) -> Tensor:
     )
 
 
-@BOTH
-@WAYS
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "way", "router"),
+    members(
+        itertools.product(FAMILIES, WAYS, ROUTERS),
+        [
+            ("llama", "energy", "top_k"),
+            ("gemma2", "cmoe", "relu"),
+            ("gpt2", "energy", "relu"),
+            ("vit", "cmoe", "top_k"),
+            ("hand_written_gated", "energy", "top_k"),
+            ("hand_written_plain", "cmoe", "relu"),
+        ],
+    ),
+)
 def test_all_experts_active_equal_the_dense_layer(family, way, router):
     dense, inputs = FAMILIES[family]()
     optimized = tokcompile.optimize(
         dense,
-        recipe(experts=8, shared=2, active=6, router=router, **way),
+        recipe(experts=8, shared=2, active=6, router=router, **WAYS[way]),
         calibration=[inputs],
         lowering="eager",
         inputs=inputs,
@@ -106,14 +120,17 @@ def masked(layer: nn.Module, tensors: dict[str, Tensor], split: tuple[int, int],
     return up.register_forward_pre_hook(keep), down.register_forward_pre_hook(hook)
 
 
-@BOTH
-@WAYS
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "way", "router"),
+    members(
+        itertools.product(["llama", "gpt2"], WAYS, ROUTERS), [("llama", "energy", "relu"), ("gpt2", "cmoe", "top_k")]
+    ),
+)
 def test_some_experts_equal_the_dense_layer_with_the_other_neurons_masked(family, way, router):
     dense, inputs = FAMILIES[family]()
     optimized = tokcompile.optimize(
         dense,
-        recipe(experts=8, shared=2, active=2, router=router, **way),
+        recipe(experts=8, shared=2, active=2, router=router, **WAYS[way]),
         calibration=[inputs],
         lowering="eager",
         inputs=inputs,
@@ -157,7 +174,7 @@ def test_neurons_are_split_and_not_changed():
             assert torch.equal(rows, getattr(layer.mlp, name).weight[order])
 
 
-@BOTH
+@pytest.mark.parametrize("router", members(ROUTERS, ["relu"]))
 def test_a_batch_equals_its_rows_and_cached_decoding_one_forward(router):
     dense, inputs = decoders.llama()
     ids = inputs["input_ids"]
@@ -172,7 +189,7 @@ def test_a_batch_equals_its_rows_and_cached_decoding_one_forward(router):
             close(out.logits[:, -1], whole[:, place], 2e-6)
 
 
-@BOTH
+@pytest.mark.parametrize("router", members(ROUTERS, ["top_k"]))
 def test_gradients_reach_the_prepared_parameters_and_training_lowers_a_loss(router):
     dense, inputs = decoders.llama()
     optimized = tokcompile.optimize(dense, recipe(router=router, active=2), calibration=[inputs], lowering="eager")
@@ -211,6 +228,7 @@ def test_inductor_computes_the_same_and_trains():
     close(grads[1], grads[0], 1e-4)
 
 
+@pytest.mark.slow
 def test_layers_that_change_least_are_converted_and_the_controls_do_worse():
     torch.manual_seed(0)
     dense, inputs = decoders.llama(4)
@@ -372,6 +390,7 @@ def test_an_energy_split_finds_the_groups_that_the_input_tells_apart():
     assert float(mine) > 0.95 * float(energy[:, :20].topk(4, 1).values.sum(1).mean())
 
 
+@pytest.mark.slow
 def test_rounds_raise_the_energy_that_a_fitted_router_chooses():
     dense, inputs = decoders.llama()
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ import torch
 import tokcompile
 import tokcompile.passes
 from tests.pruning import check, optimized
-from tests.zoo.vlm import VLMS
+from tests.zoo.vlm import VLMS, shallow
 from tokcompile import registry
 from tokcompile.errors import TokcompileError
 from tokcompile.recipes import Recipe
@@ -57,7 +57,7 @@ def test_a_file_in_the_folder_of_passes_is_enough(folder: Path, monkeypatch: pyt
     recipe = Recipe.load(folder / "norm_25.yaml")
     assert get_pass("norm").__module__ == "tokcompile.passes.norm"
 
-    case = VLMS["llava"]()
+    case = shallow(VLMS["llava"]())
     model = tokcompile.optimize(case.model, recipe, lowering="eager")
     inputs = case.inputs(batch=2, images_per_row=[1, 2], left_padding=2)
     recording = check(model, case, inputs)
@@ -77,7 +77,7 @@ def test_a_file_in_the_folder_of_passes_is_enough(folder: Path, monkeypatch: pyt
 
 def test_keeping_everything_changes_nothing(folder: Path) -> None:
     assert load_file(folder / "norm.py") == ["norm"]
-    case = VLMS["llava"]()
+    case = shallow(VLMS["llava"]())
     inputs = case.inputs()
     model = optimized(case.model, [{"pass": "norm", "params": {"keep": 1.0}}])
     with torch.no_grad():

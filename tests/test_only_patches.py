@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 import tokcompile
+from tests.members import members
 from tests.pruning import close, optimized, recipe
 from tests.zoo.vlm import randomize
 from tokcompile.errors import NoMatchError, RecipeError
@@ -73,7 +74,10 @@ class Encoder(nn.Module):
 
 @pytest.mark.parametrize(
     ("step", "front", "behind", "nested"),
-    [*((step, 1, 5, False) for step in STEPS), (HALF, 1, 3, True), (HALF, 0, 2, False)],
+    members(
+        [*((step, 1, 5, False) for step in STEPS), (HALF, 1, 3, True), (HALF, 0, 2, False)],
+        [*((step, 1, 5, False) for step in STEPS), (HALF, 1, 3, True)],
+    ),
 )
 def test_tokens_behind_the_patches_stay(step: dict[str, Any], front: int, behind: int, nested: bool) -> None:
     model = randomize(Encoder(front, behind, nested=nested))
@@ -97,7 +101,10 @@ def test_tokens_behind_the_patches_stay(step: dict[str, Any], front: int, behind
             close(found, model(image))
 
 
-@pytest.mark.parametrize("kind", [transformers.YolosForObjectDetection, transformers.YolosModel])
+@pytest.mark.parametrize(
+    "kind",
+    members([transformers.YolosForObjectDetection, transformers.YolosModel], [transformers.YolosForObjectDetection]),
+)
 def test_yolos(kind: Any) -> None:
     config = transformers.YolosConfig(
         hidden_size=32,

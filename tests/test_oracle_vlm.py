@@ -7,8 +7,9 @@ import torch
 
 import tokcompile
 from tests import oracle
+from tests.members import members
 from tests.pruning import POOL, RANDOM, TODRE, check, error, optimized, run
-from tests.zoo.vlm import VARIANTS, VLMS, Case
+from tests.zoo.vlm import VARIANTS, VLMS, Case, shallow
 
 CASES = {**VLMS, **VARIANTS}
 STEPS = {"random": RANDOM, "todre": TODRE, "pool": POOL}
@@ -20,19 +21,22 @@ def visual_kept(case: Case, inputs: dict[str, torch.Tensor], indices: torch.Tens
     return [int(visual[row][kept[kept >= 0]].sum()) for row, kept in enumerate(indices)]
 
 
-#: Cutting at the merge point alone is a part of what todre does; the default run tries it on one model of each kind.
-KINDS = ["llava", "qwen2_5_vl", "gemma3", "plain_cat"]
+#: One model of each kind: positions in one part and in three, features between the layers, sliding layers, a prefix
+#: that sees itself, images of unequal size, no library.
+KINDS = ["llava", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3", "paligemma", "plain_cat", "plain_index_put"]
+#: Cutting at the merge point alone is a part of what todre does.
+ALONE = ["llava", "plain_cat"]
 
 
 @pytest.mark.parametrize(
     ("name", "steps"),
     [
-        *((name, "todre") for name in CASES),
-        *(pytest.param(name, "random", marks=[] if name in KINDS else pytest.mark.slow) for name in CASES),
+        *members(((name, "todre") for name in CASES), [(name, "todre") for name in KINDS]),
+        *members(((name, "random") for name in CASES), [(name, "random") for name in ALONE]),
     ],
 )
 def test_pruned_equals_masked_dense(name: str, steps: str) -> None:
-    case = CASES[name]()
+    case = shallow(CASES[name](), 3 if steps == "todre" else 2)
     inputs = case.inputs(batch=2, left_padding=3)
     model = optimized(case.model, STEPS[steps])
     recording = check(model, case, inputs)
@@ -58,7 +62,7 @@ ALL = {
 @pytest.mark.parametrize(
     ("name", "steps"),
     [
-        *(pytest.param(name, "random", marks=[] if name in KINDS else pytest.mark.slow) for name in CASES),
+        *members(((name, "random") for name in CASES), [(name, "random") for name in ALONE]),
         ("llava", "pool"),
         ("llava", "todre"),
         pytest.param("qwen2_5_vl", "pool", marks=pytest.mark.slow),
@@ -66,7 +70,7 @@ ALL = {
     ],
 )
 def test_keeping_everything_changes_nothing(name: str, steps: str) -> None:
-    case = CASES[name]()
+    case = shallow(CASES[name]())
     inputs = case.inputs(batch=2, left_padding=3)
     model = optimized(case.model, ALL[steps])
     found, recording = run(model, case, inputs)
@@ -81,9 +85,9 @@ def test_keeping_everything_changes_nothing(name: str, steps: str) -> None:
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", members(["llava", "qwen2_5_vl"], ["llava"]))
 def test_inductor(name: str) -> None:
-    case = CASES[name]()
+    case = shallow(CASES[name](), 3)
     model = optimized(case.model, TODRE, lowering="inductor")
     recording = check(model, case, case.inputs(batch=2, left_padding=3), 4)
     assert len(recording.kept) == 2

@@ -89,6 +89,7 @@ def test_the_wheel_holds_what_the_checkout_holds(wheel: Path) -> None:
     assert f"Version: {tokcompile.__version__}" in lines
 
 
+@pytest.mark.slow
 def test_the_command_line_of_the_wheel(python: Path, tmp_path: Path) -> None:
     def call(*arguments: str) -> str:
         return run(python.with_name("tokcompile"), *arguments, cwd=tmp_path)

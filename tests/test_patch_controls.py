@@ -109,6 +109,7 @@ def test_controls_of_patch_selection_have_its_stages(name: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_selector_with_inverted_scores_is_found_to_be_worse_than_random(vit: nn.Module) -> None:
     """Layers that all look at the same few patches: what keeps those stays near the dense model."""
     model = copy.deepcopy(vit)

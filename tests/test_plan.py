@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import tokcompile
-from tokcompile.demo import tiny_llm, tiny_vit, tiny_vlm
+from tests.small_models import demo_vlm
+from tokcompile.demo import tiny_llm, tiny_vit
 from tokcompile.plan.apply import Matching
 from tokcompile.plan.plan import CutPlan, LayerCut, Plan
 from tokcompile.registry import get_pass
@@ -48,7 +49,7 @@ def _llm() -> tuple[Any, dict[str, Any]]:
 
 
 CASES: dict[str, tuple[Any, list[dict[str, Any]], bool]] = {
-    "visual tokens": (tiny_vlm, VLM, False),
+    "visual tokens": (demo_vlm, VLM, False),
     "patches": (tiny_vit, VIT, False),
     "keys": (_llm, DECODE, False),
     "prefill": (_llm, SPARSE, False),
@@ -73,7 +74,7 @@ def test_planning_changes_nothing_and_says_what_will_be_changed(name: str, plans
 
 
 def test_cuts_are_those_that_are_made() -> None:
-    model, inputs = tiny_vlm()
+    model, inputs = demo_vlm()
     optimized = tokcompile.optimize(model, recipe(VLM), lowering="eager")
     with tokcompile.record(optimized) as recording, torch.no_grad():
         optimized.generate(**inputs, max_new_tokens=2, do_sample=False)
@@ -86,7 +87,7 @@ def test_cuts_are_those_that_are_made() -> None:
 
 
 def test_the_predicted_gain_is_near_what_the_rewritten_graph_has() -> None:
-    for make, steps in ((tiny_vlm, VLM), (tiny_vit, VIT)):
+    for make, steps in ((demo_vlm, VLM), (tiny_vit, VIT)):
         model, inputs = make()
         report = tokcompile.explain(model, inputs, recipe(steps))
         (step,) = report.steps
@@ -97,7 +98,7 @@ def test_the_predicted_gain_is_near_what_the_rewritten_graph_has() -> None:
 
 
 def test_a_refused_step_has_its_reason_in_the_plan() -> None:
-    model, inputs = tiny_vlm()
+    model, inputs = demo_vlm()
     late = [{"pass": "todre", "params": {"keep": 0.25, "drop_layer": 99}}]
     report = tokcompile.explain(model, inputs, recipe(late))
     plan = next(plan for plan in report.plans if plan["stage"] != "encoder")

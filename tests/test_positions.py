@@ -4,6 +4,7 @@ embeddings of the kept tokens alone, row by row, at the positions 0, 1, 2, ...
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,16 +13,32 @@ from torch import Tensor, nn
 
 import tokcompile
 from tests import oracle
+from tests.members import members
 from tests.pruning import close, generate, optimized
 from tests.zoo import vlm as zoo
-from tests.zoo.vlm import IMAGE, VIDEO, VLMS, Case, PlainVLM, randomize
+from tests.zoo.vlm import IMAGE, VIDEO, VLMS, Case, PlainVLM, randomize, shallow
 from tokcompile.errors import CacheError, NoMatchError
 from tokcompile.rewrite.selection import budgets, pooled, segments
 from tokcompile.runtime.recording import Recording
 
 
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    """Keeps compiled code from test to test: most of them share one optimized model."""
+    torch.manual_seed(0)
+
+
 def step(name: str = "random", **params: Any) -> list[dict[str, Any]]:
     return [{"pass": name, "params": {"keep": 0.25, "positions": "compact", **params}}]
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[tuple[Case, Any]]:
+    """A small LLaVA, and the same with a quarter of its visual tokens."""
+    torch._dynamo.reset()
+    case = shallow(VLMS["llava"]())
+    yield case, optimized(case.model, step())
+    torch._dynamo.reset()
 
 
 def embeddings(case: Case, inputs: dict[str, Tensor]) -> Tensor:
@@ -90,17 +107,11 @@ def check(
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "llava",
-        "llava_next",
-        pytest.param("llava_onevision", marks=pytest.mark.slow),
-        "internvl",
-        pytest.param("smolvlm", marks=pytest.mark.slow),
-    ],
+    members(["llava", "llava_next", "llava_onevision", "internvl", "smolvlm"], ["llava"]),
 )
 def test_equals_the_dense_model_on_fewer_embeddings(name: str) -> None:
     """Rows of different length, one of them with padding in front."""
-    case = VLMS[name]()
+    case = shallow(VLMS[name]())
     inputs = case.inputs(batch=2, left_padding=3)
     recording = check(case, step(), inputs)
     assert recording.kept[0].indices.shape[1] < inputs["input_ids"].shape[1] - 8
@@ -108,31 +119,33 @@ def test_equals_the_dense_model_on_fewer_embeddings(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "params", "attention"),
-    [
-        ("todre", {"criterion": "herding", "drop_layer": 1}, "sdpa"),
-        ("todre", {"drop_layer": 1}, "eager"),
-        ("vtc_cls", {}, "sdpa"),
-        ("pool", {}, "sdpa"),
-    ],
+    members(
+        [
+            ("todre", {"criterion": "herding", "drop_layer": 1}, "sdpa"),
+            ("todre", {"drop_layer": 1}, "eager"),
+            ("vtc_cls", {}, "sdpa"),
+            ("pool", {}, "sdpa"),
+        ],
+        [("todre", {"drop_layer": 1}, "eager"), ("vtc_cls", {}, "sdpa"), ("pool", {}, "sdpa")],
+    ),
 )
 def test_each_pass(name: str, params: dict[str, Any], attention: str) -> None:
     """The late drop of todre hides keys in the last layers; it leaves positions as the first cut made them."""
-    case = VLMS["llava"](attention)  # type: ignore[call-arg]
+    case = shallow(VLMS["llava"](attention), 3)  # type: ignore[call-arg]
     recording = check(case, step(name, **params), case.inputs(batch=2, left_padding=3))
     assert len(recording.kept) == (2 if params.get("drop_layer") else 1)
 
 
-def test_rows_with_unequal_images_and_a_row_of_text() -> None:
+def test_rows_with_unequal_images_and_a_row_of_text(shared: tuple[Case, Any]) -> None:
     """A row without an image is not moved at all."""
-    case = VLMS["llava"]()
-    model = optimized(case.model, step())
+    case, model = shared
     inputs = case.inputs(batch=3, images_per_row=[1, 2, 0])
     recording = check(case, [], inputs, model=model)
     assert (recording.kept[0].indices[2] >= 0).sum() > inputs["attention_mask"][2].sum()  # its padding too is kept
 
 
 def test_keeping_everything_is_the_dense_model() -> None:
-    case = VLMS["llava"]()
+    case = shallow(VLMS["llava"]())
     inputs = case.inputs(batch=2, left_padding=3)
     found, _ = generate(optimized(case.model, step(keep=1.0)), inputs, 6)
     wanted = oracle.run(case, inputs, 6)
@@ -141,9 +154,9 @@ def test_keeping_everything_is_the_dense_model() -> None:
     assert torch.equal(found.tokens, wanted.tokens)
 
 
-def test_a_batch_equals_single_runs_and_is_not_keep() -> None:
-    case = VLMS["llava"]()
-    model = optimized(case.model, step())
+@pytest.mark.slow
+def test_a_batch_equals_single_runs_and_is_not_keep(shared: tuple[Case, Any]) -> None:
+    case, model = shared
     inputs = case.inputs(batch=2, left_padding=3)
     both, _ = generate(model, inputs, 4)
     for row in range(2):
@@ -153,9 +166,9 @@ def test_a_batch_equals_single_runs_and_is_not_keep() -> None:
     assert (kept.logits[0] - both.logits[0]).abs().max() > 0.1
 
 
-def test_without_a_cache_and_with_beams() -> None:
-    case = VLMS["llava"]()
-    model = optimized(case.model, step())
+@pytest.mark.slow
+def test_without_a_cache_and_with_beams(shared: tuple[Case, Any]) -> None:
+    case, model = shared
     inputs = case.inputs(batch=2, left_padding=3)
     cached, _ = generate(model, inputs, 4)
     plain, _ = generate(model, inputs, 4, use_cache=False)
@@ -166,10 +179,9 @@ def test_without_a_cache_and_with_beams() -> None:
     assert torch.equal(beams, again)
 
 
-def test_a_direct_forward_without_positions() -> None:
+def test_a_direct_forward_without_positions(shared: tuple[Case, Any]) -> None:
     """Positions are then a row that all rows share."""
-    case = VLMS["llava"]()
-    model = optimized(case.model, step())
+    case, model = shared
     for batch in (1, 2):
         inputs = case.inputs(batch=batch)
         with torch.no_grad(), tokcompile.record(model) as recording:
@@ -177,10 +189,9 @@ def test_a_direct_forward_without_positions() -> None:
         equals_shortened(case, inputs, oracle.Run([logits], logits.argmax(-1, keepdim=True)), recording)
 
 
-def test_a_second_turn_of_text() -> None:
+def test_a_second_turn_of_text(shared: tuple[Case, Any]) -> None:
     """It continues from the last position, as if the first prompt had been the shorter one."""
-    case = VLMS["llava"]()
-    model = optimized(case.model, step())
+    case, model = shared
     inputs = case.inputs(batch=1)
     with torch.no_grad(), tokcompile.record(model) as recording:
         one = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True)
@@ -211,7 +222,7 @@ def test_a_second_turn_of_text() -> None:
     ],
 )
 def test_models_that_cannot_be_moved(name: str, says: str) -> None:
-    case = VLMS[name]()
+    case = shallow(VLMS[name]())
     inputs = case.inputs(batch=1)
     before = oracle.run(case, inputs, 2)
     model = optimized(case.model, step())
@@ -221,9 +232,8 @@ def test_models_that_cannot_be_moved(name: str, says: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before.logits, after.logits, strict=True))
 
 
-def test_an_image_in_a_later_turn_is_refused() -> None:
-    case = VLMS["llava"]()
-    model = optimized(case.model, step())
+def test_an_image_in_a_later_turn_is_refused(shared: tuple[Case, Any]) -> None:
+    case, model = shared
     inputs = case.inputs(batch=1)
     with torch.no_grad():
         one = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
@@ -320,10 +330,11 @@ def test_other_ways_in_which_positions_enter_are_refused(form: str, says: str, m
         assert torch.equal(model(**inputs), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_inductor() -> None:
     """The moved positions are chosen in front of the graph, together with the tokens."""
-    case = VLMS["llava"]()
+    case = shallow(VLMS["llava"](), 3)
     check(
         case,
         [],

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 import tokcompile
 from tests.pruning import TODRE, optimized
-from tests.zoo.vlm import TEXT_VOCAB, VLMS, Case
+from tests.zoo.vlm import TEXT_VOCAB, VLMS, Case, shallow
 from tokcompile.kinds import Stage
 
 NEW_TOKENS = [4, 6, 3, 5, 7]
@@ -45,7 +45,7 @@ def chat(case: Case, model: Any, images: list[bool]) -> list[int]:
 
 @pytest.fixture(scope="module")
 def llava() -> Case:
-    return VLMS["llava"]()
+    return shallow(VLMS["llava"](), 3)
 
 
 def test_a_chat_of_five_turns(llava: Case) -> None:
@@ -72,11 +72,12 @@ def test_a_second_chat_compiles_nothing(llava: Case) -> None:
     assert chat(llava, model, [True, False, True, False, False]) == [first[-1]] * 5
 
 
+@pytest.mark.slow
 def test_five_picture_sizes() -> None:
     """One prefill for each number of image tokens and one decode step: transformers writes that number into the text of
     a check, which fixes it in the graph. The image encoder reads sizes off a tensor and is captured for each size of a
     picture. A size that was seen before compiles nothing."""
-    case = VLMS["llava_next"]()
+    case = shallow(VLMS["llava_next"](), 3)
     assert case.n_sizes == 5
     model = optimized(case.model, TODRE)
 

@@ -514,6 +514,7 @@ def test_detection_adds_no_guard() -> None:
     assert len(env.guards) == before
 
 
+@pytest.mark.slow
 def test_thirty_two_layers_within_a_second() -> None:
     (captured,) = capture_graphs(*decoders.llama(layers=32))
     start = time.process_time()

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tests.pruning import optimized
-from tests.zoo.vlm import VLMS
+from tests.zoo.vlm import VLMS, shallow
 from tokcompile import registry
 from tokcompile.demo import tiny_vit
 from tokcompile.families.pruning.patches import PatchParams, PatchSelection
@@ -87,7 +87,7 @@ def test_every_choice_of_tokens_that_ships_gives_scores() -> None:
 
 
 def _logits(name: str) -> Tensor:
-    case = VLMS["llava"]()
+    case = shallow(VLMS["llava"]())
     with torch.no_grad():
         return optimized(case.model, [{"pass": name, "params": {"keep": 0.5}}])(**case.inputs()).logits  # type: ignore[no-any-return]
 
@@ -112,6 +112,7 @@ def test_the_same_model_comes_out_whichever_form_is_given() -> None:
     assert torch.equal(_logits("pool"), tupled)
 
 
+@pytest.mark.slow
 def test_an_old_patch_merge_still_runs() -> None:
     """A choice of patches with a tuple of four, and the ``below`` that goes with it."""
 

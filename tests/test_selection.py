@@ -327,6 +327,7 @@ def test_trace_with_symbolic_sizes():
     assert not [n for n in traced.graph.nodes if any(word in str(n.target) for word in banned)]
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_inductor():
     compiled = torch.compile(everything, dynamic=True, fullgraph=True)

@@ -20,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tokcompile
+from tests.members import members
 from tests.oracle import _eager
 from tests.zoo import decoders
 from tokcompile.errors import CalibrationError, NarrowError, NoMatchError, RecipeError
@@ -236,25 +237,12 @@ def lists(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, int]]:
     return seen
 
 
-CASES = [
-    ("llama", "decode_control"),
-    ("qwen3", "fasa"),
-    ("gemma2", "tokenselect"),
-    ("gpt2", "tokenselect"),
-    *(
-        pytest.param(*case, marks=pytest.mark.slow)
-        for case in (
-            ("llama", "tokenselect"),
-            ("llama", "fasa"),
-            ("gemma2", "fasa"),
-            ("mixtral", "fasa"),
-            ("gptj", "fasa"),
-        )
-    ),
-]
+KEPT = [("llama", "decode_control"), ("qwen3", "fasa"), ("gpt2", "tokenselect")]
+OTHERS = [(name, "tokenselect") for name in ("llama", "gemma2")]
+OTHERS += [(name, "fasa") for name in ("llama", "gemma2", "mixtral", "gptj")]
 
 
-@pytest.mark.parametrize(("family", "name"), CASES)
+@pytest.mark.parametrize(("family", "name"), members([*KEPT, *OTHERS], KEPT))
 def test_equals_dense_attention_under_the_mask_of_the_choice(family: str, name: str, lists: Any) -> None:
     """Also: keys and values outside the lists are NaN, padding is in no list, a list has the budget's length."""
     model, inputs = MODELS[family](), prompt()
@@ -282,18 +270,16 @@ def test_equals_dense_attention_under_the_mask_of_the_choice(family: str, name: 
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [
-        ("llama", "fasa"),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                ("qwen3", "tokenselect"),
-                ("gemma2", "tokenselect"),
-                ("gpt_oss", "fasa"),
-                ("gpt2", "tokenselect"),
-            )
-        ),
-    ],
+    members(
+        [
+            ("llama", "fasa"),
+            ("qwen3", "tokenselect"),
+            ("gemma2", "tokenselect"),
+            ("gpt_oss", "fasa"),
+            ("gpt2", "tokenselect"),
+        ],
+        [("llama", "fasa")],
+    ),
 )
 def test_a_full_budget_is_the_original(family: str, name: str) -> None:
     model, inputs = MODELS[family](), prompt()
@@ -314,6 +300,7 @@ def test_a_batch_is_its_rows() -> None:
             torch.testing.assert_close(a[row], b[0], rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_random_keys_are_drawn_anew_and_the_same_for_the_same_seed(lists: Any) -> None:
     model, inputs = MODELS["llama"](), prompt()
     runs = []
@@ -362,6 +349,7 @@ def test_a_budget_that_cannot_pay_is_said_so() -> None:
     assert "at any length" in step.reason
 
 
+@pytest.mark.slow
 def test_layers_can_be_left_dense() -> None:
     model, inputs = MODELS["llama"](), prompt()
     fast = optimized(model, "fasa", {"layers": ["1--1"]})
@@ -440,7 +428,9 @@ def reused(recording: Any) -> list[list[bool]]:
 
 @pytest.mark.parametrize(
     ("family", "cache"),
-    [("llama", None), ("llama", "static"), ("gpt2", None), pytest.param("qwen3", None, marks=pytest.mark.slow)],
+    members(
+        [("llama", None), ("llama", "static"), ("gpt2", None), ("qwen3", None)], [("llama", None), ("llama", "static")]
+    ),
 )
 def test_reuse_follows_the_algorithm(family: str, cache: str | None) -> None:
     model, inputs = MODELS[family](), prompt()
@@ -461,6 +451,7 @@ def test_reuse_follows_the_algorithm(family: str, cache: str | None) -> None:
     assert (step.status, step.matches, step.details["reuse"]) == ("matched", 2, 0.5)
 
 
+@pytest.mark.slow
 def test_reuse_at_its_ends() -> None:
     model, inputs = MODELS["llama"](), prompt()
     off = generate(optimized(model, "tokenselect"), inputs)
@@ -550,6 +541,7 @@ def test_reuse_says_where_it_does_not_hold() -> None:
             optimized(model, "tokenselect", **params)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_reuse_under_inference_mode() -> None:
     model, inputs = MODELS["llama"](), prompt()
@@ -559,6 +551,7 @@ def test_reuse_under_inference_mode() -> None:
         assert_same(generate(fast, inputs), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_reuse_with_inductor() -> None:
     model, inputs = MODELS["llama"](), prompt()

@@ -12,8 +12,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 import tokcompile
 import tokcompile.registry
 from tests import oracle
+from tests.members import members
 from tests.pruning import check, error, optimized, run
-from tests.zoo.vlm import VARIANTS, VLMS
+from tests.zoo.vlm import VARIANTS, VLMS, shallow
 from tokcompile.errors import NoMatchError
 
 CASES = {**VLMS, **VARIANTS}
@@ -30,17 +31,17 @@ def steps(name: str, keep: list[Any], at: list[Any], **params: Any) -> list[dict
     ("name", "model"),
     [
         *((name, "llava") for name in PASSES),
-        *(pytest.param("transprune", model, marks=pytest.mark.slow) for model in MODELS),
+        *members((("transprune", model) for model in MODELS), []),
     ],
 )
 def test_pruned_equals_masked_dense(name: str, model: str) -> None:
     """Three rows, one with padding in front, one with two images: prefill and each decode step."""
-    case = CASES[model]()
+    case = shallow(CASES[model](), 3)
     images = 1 if case.uniform_images else [2, 1, 1]
     inputs = case.inputs(batch=3, left_padding=3, images_per_row=images)
-    pruned = optimized(case.model, steps(name, [0.5, 0.25], [1, 3]))
+    pruned = optimized(case.model, steps(name, [0.5, 0.25], [1, 2]))
     recording = check(pruned, case, inputs)
-    assert [(entry.name, entry.layer) for entry in recording.kept] == [(name, 1), (name, 3)]
+    assert [(entry.name, entry.layer) for entry in recording.kept] == [(name, 1), (name, 2)]
     visual = case.visual_mask(inputs)
     for entry, share in zip(recording.kept, (2, 4), strict=True):  # ratios are of all that an image had
         left = [int(visual[row][kept[kept >= 0]].sum()) for row, kept in enumerate(entry.indices)]
@@ -49,9 +50,9 @@ def test_pruned_equals_masked_dense(name: str, model: str) -> None:
 
 @pytest.mark.parametrize("name", PASSES)
 def test_keeping_everything_changes_nothing(name: str) -> None:
-    case = CASES["llava"]()
+    case = shallow(CASES["llava"](), 3)
     inputs = case.inputs(batch=2, left_padding=3)
-    found, _ = run(optimized(case.model, steps(name, [1.0, 1.0], [1, 3])), case, inputs, 3)
+    found, _ = run(optimized(case.model, steps(name, [1.0, 1.0], [1, 2])), case, inputs, 3)
     wanted = oracle.run(case, inputs, 3)
     assert torch.equal(found.logits[0], wanted.logits[0])
     assert max(error(a, b) for a, b in zip(found.logits, wanted.logits, strict=True)) <= 1e-5

@@ -80,6 +80,7 @@ def check_stress(threads: int, count: int) -> None:
     assert step.fell_back == 0
 
 
+@pytest.mark.slow
 def test_cold_threads_with_mixed_requests() -> None:
     check_stress(4, 4)
 

@@ -196,6 +196,7 @@ def test_one_model_serves_lengths_on_both_sides_of_the_gate(monkeypatch):
         assert (difference(found, call(model, inputs)) < 1e-6) == (choices == 0)
 
 
+@pytest.mark.slow
 def test_chance_as_a_baseline_has_the_same_budget(monkeypatch):
     model, inputs = MODELS["llama"]()
     kept = []

@@ -15,6 +15,7 @@ from transformers import ViTConfig, ViTModel
 import tokcompile
 from tokcompile.state import NAMESPACE
 
+from .members import members
 from .zoo import decoders, encoders_for_pruning, vlm
 
 STEM = {"recipe_version": 1, "description": "tables", "steps": [{"pass": "stem"}]}
@@ -43,7 +44,7 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor | None]:
 
 
 def llava(**kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
-    case = vlm.llava()
+    case = vlm.shallow(vlm.llava())
     return case.model, {**case.inputs(batch=2, **kwargs), "use_cache": False}
 
 
@@ -53,7 +54,7 @@ def stem(lowering: str = "eager") -> tuple[nn.Module, nn.Module, dict[str, Any]]
     return dense, tokcompile.optimize(dense, STEM, lowering=lowering, calibration=[ids]), ids
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", members([False, True], [True]))
 def test_gradients_of_a_graph_that_keeps_everything_are_those_of_the_model(training: bool) -> None:
     dense, inputs = llava(left_padding=2)
     model = tokcompile.optimize(dense, random_pruning(1.0), lowering="eager")
@@ -108,6 +109,7 @@ def test_gradients_through_inductor_flow_on_to_what_made_the_inputs() -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_freezing_and_thawing_tables_under_inductor() -> None:
     """Compiled without their gradients, then asked for them: the graph is compiled again."""
@@ -164,7 +166,7 @@ def _labels(inputs: dict[str, Any]) -> Tensor:
     return torch.where((inputs["attention_mask"] == 0) | (ids == vlm.IMAGE), -100, ids)
 
 
-@pytest.mark.parametrize("images", [1, [1, 2]], ids=["even", "ragged"])
+@pytest.mark.parametrize("images", members([1, [1, 2]], [[1, 2]]), ids=["even", "ragged"])
 def test_the_loss_of_a_pruned_forward_is_that_of_the_kept_positions(images: Any) -> None:
     dense, inputs = llava(images_per_row=images, left_padding=2)
     inputs["labels"] = _labels(inputs)

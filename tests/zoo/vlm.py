@@ -641,3 +641,20 @@ VLMS: dict[str, Callable[[], Case]] = {
 }
 
 VARIANTS: dict[str, Callable[[], Case]] = {"gemma3_window": gemma3_window, "paligemma2": paligemma2}
+
+
+def shallow(case: Case, layers: int = 2) -> Case:
+    """The same model with its first ``layers`` only: capture costs seconds for each layer.
+
+    Where windows slide it keeps three: from the second on, Dynamo makes the length of their cache symbolic.
+    """
+    types = getattr(case.model.config.get_text_config(), "layer_types", None) if case.has_generate else None
+    layers = max(layers, 3) if "sliding_attention" in (types or ()) else layers
+    case.decoder_layers = case.decoder_layers[:layers]
+    case.text_tower.layers = nn.ModuleList(case.decoder_layers)
+    if case.has_generate:
+        for config in (case.model.config.get_text_config(), case.text_tower.config):
+            config.num_hidden_layers = layers
+            if getattr(config, "layer_types", None):
+                config.layer_types = config.layer_types[:layers]
+    return case
