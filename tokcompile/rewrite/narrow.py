@@ -194,6 +194,19 @@ class _Narrower:
         self.graph.lint()
         self.captured.graph_module.recompile()
 
+    def _rewrite_rows(self, node: fx.Node) -> None:
+        if node in self.flow.repeats:
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k != "output_size"}
+        if node in self.flow.divisors:
+            node.args = (node.args[0], self._dim_size(self.flow.divisors[node], node), *node.args[2:])
+        if node in self.flow.inverses:
+            order, axis = self.flow.inverses[node]
+            size = self.size(axis, node)
+            count = inline(self.captured, lambda o, n: torch.arange(n, device=o.device), [order, size], node)
+            empty = inline(self.captured, lambda o, n: o.new_empty(n), [order, size], node)
+            at = 3 if len(node.args) > 3 and node.args[2] is order else 2
+            node.args = (empty, *node.args[1:at], count, *node.args[at + 1 :])
+
     def _restate(self, skip: Collection[fx.Node]) -> None:
         """Give every value below the cut the sizes that its labels say.
 
@@ -216,6 +229,11 @@ class _Narrower:
         ]
         return torch.empty(shape, dtype=value.dtype, device=value.device)
 
+    def _resizes(self, dim: Dim) -> bool:
+        """Whether the size of ``dim`` is another one below the cut; that of picked rows is read off the values."""
+        axes = [f.axis for f in dim if f.axis is not None and f.axis.kind == "token"]
+        return any(axis.complete or not axis.rows for axis in axes)
+
     def _new_size(self, factor: Factor) -> Any:
         axis = factor.axis
         if axis is None or axis.kind != "token":
@@ -225,6 +243,8 @@ class _Narrower:
             return size.meta["val"] if isinstance(size, fx.Node) else size
         if axis.base is not None:
             return self._new_size(Factor(axis.base.size, axis.base)) - axis.start
+        if axis.rows:
+            return math.prod(map(self._new_size, axis.rows)) if axis.complete else factor.size
         return sum(self._new_size(Factor(p.size, p)) if isinstance(p, Axis) else p for p in axis.parts)
 
     def _rewrite_node(self, node: fx.Node) -> None:
@@ -249,6 +269,7 @@ class _Narrower:
         for (user, position), (axis, by_row) in self.flow.indices.items():
             if user is node:
                 self._map_index(node, position, axis, by_row)
+        self._rewrite_rows(node)
         if node in self.flow.attention:
             self._mask_empty(node, *self.flow.attention[node])
         if node.target is aten.cross_entropy_loss.default:
@@ -348,6 +369,8 @@ class _Narrower:
                 size: Any = self.roots[axis].size
             elif axis.base is not None:
                 size = self._sum(self.size(axis.base, before), -axis.start, before)
+            elif axis.rows:
+                size = self._dim_size(axis.rows, before) if axis.complete else self.number(axis.size, before)
             else:
                 size = self._parts_size(axis.parts, before)
             self._size[axis] = size
@@ -582,7 +605,7 @@ class _Narrower:
                 continue
             dims = self.flow.labels.get(node.args[0])  # type: ignore[arg-type]
             which = slice(None) if len(node.args) < 2 else slice(int(node.args[1]), int(node.args[1]) + 1)  # type: ignore[arg-type]
-            if isinstance(dims, tuple) and any(is_token(d) for d in dims[which]):
+            if isinstance(dims, tuple) and any(map(self._resizes, dims[which])):
                 if node.users:
                     value = self.number(node.meta["val"], node)
                     for user in list(node.users):
