@@ -55,6 +55,22 @@ POSITIONS.update(
 )
 
 
+def _carry_slice(self: Follower, node: fx.Node) -> None:
+    if isinstance(self.flow.positions.get(node.args[0]), list):  # type: ignore[arg-type]
+        raise self.as_number(node)
+    carry(self, node)
+
+
+POSITIONS[aten.slice.Tensor] = _carry_slice
+
+
+@rule(aten.one_hot.default)
+def _one_hot(self: Follower, node: fx.Node) -> Any:
+    if len(node.args) < 2 or node.args[1] == -1:
+        raise self.refuse(node, "one_hot takes the number of classes from the largest value among the tokens")
+    return (*self.known(node.args[0]), plain(shape_of(node)[-1]))
+
+
 @rule(operator.getitem, positions=True)
 def _item(self: Follower, node: fx.Node) -> Any:
     held = self.flow.positions.get(node.args[0])  # type: ignore[arg-type]
@@ -108,7 +124,7 @@ def _descending(node: fx.Node) -> bool:
     return bool(node.kwargs.get("descending", node.args[2] if len(node.args) > 2 else False))
 
 
-@rule(*overloads("nonzero", "nonzero_numpy"))
+@rule(*overloads("nonzero", "nonzero_numpy"), aten.where.default)
 def _nonzero(self: Follower, node: fx.Node) -> Any:
     """The entries that are true, one row each."""
     dims = self.known(node.args[0])
@@ -155,13 +171,15 @@ def _divide(self: Follower, node: fx.Node) -> Any:
     whole = isinstance(number, (int, torch.SymInt)) and not isinstance(number, bool)
     if held is None or isinstance(held, list) or not whole or not floors or is_in_place(node):
         raise self.as_number(node)
-    start = next((i for i in range(len(held), -1, -1) if equal(product(f.size for f in held[i:]), number)), None)
-    if start is None:
+    starts = [i for i in range(len(held) + 1) if equal(product(f.size for f in held[i:]), number)]
+    if not starts:
         raise self.as_number(node)
+    rest = op_name(node) in ("remainder", "fmod")
+    start = starts[0 if rest else -1]  # axes of one entry stay with what is left
     inner = held[start:]
     if is_token(inner):
         self.flow.divisors[node] = inner
-    left = inner if op_name(node) in ("remainder", "fmod") else held[:start]
+    left = inner if rest else held[:start]
     if is_tracked(left):
         self.flow.positions[node] = left
     return self.known(node.args[0])
@@ -408,6 +426,12 @@ def _ends_by_key(ends: Any, sort: fx.Node) -> bool:
     counts = _strip(total.args[0])
     if counts is None or op_name(counts) not in ("histc", "bincount"):
         return False
+    if op_name(counts) == "histc":
+        low, high = (
+            counts.args[i] if len(counts.args) > i else counts.kwargs.get(n, 0) for i, n in ((2, "min"), (3, "max"))
+        )
+        if not isinstance(low, (int, float)) or not isinstance(high, (int, float)) or not low <= 0 < high:
+            return False  # without a range the bins lie between the smallest and the largest key of all tokens
     key, sorted_by = _strip(counts.args[0]), _strip(sort.args[0])
     if key is not None and key.target is operator.getitem and key.args[0] is sort and key.args[1] == 0:
         key = sorted_by
