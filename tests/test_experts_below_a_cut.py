@@ -9,7 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import tokcompile
+from tests import oracle
+from tests.pruning import TODRE, check, error, optimized, run
 from tests.test_token_axis import output_nodes, plain_capture
+from tests.zoo.experts import EXPERTS
 from tokcompile.errors import NarrowError
 from tokcompile.rewrite.narrow import Cut, narrow
 
@@ -123,7 +127,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str, str]] = {
     "written_twice": (written_twice, "index_copy", "the last one counts"),
     "place_as_number": (lambda x: routed(x)[0][routed(x)[3]] * (routed(x)[2] < 5)[:, None], "lt", "used as a number"),
     "place_as_result": (lambda x: routed(x)[2], "getitem_3", "used as a number"),
-    "wrong_number_of_slots": (lambda x: routed(x)[0][routed(x)[2] // 3], "floor_divide_1", "used as a number"),
+    "wrong_number_of_slots": (lambda x: routed(x)[0][routed(x)[2] // 3], "floor_divide_2", "used as a number"),
     "windows_of_rows": (
         lambda x: routed(x)[0][routed(x)[3]].view(-1, 3, D).softmax(1),
         "view",
@@ -146,3 +150,58 @@ def test_refusals(name: str) -> None:
     assert error.value.node == node
     captured.graph_module.recompile()
     assert captured.graph_module.code == before
+
+
+def test_counts_of_padded_rows() -> None:
+    """A histogram counts empty slots; where it only ends groups of rows these are rows too, elsewhere it is refused."""
+
+    def load(x: Tensor) -> Tensor:
+        _, key, _, _ = routed(x)
+        return x * torch.histc(key.float(), E, 0, E - 1).mean()
+
+    x, keep = torch.randn(B, S, D), torch.tensor([[-1, 2, 5], [1, 3, 5]])
+    for ragged in (True, False):
+        captured = plain_capture(lambda x, keep: (y := x * 2, load(y)), x, keep)
+        cut = Cut(output_nodes(captured)[0], captured.placeholders[1], 3, ragged=ragged)
+        if ragged:
+            with pytest.raises(NarrowError, match="counts over the tokens"):
+                narrow(captured, [cut])
+        else:
+            narrow(captured, [cut])
+
+
+HEAVY = {"qwen3_vl_moe_batched", "deepseek_batched", "mixtral"}
+NAMES = [pytest.param(name, marks=pytest.mark.slow if name in HEAVY else []) for name in EXPERTS]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pruned_equals_masked_dense(name: str) -> None:
+    """Two cuts in one graph, a row with left padding; prefill and generation."""
+    case = EXPERTS[name]()
+    model = optimized(case.model, TODRE)
+    recording = check(model, case, case.inputs(batch=2, left_padding=3), 5)
+    assert [entry.layer for entry in recording.kept] == [0, 2]
+    step = tokcompile.report(model).steps[0]
+    assert step.status == "matched"
+    assert step.flop_ratio > 1.2
+
+
+@pytest.mark.parametrize("name", ["plain_loop", "glm4v_moe", pytest.param("qwen3_vl_moe", marks=pytest.mark.slow)])
+def test_keeping_everything_changes_nothing(name: str) -> None:
+    case = EXPERTS[name]()
+    inputs = case.inputs(batch=2, left_padding=3)
+    model = optimized(case.model, [{"pass": "random", "params": {"keep": 1.0}}])
+    found, _ = run(model, case, inputs, 4)
+    wanted = oracle.run(case, inputs, 4 if case.has_generate else 1)
+    assert torch.equal(found.tokens, wanted.tokens)
+    assert torch.equal(found.logits[0], wanted.logits[0])  # the prefill, bit for bit
+    assert max(error(a, b) for a, b in zip(found.logits, wanted.logits, strict=True)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["plain_loop", "glm4v_moe"])
+def test_images_of_rows_that_differ(name: str) -> None:
+    """Rows with one and two images: empty slots go through the experts, and no token sees them."""
+    case = EXPERTS[name]()
+    model = optimized(case.model, [{"pass": "random", "params": {"keep": 0.25}}])
+    recording = check(model, case, case.inputs(batch=2, images_per_row=[1, 2]), 3)
+    assert len(recording.kept) == 1
