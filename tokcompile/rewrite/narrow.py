@@ -188,7 +188,10 @@ class _Narrower:
             self._rewrite_node(node)
             if ragged:
                 # what is traced further down for empty slots must see shapes after the cut
-                derive(self.captured, [node])
+                if self._reads_size(node):
+                    self._restate_node(node)
+                else:
+                    derive(self.captured, [node])
         if not ragged:
             self._restate(replaced)
         self.graph.lint()
@@ -217,6 +220,15 @@ class _Narrower:
             for node, dims in self.flow.labels.items():
                 if dims is not None and node not in skip:
                     node.meta["val"] = self._resized(node.meta["val"], dims)
+
+    def _reads_size(self, node: fx.Node) -> bool:
+        """Whether ``node`` holds rows whose number is read off values: deriving it would make up another symbol."""
+        axes = [f.axis for dims in _each(self.flow.labels[node]) for d in dims for f in d if f.axis is not None]
+        return any(axis.rows and not axis.complete for axis in axes)
+
+    def _restate_node(self, node: fx.Node) -> None:
+        with self.captured.fake_mode, enable_python_dispatcher():
+            node.meta["val"] = self._resized(node.meta["val"], self.flow.labels[node])
 
     def _resized(self, value: Any, dims: Any) -> Any:
         if isinstance(dims, list):
@@ -616,6 +628,11 @@ class _Narrower:
 def _substitute(node: fx.Node, table: Mapping[fx.Node, Any]) -> None:
     """Replace arguments of ``node`` by what ``table`` has for them (a node or a number)."""
     node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), lambda n: table.get(n, n))
+
+
+def _each(dims: Any) -> list[Dims]:
+    """The dimensions of each result of a node."""
+    return [d for d in dims if d is not None] if isinstance(dims, list) else [] if dims is None else [dims]
 
 
 def _after(order: list[fx.Node], nodes: Iterable[fx.Node]) -> fx.Node:

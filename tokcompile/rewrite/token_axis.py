@@ -48,7 +48,10 @@ POSITIONS: dict[Any, Rule] = {}
 
 
 def rule(*targets: Any, positions: bool = False) -> Callable[[Rule], Rule]:
-    """Register the rule of ``targets`` (a name: an operator of others); ``positions``: it says itself what becomes of places of rows."""
+    """Register the rule of ``targets`` (a name: an operator of others).
+
+    ``positions``: the rule says itself what becomes of places of rows.
+    """
 
     def add(function: Rule) -> Rule:
         for target in targets:

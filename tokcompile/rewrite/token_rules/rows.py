@@ -82,6 +82,10 @@ def _item(self: Follower, node: fx.Node) -> Any:
 # .. rows in an order that values choose
 
 
+def _first(node: fx.Node, count: int) -> tuple[Any, ...]:
+    return tuple(node.args[:count])
+
+
 def _one_to_one(self: Follower, node: Any) -> Axis | None:
     """The axis of the rows, if ``node [N]`` says for each of them which entry it is, or the other way round."""
     dims, held = self.dims(node), self.flow.positions.get(node)
@@ -230,27 +234,27 @@ def _index_rows(self: Follower, node: fx.Node) -> Any:
 
 @rule(aten.index_select.default, positions=True)
 def _select_rows(self: Follower, node: fx.Node) -> Any:
-    value, at, index = node.args[:3]
+    value, at, index = _first(node, 3)
     if value in self.flow.positions:
         raise self.as_number(node)
     if self.dims(index) is None:
         return _index_select(self, node)
     dims = self.known(value)
     at = int(at) % len(dims)  # type: ignore[arg-type]
-    dims = _picked(self, node, value, [(at, index)])  # type: ignore[list-item]
+    dims = _picked(self, node, value, [(at, index)])
     return (*dims[:at], self.known(index)[0], *dims[at + 1 :])
 
 
 @rule(aten.gather.default, positions=True)
 def _gather_rows(self: Follower, node: fx.Node) -> Any:
-    value, at, index = node.args[:3]
+    value, at, index = _first(node, 3)
     if value in self.flow.positions:
         raise self.as_number(node)
     if index not in self.flow.positions:
         return _gather(self, node)
     rank = len(shape_of(node))
     at = int(at) % rank  # type: ignore[arg-type]
-    _picked(self, node, value, [(at, index)])  # type: ignore[list-item]
+    _picked(self, node, value, [(at, index)])
     keys = [i if i != at else "to" for i in range(rank)]
     table = self.align(node, [(value, [i if i != at else "from" for i in range(rank)]), (index, keys)])
     return self.output(node, keys, table)
@@ -271,10 +275,10 @@ def _put(self: Follower, node: fx.Node) -> Any:
 
 @rule(*overloads("index_add", "index_add_", "index_copy", "index_copy_"), positions=True)
 def _add(self: Follower, node: fx.Node) -> Any:
-    value, at, index, source = node.args[:4]
+    value, at, index, source = _first(node, 4)
     if index not in self.flow.positions:
         raise self.refuse(node, f"{op_name(node)} writes to places that are not those of the tokens that it writes")
-    at = int(at) % len(shape_of(node))  # type: ignore[call-overload]
+    at = int(at) % len(shape_of(node))
     return _put_rows(self, node, value, at, index, source, "add" in op_name(node))
 
 
@@ -330,13 +334,13 @@ def _put_rows(self: Follower, node: fx.Node, value: Any, at: int, index: Any, so
     positions=True,
 )
 def _scatter_rows(self: Follower, node: fx.Node) -> Any:
-    value, at, index, source = node.args[:4]
+    value, at, index, source = _first(node, 4)
     if index not in self.flow.positions:
         if value in self.flow.positions or source in self.flow.positions:
             raise self.as_number(node)
         return _scatter(self, node)
     rank, adds = len(shape_of(node)), "add" in op_name(node)
-    at = int(at) % rank  # type: ignore[call-overload]
+    at = int(at) % rank
     if rank == 1:
         return _put_rows(self, node, value, at, index, source, adds)
     shape, other = shape_of(value), shape_of(index)
@@ -374,7 +378,7 @@ def _counts_up(source: Any) -> bool:
     """Whether it is 0, 1, 2 ... in this order."""
     if not isinstance(source, fx.Node) or "arange" not in str(source.target):
         return False
-    return source.target is aten.arange.default or (
+    return source.target is aten.arange.default or bool(
         source.target in (aten.arange.start, aten.arange.start_step)
         and source.args[0] == 0
         and (len(source.args) < 3 or source.args[2] == 1)
@@ -453,7 +457,7 @@ def _from_zero(key: fx.Node) -> bool:
     """Whether ``key`` holds numbers from 0 on: the places that a choice along a dimension gives, or clamped ones."""
     name = op_name(key)
     if key.target is operator.getitem:
-        return key.args[1] == 1 and op_name(key.args[0]) in ("topk", "sort", "max", "min")  # type: ignore[arg-type]
+        return bool(key.args[1] == 1) and op_name(key.args[0]) in ("topk", "sort", "max", "min")  # type: ignore[arg-type]
     if name in ("clamp", "clip"):
         low = key.args[1] if len(key.args) > 1 else key.kwargs.get("min")
         return isinstance(low, int) and low >= 0
