@@ -67,8 +67,8 @@ def _llava(name: str, text: Any, experts: str) -> Case:
     vision = CLIPVisionConfig(**VISION | {"num_hidden_layers": 3}, image_size=56, patch_size=14)
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=16)
     model = _transformers(LlavaForConditionalGeneration, config)
-    model.set_experts_implementation(experts)
     tower = model.model.language_model
+    tower.config._experts_implementation = experts
     return Case(name, model, _stacked(56, 16), list(tower.layers), tower)
 
 

@@ -240,7 +240,7 @@ def _select_rows(self: Follower, node: fx.Node) -> Any:
     if self.dims(index) is None:
         return _index_select(self, node)
     dims = self.known(value)
-    at = int(at) % len(dims)  # type: ignore[arg-type]
+    at = int(at) % len(dims)
     dims = _picked(self, node, value, [(at, index)])
     return (*dims[:at], self.known(index)[0], *dims[at + 1 :])
 
@@ -253,7 +253,7 @@ def _gather_rows(self: Follower, node: fx.Node) -> Any:
     if index not in self.flow.positions:
         return _gather(self, node)
     rank = len(shape_of(node))
-    at = int(at) % rank  # type: ignore[arg-type]
+    at = int(at) % rank
     _picked(self, node, value, [(at, index)])
     keys = [i if i != at else "to" for i in range(rank)]
     table = self.align(node, [(value, [i if i != at else "from" for i in range(rank)]), (index, keys)])
