@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers.integrations.moe  # noqa: F401  (its operator for grouped products)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -686,6 +687,71 @@ STEPS["first"] = Step(
 STEPS["last"] = Step(pick("last", "last_slice"), no_sides, protected_whole, protected_row)
 
 
+EXPERTS, SLOTS = 3, 2
+
+
+def experts_specs(p: Params, s: Sizes) -> dict[str, Spec]:
+    return {"g": Spec((EXPERTS, s.width), "weight"), "w": Spec((EXPERTS, s.width, s.width), "weight")}
+
+
+def experts_whole(p: Params, x: Tensor, v: Any, c: Whole) -> Tensor:
+    """A mixture of experts, in the ways in which model code brings rows to experts and back."""
+    kind, w, flat = p["kind"], v("w"), x.reshape(-1, c.D)
+    shares, ids = (flat @ v("g").t()).softmax(-1).topk(SLOTS, -1)
+    if kind == "nonzero":
+        out = torch.zeros_like(flat)
+        chosen = F.one_hot(ids, EXPERTS).permute(2, 1, 0)
+        for e in range(EXPERTS):
+            slot, token = torch.where(chosen[e] > 0)
+            out.index_add_(0, token, (flat[token] @ w[e]).tanh() * shares[token, slot, None])
+        return out.view(x.shape)
+    if kind == "batched":
+        y = torch.bmm(flat.repeat_interleave(SLOTS, 0)[:, None], w[ids.reshape(-1)]).squeeze(1).tanh()
+        return (y * shares.reshape(-1, 1)).view(-1, SLOTS, c.D).sum(1).view(x.shape)
+    if kind == "slots_first":
+        key, part = ids.t().reshape(-1), shares.t().reshape(-1)
+    else:
+        key, part = ids.reshape(-1), shares.reshape(-1)
+    key, order = key.sort()
+    token = order % (c.B * c.S) if kind == "slots_first" else order // SLOTS
+    rows = flat.index_select(0, token) if kind == "argsort" else flat[token]
+    if kind == "gather":
+        rows = flat.gather(0, token[:, None].expand(-1, c.D))
+    if kind == "grouped":
+        ends = torch.histc(key.float(), EXPERTS, 0, EXPERTS - 1).cumsum(0, dtype=torch.int32)
+        y = torch.ops.transformers.grouped_mm_fallback(rows, w, ends)
+    else:
+        y = torch.einsum("nd,nde->ne", rows, w[key])
+    y = y.tanh() * part[order][:, None]
+    if kind in ("add", "slots_first"):
+        return torch.zeros_like(flat).index_add_(0, token, y).view(x.shape)
+    if kind == "add_new":
+        return torch.zeros(c.B * c.S, c.D).index_add(0, token, y).view(x.shape)
+    if kind == "gather":
+        return torch.zeros_like(flat).scatter_add(0, token[:, None].expand_as(y), y).view(x.shape)
+    if kind == "argsort":
+        y = y[order.argsort()]
+    elif kind == "put":
+        back = torch.empty_like(y)
+        back[order] = y
+        y = back
+    else:
+        place = torch.empty_like(order)
+        place[order] = torch.arange(order.shape[0])
+        y = y[place]
+    return y.view(-1, SLOTS, c.D).sum(1).view(x.shape)
+
+
+def experts_row(p: Params, x: Tensor, v: Any, r: Row) -> Tensor:
+    shares, ids = (x @ v("g").t()).softmax(1).topk(SLOTS, 1)
+    each = torch.einsum("nd,kde->nke", x, v("w")).tanh()
+    return sum(each[torch.arange(len(x)), ids[:, s]] * shares[:, s, None] for s in range(SLOTS))  # type: ignore[return-value]
+
+
+EXPERT_KINDS = ["batched", "grouped", "add", "add_new", "gather", "argsort", "put", "place", "slots_first", "nonzero"]
+STEPS["experts"] = Step(pick(*EXPERT_KINDS), experts_specs, experts_whole, experts_row)
+
+
 # ---------------------------------------------------------------------------------------------------- programs
 
 
@@ -1028,6 +1094,13 @@ def _from_dynamo(
     return captured
 
 
+@pytest.mark.parametrize("kind", EXPERT_KINDS)
+def test_expert_steps(kind: str) -> None:
+    rng = random.Random(kind)
+    check_literal(make_program(rng, only=("experts", {"kind": kind})))
+    check_symbolic(make_program(rng, symbolic=True, only=("experts", {"kind": kind})))
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_through_dynamo(seed: int) -> None:
     rng = random.Random(seed)
@@ -1118,7 +1191,12 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str, str]] = {
     "index_select": (lambda x: x.index_select(1, torch.tensor([0, 1])), "index_select", "picks tokens"),
     "gather": (lambda x: x.gather(1, torch.zeros(B, 1, D, dtype=torch.long)), "gather", "picks tokens"),
     "repeat": (lambda x: x.repeat(1, 2, 1), "repeat", "repeats the token axis"),
-    "repeat_interleave": (lambda x: x.repeat_interleave(2, 1), "repeat_interleave", "repeats tokens"),
+    "repeat_interleave": (
+        lambda x: x.repeat_interleave(torch.tensor([1, 1, 2, 1, 1, 1]), 1),
+        "repeat_interleave",
+        "some tokens more often",
+    ),
+    "repeat_interleave_flat": (lambda x: x.repeat_interleave(2), "repeat_interleave", "all values in one row"),
     "other_axis": (lambda x: x + x.mean(1, keepdim=True).expand(B, S, D), "add", "not the token axis"),
     "shared_flattened": (lambda x: torch.cat([x.view(B * S, D), x.view(B * S, D)]), "cat", "flattened token axis"),
     "prelu": (lambda x: F.prelu(x, torch.arange(S).to(x)), "prelu", "slope"),

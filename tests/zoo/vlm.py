@@ -541,8 +541,10 @@ class _TextBlock(nn.Module):
             allowed = self.mask_hook(self.index, allowed)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
-        h = self.norm2(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+        return x + self.feed(self.norm2(x))
+
+    def feed(self, h: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(h)) * self.up(h))
 
 
 class PlainVLM(nn.Module):

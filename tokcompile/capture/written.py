@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import fx
 
 from tokcompile.capture.captured import Captured
 from tokcompile.capture.ops import is_in_place
+from tokcompile.capture.sizes import equal
 from tokcompile.capture.trace import inline
 
 aten = torch.ops.aten
@@ -78,7 +80,7 @@ def _join(captured: Captured, buffer: fx.Node, order: dict[fx.Node, int], in_pla
         for write, value in zip(writes, values, strict=True):
             shape = [*size[:dim], write.end - write.start, *size[dim + 1 :]]
             part = value.to(dtype=dtype, device=device)
-            parts.append(part if part.shape == torch.Size(shape) else part.expand(shape))
+            parts.append(_expanded(part, shape, values))
         return torch.cat(parts, dim)
 
     whole = inline(captured, joined, [write.values for write in writes], last)
@@ -89,6 +91,21 @@ def _join(captured: Captured, buffer: fx.Node, order: dict[fx.Node, int], in_pla
             captured.graph.erase_node(node)
     captured.graph.erase_node(buffer)
     return True
+
+
+def _expanded(part: torch.Tensor, shape: Sequence[Any], values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``part`` at the sizes ``shape``; one that is a symbol is read off one of ``values`` that has it."""
+    lead = len(shape) - part.dim()
+    if not lead and all(map(equal, part.shape, shape)):
+        return part
+    sizes = []
+    for i, size in enumerate(shape):
+        if i >= lead and equal(part.shape[i - lead], size):
+            sizes.append(-1)
+            continue
+        full = (v.shape[i] for v in values if v.dim() == len(shape) and equal(v.shape[i], size))
+        sizes.append(size if isinstance(size, int) else next(full, size))
+    return part.expand(sizes)
 
 
 def _write(buffer: fx.Node, view: fx.Node) -> _Write | None:

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from tokcompile.capture.graph import refuse
-from tokcompile.capture.ops import op_name
+from tokcompile.capture.ops import TRIVIAL, op_name
 from tokcompile.capture.sizes import shape_of
 from tokcompile.rewrite.labels import Axis, Flow, is_token
 from tokcompile.rewrite.token_rules.pointwise import dim_argument
@@ -19,7 +19,10 @@ def check_ragged(flow: Flow, ragged: set[Axis]) -> None:
 
     def padded(axis: Axis | None) -> bool:
         return axis is not None and (
-            axis in ragged or padded(axis.base) or any(padded(p) for p in axis.parts if isinstance(p, Axis))
+            axis in ragged
+            or padded(axis.base)
+            or any(padded(p) for p in axis.parts if isinstance(p, Axis))
+            or any(padded(f.axis) for f in axis.rows)
         )
 
     counts = (
@@ -30,6 +33,10 @@ def check_ragged(flow: Flow, ragged: set[Axis]) -> None:
         dims = flow.labels[node.args[0]]  # type: ignore[index]
         if any(padded(f.axis) for d in dims for f in d):
             raise refuse(node, f"{node.target} reduces {counts}")
+    for node in flow.counts:
+        dims = flow.labels[node.args[0]]  # type: ignore[index]
+        if any(padded(f.axis) for d in dims for f in d) and not _only_ends_groups(node):
+            raise refuse(node, f"{node.target} counts {counts}")
     for node, axes in flow.contractions.items():
         for axis, places in axes:
             if padded(axis) and not any(_vanishes(flow, arg, dim) for arg, dim in places):
@@ -43,6 +50,20 @@ def check_ragged(flow: Flow, ragged: set[Axis]) -> None:
             d[0].axis is flow.batch and len(d) == 1 for d in flow.labels[node]
         ):
             raise refuse(node, "attention with batch and heads flattened together cannot mask empty slots")
+
+
+def _only_ends_groups(counts: fx.Node) -> bool:
+    """Whether a histogram only says where groups of rows end: those of empty slots are rows as well."""
+    todo = [counts]
+    while todo:
+        node = todo.pop()
+        for user in node.users:
+            if "grouped_mm" in op_name(user):
+                continue
+            if op_name(user) not in TRIVIAL | {"cumsum"}:
+                return False
+            todo.append(user)
+    return True
 
 
 #: Ops whose result is zero where their first operand is, and that keep the token axes in their order.

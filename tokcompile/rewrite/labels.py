@@ -22,6 +22,10 @@ class Axis:
         prefix, suffix: how many entries at either end are known to be kept (class tokens; the last token).
         parts: for a concatenation, its segments in order: token axes, or sizes of what is not narrowed.
         base, start: for a slice ``base[start:]`` of a token axis.
+        rows: for rows in an order that values choose (a sort by expert): the dimension whose entries they are, each at
+            most once. What is known of such a row is a function of its own entry; of its place nothing is known.
+        source: the node that chose the order.
+        complete: whether every entry of ``rows`` is among them.
     """
 
     name: str
@@ -32,6 +36,9 @@ class Axis:
     parts: tuple[Any, ...] = ()
     base: Axis | None = None
     start: int = 0
+    rows: tuple[Factor, ...] = ()
+    source: fx.Node | None = None
+    complete: bool = True
 
     def __repr__(self) -> str:
         return f"{self.name}:{self.size}"
@@ -64,6 +71,11 @@ def is_token(dim: Dim) -> bool:
 
 def is_tracked(dim: Dim) -> bool:
     return any(f.axis is not None for f in dim)
+
+
+def is_chosen(dim: Dim) -> bool:
+    """Whether a dimension holds rows of tokens in an order that values choose."""
+    return any(f.axis is not None and f.axis.kind == "token" and f.axis.rows for f in dim)
 
 
 def same_dim(a: Dim, b: Dim) -> bool:
@@ -109,6 +121,12 @@ class Flow:
         orders: transpositions -> the old place of each dimension.
         full_slices: slices over the whole of a token axis.
         slices: slices of a concatenation -> (segments in front of the result, segments of the result, up to the end).
+        positions: integer values that say where a row comes from -> the dimension whose entries they count (None: no
+            such value; a list of them for nodes with several results).
+        divisors: divisions of such values -> the dimensions whose size they divide by.
+        inverses: nodes that turn an order around -> their operand that says the order.
+        repeats: nodes that repeat each token.
+        counts: how many tokens have each value (histograms).
     """
 
     labels: dict[fx.Node, Any] = field(default_factory=dict)
@@ -121,4 +139,9 @@ class Flow:
     orders: dict[fx.Node, list[int]] = field(default_factory=dict)
     full_slices: dict[fx.Node, int] = field(default_factory=dict)
     slices: dict[fx.Node, tuple[tuple[Any, ...], tuple[Any, ...], bool]] = field(default_factory=dict)
+    positions: dict[fx.Node, Any] = field(default_factory=dict)
+    divisors: dict[fx.Node, Dim] = field(default_factory=dict)
+    inverses: dict[fx.Node, tuple[fx.Node, Axis]] = field(default_factory=dict)
+    repeats: list[fx.Node] = field(default_factory=list)
+    counts: list[fx.Node] = field(default_factory=list)
     batch: Axis | None = None

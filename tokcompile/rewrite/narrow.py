@@ -188,11 +188,27 @@ class _Narrower:
             self._rewrite_node(node)
             if ragged:
                 # what is traced further down for empty slots must see shapes after the cut
-                derive(self.captured, [node])
+                if self._reads_size(node):
+                    self._restate_node(node)
+                else:
+                    derive(self.captured, [node])
         if not ragged:
             self._restate(replaced)
         self.graph.lint()
         self.captured.graph_module.recompile()
+
+    def _rewrite_rows(self, node: fx.Node) -> None:
+        if node in self.flow.repeats:
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k != "output_size"}
+        if node in self.flow.divisors:
+            node.args = (node.args[0], self._dim_size(self.flow.divisors[node], node), *node.args[2:])
+        if node in self.flow.inverses:
+            order, axis = self.flow.inverses[node]
+            size = self.size(axis, node)
+            count = inline(self.captured, lambda o, n: torch.arange(n, device=o.device), [order, size], node)
+            empty = inline(self.captured, lambda o, n: o.new_empty(n), [order, size], node)
+            at = 3 if len(node.args) > 3 and node.args[2] is order else 2
+            node.args = (empty, *node.args[1:at], count, *node.args[at + 1 :])
 
     def _restate(self, skip: Collection[fx.Node]) -> None:
         """Give every value below the cut the sizes that its labels say.
@@ -205,6 +221,15 @@ class _Narrower:
                 if dims is not None and node not in skip:
                     node.meta["val"] = self._resized(node.meta["val"], dims)
 
+    def _reads_size(self, node: fx.Node) -> bool:
+        """Whether ``node`` holds rows whose number is read off values: deriving it would make up another symbol."""
+        axes = [f.axis for dims in _each(self.flow.labels[node]) for d in dims for f in d if f.axis is not None]
+        return any(axis.rows and not axis.complete for axis in axes)
+
+    def _restate_node(self, node: fx.Node) -> None:
+        with self.captured.fake_mode, enable_python_dispatcher():
+            node.meta["val"] = self._resized(node.meta["val"], self.flow.labels[node])
+
     def _resized(self, value: Any, dims: Any) -> Any:
         if isinstance(dims, list):
             return [v if d is None else self._resized(v, d) for v, d in zip(value, dims, strict=True)]
@@ -216,6 +241,11 @@ class _Narrower:
         ]
         return torch.empty(shape, dtype=value.dtype, device=value.device)
 
+    def _resizes(self, dim: Dim) -> bool:
+        """Whether the size of ``dim`` is another one below the cut; that of picked rows is read off the values."""
+        axes = [f.axis for f in dim if f.axis is not None and f.axis.kind == "token"]
+        return any(axis.complete or not axis.rows for axis in axes)
+
     def _new_size(self, factor: Factor) -> Any:
         axis = factor.axis
         if axis is None or axis.kind != "token":
@@ -225,6 +255,8 @@ class _Narrower:
             return size.meta["val"] if isinstance(size, fx.Node) else size
         if axis.base is not None:
             return self._new_size(Factor(axis.base.size, axis.base)) - axis.start
+        if axis.rows:
+            return math.prod(map(self._new_size, axis.rows)) if axis.complete else factor.size
         return sum(self._new_size(Factor(p.size, p)) if isinstance(p, Axis) else p for p in axis.parts)
 
     def _rewrite_node(self, node: fx.Node) -> None:
@@ -249,6 +281,7 @@ class _Narrower:
         for (user, position), (axis, by_row) in self.flow.indices.items():
             if user is node:
                 self._map_index(node, position, axis, by_row)
+        self._rewrite_rows(node)
         if node in self.flow.attention:
             self._mask_empty(node, *self.flow.attention[node])
         if node.target is aten.cross_entropy_loss.default:
@@ -348,6 +381,8 @@ class _Narrower:
                 size: Any = self.roots[axis].size
             elif axis.base is not None:
                 size = self._sum(self.size(axis.base, before), -axis.start, before)
+            elif axis.rows:
+                size = self._dim_size(axis.rows, before) if axis.complete else self.number(axis.size, before)
             else:
                 size = self._parts_size(axis.parts, before)
             self._size[axis] = size
@@ -582,7 +617,7 @@ class _Narrower:
                 continue
             dims = self.flow.labels.get(node.args[0])  # type: ignore[arg-type]
             which = slice(None) if len(node.args) < 2 else slice(int(node.args[1]), int(node.args[1]) + 1)  # type: ignore[arg-type]
-            if isinstance(dims, tuple) and any(is_token(d) for d in dims[which]):
+            if isinstance(dims, tuple) and any(map(self._resizes, dims[which])):
                 if node.users:
                     value = self.number(node.meta["val"], node)
                     for user in list(node.users):
@@ -593,6 +628,11 @@ class _Narrower:
 def _substitute(node: fx.Node, table: Mapping[fx.Node, Any]) -> None:
     """Replace arguments of ``node`` by what ``table`` has for them (a node or a number)."""
     node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), lambda n: table.get(n, n))
+
+
+def _each(dims: Any) -> list[Dims]:
+    """The dimensions of each result of a node."""
+    return [d for d in dims if d is not None] if isinstance(dims, list) else [] if dims is None else [dims]
 
 
 def _after(order: list[fx.Node], nodes: Iterable[fx.Node]) -> fx.Node:

@@ -28,6 +28,7 @@ from tokcompile.rewrite.labels import (
     Dim,
     Dims,
     Flow,
+    is_chosen,
     is_token,
     is_tracked,
     plain,
@@ -42,10 +43,21 @@ Rule = Callable[["Follower", fx.Node], Any]
 RULES: dict[Any, Rule] = {}
 
 
-def rule(*targets: Any) -> Callable[[Rule], Rule]:
+#: What becomes of integers that say where a row comes from; an operation that is not here must not get any.
+POSITIONS: dict[Any, Rule] = {}
+
+
+def rule(*targets: Any, positions: bool = False) -> Callable[[Rule], Rule]:
+    """Register the rule of ``targets`` (a name: an operator of others).
+
+    ``positions``: the rule says itself what becomes of places of rows.
+    """
+
     def add(function: Rule) -> Rule:
         for target in targets:
             RULES[target] = function
+            if positions:
+                POSITIONS[target] = lambda follower, node: None
         return function
 
     return add
@@ -91,6 +103,8 @@ class Follower:
             if node in cuts:
                 labels[node] = cuts[node]
                 continue
+            if node.op == "output":
+                self._no_positions(node)
             if node.op == "output" or node in self.skip or not any(arg in labels for arg in node.all_input_nodes):
                 continue
             if node.op != "call_function":
@@ -109,7 +123,7 @@ class Follower:
         ) not in ("new_zeros", "new_ones", "new_full", "new_empty")
 
     def _apply(self, node: fx.Node) -> Any:
-        function = RULES.get(node.target)
+        function = RULES.get(node.target) or RULES.get(op_name(node))
         if function is None:
             tags = getattr(node.target, "tags", ())
             if torch.Tag.pointwise in tags:
@@ -124,7 +138,25 @@ class Follower:
                         "cannot be removed above it; choose a later layer, or add a rule",
                     )
                 return None
-        return function(self, node)
+        result = function(self, node)
+        held = [self.flow.positions[arg] for arg in node.all_input_nodes if arg in self.flow.positions]
+        if held and node.target in POSITIONS:
+            POSITIONS[node.target](self, node)
+        elif any(map(_counts_tokens, held)):
+            raise self.as_number(node)
+        return result
+
+    def _no_positions(self, output: fx.Node) -> None:
+        for arg in output.all_input_nodes:
+            if _counts_tokens(self.flow.positions.get(arg)):
+                raise self.as_number(arg)
+
+    def as_number(self, node: fx.Node) -> NarrowError:
+        return refuse(
+            node,
+            "the place of a row among all tokens is used as a number (a limit by place, such as the capacity of an "
+            "expert?), and it changes when tokens are removed; choose a later layer, or a router without such a limit",
+        )
 
     def _flat(self, node: fx.Node) -> Iterable[Dim]:
         dims = self.flow.labels.get(node, ())
@@ -180,10 +212,17 @@ class Follower:
                     raise self.refuse(node, f"a value from outside has size {shape[i]} where the token axis has {size}")
                 wanted.append(label)
             if dims is None and any(is_token(d) for d in wanted):
-                self._demand(node, arg, list(keys), wanted, table)
+                self.demand(node, arg, list(keys), wanted, table)
         return table
 
-    def _demand(self, node: fx.Node, side: fx.Node, keys: list[Any], wanted: list[Dim], table: dict[Any, Dim]) -> None:
+    def demand(self, node: fx.Node, side: fx.Node, keys: list[Any], wanted: list[Dim], table: dict[Any, Dim]) -> None:
+        """Note that ``side``, a value from outside, must be narrowed for ``node`` to dimensions ``wanted``."""
+        if any(map(is_chosen, wanted)):
+            raise self.refuse(
+                node,
+                f"'{side.name}' comes from outside and is in the order of places, which rows in an order that values "
+                "choose do not have (a limit by place, such as the capacity of an expert?)",
+            )
         shares = _normalised(side, [size_of(d) for d in wanted if is_token(d)])
         if shares is not None:
             raise self.refuse(
@@ -301,6 +340,11 @@ def _normalised(side: fx.Node, sizes: Sequence[Any]) -> fx.Node | None:
             todo += [n for n in node.all_input_nodes if n not in seen and is_tensor(n)]
             seen.update(node.all_input_nodes)
     return None
+
+
+def _counts_tokens(held: Any) -> bool:
+    """Whether integers of this kind count entries that may go."""
+    return any(map(_counts_tokens, held)) if isinstance(held, list) else bool(held) and is_token(held)
 
 
 def is_tensor(node: fx.Node) -> bool:

@@ -3,6 +3,6 @@
 Importing the package registers them.
 """
 
-from tokcompile.rewrite.token_rules import indexing, pointwise, products, shapes
+from tokcompile.rewrite.token_rules import indexing, pointwise, products, rows, shapes
 
-__all__ = ["indexing", "pointwise", "products", "shapes"]
+__all__ = ["indexing", "pointwise", "products", "rows", "shapes"]

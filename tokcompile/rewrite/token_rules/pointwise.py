@@ -9,7 +9,7 @@ from torch import fx
 
 from tokcompile.capture.ops import op_name
 from tokcompile.capture.sizes import equal, product, shape_of
-from tokcompile.rewrite.labels import is_token, plain
+from tokcompile.rewrite.labels import is_chosen, is_token, plain
 from tokcompile.rewrite.token_axis import Follower, overloads, rule
 
 aten = torch.ops.aten
@@ -135,6 +135,8 @@ def _glu(self: Follower, node: fx.Node) -> Any:
 def _softmax(self: Follower, node: fx.Node) -> Any:
     dims = self.known(node.args[0])
     dim = dim_argument(node, 1, -1, len(dims))
+    if is_chosen(dims[dim]):
+        raise self.refuse(node, "a softmax over rows in an order that values choose")
     if is_token(dims[dim]):
         query = next((d for i, d in enumerate(dims) if i != dim and is_token(d)), plain(1))
         self.flow.attention[node] = (query, dims[dim])

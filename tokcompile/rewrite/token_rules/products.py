@@ -10,7 +10,7 @@ from torch import fx
 from tokcompile.capture.ops import op_name, sdpa_arguments
 from tokcompile.capture.packed import PACKED
 from tokcompile.capture.sizes import shape_of
-from tokcompile.rewrite.labels import is_token, plain, same_dim
+from tokcompile.rewrite.labels import is_chosen, is_token, plain, same_dim
 from tokcompile.rewrite.token_axis import Follower, overloads, rule
 
 aten = torch.ops.aten
@@ -82,6 +82,8 @@ def _sdpa(self: Follower, node: fx.Node) -> Any:
     query, key = table.get("q", plain(1)), table.get("t", plain(1))
     if given.is_causal and (is_token(query) or is_token(key)) and not same_dim(query, key):
         raise self.refuse(node, "is_causal aligns queries with keys by position, and they are pruned differently")
+    if is_chosen(query) or is_chosen(key):
+        raise self.refuse(node, "attention between rows in an order that values choose")
     if is_token(query) or is_token(key):
         self.flow.attention[node] = (query, key)
     return self.output(node, [*lead, "q", "v"], table)
@@ -120,6 +122,8 @@ def _cross_entropy(self: Follower, node: fx.Node) -> Any:
     table = self.align(node, [(logits, keys), (target, places)])
     if is_token(table.get("c", plain(1))):
         raise self.refuse(node, "the classes of a loss are tokens")
+    if any(map(is_chosen, table.values())):
+        raise self.refuse(node, "a loss over rows in an order that values choose")
     return self.output(node, places, table) if shape_of(node) else ()
 
 

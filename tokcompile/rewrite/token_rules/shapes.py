@@ -11,7 +11,7 @@ from torch import fx
 
 from tokcompile.capture.ops import op_name
 from tokcompile.capture.sizes import equal, expr, product, shape_of
-from tokcompile.rewrite.labels import Axis, Dim, Factor, is_token, is_tracked, plain
+from tokcompile.rewrite.labels import Axis, Dim, Factor, is_chosen, is_token, is_tracked, plain
 from tokcompile.rewrite.token_axis import Follower, overloads, rule
 from tokcompile.rewrite.token_rules.pointwise import dim_argument
 
@@ -146,9 +146,17 @@ def _repeat(self: Follower, node: fx.Node) -> Any:
 def _repeat_interleave(self: Follower, node: fx.Node) -> Any:
     dims, shape = self.known(node.args[0]), shape_of(node)
     which = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
-    if which is None or is_tracked(dims[int(which) % len(dims)]):  # type: ignore[arg-type]
-        raise self.refuse(node, "repeat_interleave repeats tokens")
-    return tuple(plain(shape[i]) if i == int(which) % len(dims) else d for i, d in enumerate(dims))  # type: ignore[arg-type]
+    each = node.args[1] if len(node.args) > 1 else None
+    if which is None:
+        raise self.refuse(node, "repeat_interleave repeats all values in one row")
+    at = int(which) % len(dims)  # type: ignore[arg-type]
+    if not is_tracked(dims[at]):
+        return tuple(plain(shape[i]) if i == at else d for i, d in enumerate(dims))
+    if isinstance(each, fx.Node) and not isinstance(each.meta["val"], torch.SymInt):
+        raise self.refuse(node, "repeat_interleave repeats some tokens more often than others")
+    number = each.meta["val"] if isinstance(each, fx.Node) else each
+    self.flow.repeats.append(node)
+    return tuple((*d, Factor(number)) if i == at else d for i, d in enumerate(dims))
 
 
 @rule(aten.cat.default, aten.concat.default)
@@ -163,6 +171,8 @@ def _cat(self: Follower, node: fx.Node) -> Any:
     for j, tensor in enumerate(tensors):
         label = table.get(("cat", j))
         if label is not None and is_token(label):
+            if is_chosen(label):
+                raise self.refuse(node, "rows in an order that values choose are concatenated")
             if len(label) > 1:
                 raise self.refuse(node, "a flattened token axis is concatenated")
             parts.append(label[0].axis)
