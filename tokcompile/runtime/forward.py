@@ -59,7 +59,8 @@ class Forward:
 
 def _refuse_tracers() -> None:
     """Raise where something else than Dynamo takes the model apart: it would find the dense one, or nothing."""
-    who = "torch.export" if torch.compiler.is_exporting() else "torch.jit.trace" if torch.jit.is_tracing() else ""
+    traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    who = "torch.export" if torch.compiler.is_exporting() else "torch.jit.trace" if traced else ""
     if who:
         raise TokcompileError(
             f"{who} cannot take an optimized model: its graphs are made when it is called. For files, "

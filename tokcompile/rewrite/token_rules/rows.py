@@ -5,6 +5,8 @@ rows are an axis of their own (``Axis.rows``): what is known of a row is a funct
 that it comes from, nothing depends on its place. The integers that say where a row comes from (``Flow.positions``)
 count entries, so they change when tokens go: they may pick rows and put rows back, may be divided by the number of
 slots, and nothing else. Rows that are put back are entries of the old dimension again, each made from itself alone.
+
+One file: picking, putting back and grouping are proved from the same axes and places.
 """
 
 from __future__ import annotations
