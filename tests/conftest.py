@@ -24,6 +24,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """What is frozen would be taken for a leak by libraries that look for one at the end."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     torch.manual_seed(0)
