@@ -111,6 +111,20 @@ def test_beam_search(shared: tuple[Case, Any]) -> None:
     check(model, case, case.inputs(batch=2, left_padding=3), 5, num_beams=3)
 
 
+@pytest.mark.parametrize("options", members([{"num_beams": 3}, {"do_sample": True, "top_k": 20}], [{"num_beams": 3}]))
+def test_several_answers_to_rows_with_unequal_images(shared: tuple[Case, Any], options: dict[str, Any]) -> None:
+    """Each prompt becomes several rows before the prefill or after it; each keeps what its prompt keeps."""
+    case, model = shared
+    inputs = case.inputs(batch=2, images_per_row=[2, 1])
+    torch.manual_seed(5)
+    found, recording = generate(model, inputs, 4, num_return_sequences=2, **options)
+    dropped = hidden(recording, inputs["input_ids"].shape[1], len(case.decoder_layers))
+    torch.manual_seed(5)
+    wanted = oracle.masked_run(case, inputs, dropped, 4, num_return_sequences=2, **options)
+    assert found.tokens.shape[0] == 4
+    assert torch.equal(found.tokens, wanted.tokens)
+
+
 def test_sampling_with_a_seed(shared: tuple[Case, Any]) -> None:
     case, model = shared
     inputs = case.inputs(batch=2, left_padding=3)

@@ -455,3 +455,19 @@ def test_every_kernel_says_how_it_lowers() -> None:
         "token_sparse_attention": set(),  # not exported: a recipe with this pass is refused there
     }
     assert found == {f"tokcompile.{op}.default" for name in kernels for op in several.get(name, {name})}
+
+
+@pytest.mark.parametrize("opset", [18, 20, 23])
+def test_files_ask_for_no_newer_runtime_than_their_operations(opset: int, tmp_path: Path) -> None:
+    """An older runtime reads them, and a folder may be moved: weights beside the file are named without a place."""
+    small(tmp_path / "a", opset=opset, inline_bytes=0)
+    (tmp_path / "a").rename(tmp_path / "b c")
+    file = onnx.load(tmp_path / "b c" / "model.onnx", load_external_data=False)
+    assert file.ir_version <= max(10, onnx.helper.find_min_ir_version_for(list(file.opset_import), True))
+    beside = {
+        entry.value for tensor in file.graph.initializer for entry in tensor.external_data if entry.key == "location"
+    }
+    assert all(Path(name).name == name for name in beside)
+    x = torch.randn(2, 8)
+    found = OnnxModel.from_pretrained(tmp_path / "b c")(x=x.numpy())
+    assert len(found) == 1

@@ -15,6 +15,7 @@ from tests.pruning import optimized
 from tests.test_only_patches import HALF, Encoder
 from tests.zoo.vlm import randomize
 from tokcompile.demo import tiny_llm
+from tokcompile.runtime.install import share
 
 MOE = [{"pass": "moe_from_dense", "params": {"experts": 8, "shared": 3, "active": 5, "gate": "off"}}]
 STEM = [{"pass": "stem", "params": {}}]
@@ -124,3 +125,22 @@ def test_merged_adapters_are_merged_in_both(which: str) -> None:
             block.o.merge()
         for found in (model(image), fast(image)):
             torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_functions_in_the_place_of_methods_are_copied_whole() -> None:
+    """A function that holds its module, calls itself and has an argument by keyword alone: the copy is of the copy."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    layer = model[0]
+
+    def forward(x: torch.Tensor, *, times: int = 2) -> torch.Tensor:
+        found = nn.functional.linear(x, layer.weight, layer.bias)
+        return found if times == 1 else forward(found, times=times - 1)
+
+    layer.forward = forward  # type: ignore[method-assign]
+    clone = share(model)
+    x = torch.randn(3, 4)
+    assert torch.equal(clone(x), model(x))
+    clone[0].weight = nn.Parameter(torch.zeros(4, 4))  # type: ignore[index]
+    clone[0].bias = nn.Parameter(torch.ones(4))  # type: ignore[index]
+    assert torch.equal(clone(x), torch.ones(3, 4))
+    assert not torch.equal(clone(x), model(x))

@@ -141,6 +141,25 @@ def test_transprune_keeps_what_changes_and_is_looked_at(form: str) -> None:
         assert found == chosen(score, visual[row], int(image.sum()) // 4, PADDING)
 
 
+@pytest.mark.parametrize("name", members(["fastv", "pyramiddrop", "transprune"], ["fastv"]))
+def test_drafted_tokens_do_not_choose(name: str) -> None:
+    """A lookup in the prompt puts a draft behind it; the choice is that of the prompt alone."""
+    case = shallow(CASES["llava"](), 3)
+    inputs = case.inputs(batch=1, text_len=20)
+    inputs["input_ids"][:, -4:-2] = inputs["input_ids"][:, -2:]  # there is something to look up
+    pruned = optimized(case.model, steps(name, [0.5], [1]))
+    alone, first = run(pruned, case, inputs, 6)
+    with torch.no_grad(), tokcompile.record(pruned) as recording:
+        helped = pruned.generate(**inputs, max_new_tokens=6, prompt_lookup_num_tokens=3, do_sample=False)
+    assert torch.equal(recording.kept[0].indices, first.kept[0].indices)
+    assert torch.equal(helped[:, inputs["input_ids"].shape[1] :], alone.tokens)
+
+
+def test_tokens_that_are_gone_do_not_come_back() -> None:
+    with pytest.raises(tokcompile.RecipeError, match="keep cannot grow"):
+        optimized(torch.nn.Linear(2, 2), steps("fastv", [0.25, 0.75], [1, 2]))
+
+
 def test_stages_that_do_not_fit_are_refused_before_anything_is_changed() -> None:
     case = CASES["llava"]()
     inputs = case.inputs(batch=1)

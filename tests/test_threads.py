@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.generation.streamers import BaseStreamer
 
 import tokcompile
 from tests.small_models import vit, vlm
@@ -188,3 +189,32 @@ def test_failing_calls_in_between_leave_nothing_behind() -> None:
 @pytest.mark.slow
 def test_five_hundred_calls_with_failing_ones_in_between() -> None:
     check_soak(500, 100)
+
+
+class Heard(BaseStreamer):  # type: ignore[misc,no-any-unimported]
+    """What a streamer was given."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_a_streamer_in_a_thread() -> None:
+    """A server generates in a thread and reads what comes: the tokens of a call without it, cold and warm."""
+    model, inputs = vlm()
+    alone = tokcompile.optimize(model, HALF, lowering="eager")
+    with torch.no_grad():
+        want = answer(alone, inputs)[0].tolist()
+    fast = tokcompile.optimize(model, HALF, lowering="eager")
+    for _ in range(2):
+        heard = Heard()
+        (found,) = together([lambda heard=heard: answer(fast, {**inputs, "streamer": heard})])
+        assert found[0].tolist() == want
+        assert heard.ended
+        assert heard.tokens[-3:] == want[-3:]

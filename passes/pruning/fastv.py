@@ -28,6 +28,7 @@ class FastV(StagedSelection):
     """Keep the visual tokens that the last token of the prompt looks at in an early layer."""
 
     name = "fastv"
+    last_tokens_choose = True
 
     class Params(StagedParams):
         keep: list[Budget] = Field(

@@ -29,6 +29,7 @@ class PyramidDrop(StagedSelection):
     """Keep, at a few depths, the visual tokens that the last token of the prompt would look at next."""
 
     name = "pyramiddrop"
+    last_tokens_choose = True
 
     class Params(StagedParams):
         keep: list[Budget] = Field(

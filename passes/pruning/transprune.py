@@ -36,6 +36,7 @@ class TransPrune(StagedSelection):
     """Keep the visual tokens that layers change most and that the question looks at, in stages."""
 
     name = "transprune"
+    last_tokens_choose = True
 
     class Params(StagedParams):
         keep: list[Budget] = Field(

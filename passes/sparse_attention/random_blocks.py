@@ -32,7 +32,7 @@ class RandomBlocks(BlockSelection):
             description="Share of the blocks that a block of queries sees, rounded up.",
             json_schema_extra=about(unit="share of the blocks"),
         )
-        seed: int = Field(0, ge=0, description="Seed of the draw.")
+        seed: int = Field(0, ge=0, lt=2**31, description="Seed of the draw.")
         last: int = Field(
             0, ge=0, description="Last queries, which attend to everything.", json_schema_extra=about(unit="tokens")
         )

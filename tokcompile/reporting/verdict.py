@@ -36,8 +36,8 @@ def _changed(report: Mapping[str, Any]) -> str:
         tokens = "" if before is None or after is None else f", {before} → {after} tokens"
         parts.append(f"{step['pass_name']}: {step['matches']} region{'s' * (step['matches'] != 1)}{tokens}")
     text = "; ".join(parts)
-    fell_back = sum(step.get("fell_back", 0) for step in report["steps"])
-    return f"{text}; {fell_back} calls ran without the recipe" if fell_back else text
+    fell_back = max((step.get("fell_back", 0) for step in report["steps"]), default=0)  # a call counts at every step
+    return f"{text}; {fell_back} call{'s' * (fell_back != 1)} ran without the recipe" if fell_back else text
 
 
 def _faster(report: Mapping[str, Any], bench: BenchResult | None) -> str:

@@ -47,7 +47,8 @@ def in_two(call: Callable[[dict[str, Any]], Any], kwargs: dict[str, Any], prompt
     """
     first, rest = dict(kwargs), dict(kwargs)
     for name, value in kwargs.items():
-        if isinstance(value, torch.Tensor) and value.dim() in (2, 3) and value.shape[-1] == total:
+        numbers = isinstance(value, torch.Tensor) and (name == "attention_mask" or not value.is_floating_point())
+        if numbers and value.dim() in (2, 3) and value.shape[-1] == total:
             first[name] = value[..., :prompt]
             rest[name] = value if name == "attention_mask" else value[..., prompt:]
         elif name == "mm_encoder_outputs" or (isinstance(value, torch.Tensor) and value.is_floating_point()):

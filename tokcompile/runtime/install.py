@@ -71,29 +71,44 @@ def _own_functions(model: nn.Module, clone: nn.Module) -> None:
     ``model`` hold those of ``clone``: a copy of a function is the function itself."""
     pairs = list(zip(model.modules(), clone.modules(), strict=True))
     of = {id(old): new for old, new in pairs}
+    copies: dict[int, types.FunctionType] = {}
+
+    def holds(value: Any, seen: set[int]) -> bool:
+        if isinstance(value, types.FunctionType) and id(value) not in seen:
+            seen.add(id(value))  # it may hold itself
+            return any(holds(_content(cell), seen) for cell in value.__closure__ or ())
+        return id(value.__self__ if isinstance(value, types.MethodType) else value) in of
 
     def own(value: Any) -> Any:
+        if not holds(value, set()):
+            return value
         if isinstance(value, nn.Module):
-            return of.get(id(value), value)
-        if isinstance(value, types.MethodType) and id(value.__self__) in of:
+            return of[id(value)]
+        if isinstance(value, types.MethodType):
             return types.MethodType(value.__func__, of[id(value.__self__)])
-        if isinstance(value, types.FunctionType) and value.__closure__:
-            held = [_content(cell) for cell in value.__closure__]
-            new = [own(item) for item in held]
-            if any(a is not b for a, b in zip(held, new, strict=True)):
-                cells = (
-                    c if a is b else types.CellType(b) for c, a, b in zip(value.__closure__, held, new, strict=True)
-                )
-                made = types.FunctionType(
-                    value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(cells)
-                )
-                return functools.update_wrapper(made, value)
-        return value
+        if id(value) not in copies:
+            olds = value.__closure__
+            cells = tuple(types.CellType() if holds(_content(cell), set()) else cell for cell in olds)
+            copies[id(value)] = _like(value, cells)
+            for cell, old in zip(cells, olds, strict=True):
+                if cell is not old:
+                    cell.cell_contents = own(_content(old))
+        return copies[id(value)]
 
     for _, new in pairs:
         for name, value in vars(new).items():
             if isinstance(value, types.FunctionType):
                 new.__dict__[name] = own(value)
+
+
+def _like(value: types.FunctionType, cells: tuple[Any, ...]) -> types.FunctionType:
+    """The same function over other cells."""
+    made = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
+    made.__kwdefaults__ = value.__kwdefaults__
+    functools.update_wrapper(made, value)
+    del made.__dict__["__wrapped__"]  # the modules of the original hang on it
+    made.__dict__ |= {name: item for name, item in vars(value).items() if name == "__wrapped__"}
+    return made
 
 
 def _content(cell: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -52,6 +53,9 @@ class StagedParams(PassParams):
             given = [at for at in self.at if isinstance(at, kind)]
             if sorted(set(given)) != given:
                 raise ValueError("at needs ascending depths")
+        for before, after in itertools.pairwise(self.keep):
+            if before.is_count == after.is_count and after.num * before.den > before.num * after.den:
+                raise ValueError("keep cannot grow from cut to cut: tokens that are gone do not come back")
         return self
 
 

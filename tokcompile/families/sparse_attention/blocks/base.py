@@ -66,6 +66,7 @@ class BlockSelection(Pass):
     """Base of the passes: a subclass chooses blocks (:meth:`lists`)."""
 
     regions = "attention"
+    last_tokens_choose = True  # the last queries are dense, or vote
     stage: ClassVar[Literal["any", "decode", "prefill"]] = "prefill"
     #: The attention that the choice is for: "causal", "both" (bidirectional), or "any".
     direction: ClassVar[Literal["causal", "both", "any"]] = "any"
