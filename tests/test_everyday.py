@@ -134,7 +134,7 @@ def test_a_report_and_a_recipe_say_what_they_are(vlm: tuple[Any, dict[str, Any],
     assert repr(recipe).startswith("<tokcompile recipe vit_prune_50: ")
     assert "keep=" in repr(recipe)
     assert "<b>vit_prune_50</b>" in recipe._repr_html_()
-    assert repr(tokcompile.Recipe.load(TODRE)) == "<tokcompile recipe: todre(keep=0.25, drop_layer=2)>"
+    assert repr(tokcompile.Recipe.load(TODRE)) == "<tokcompile recipe: todre(keep=0.25, drop_layer=1)>"
 
 
 def test_dir_shows_the_public_names() -> None:
