@@ -258,19 +258,19 @@ def shape_collage_task(processor: Any, count: int = 500) -> Task:
     )
 
 
+def _one_step(name: str, **params: Any) -> dict[str, Any]:
+    return {"recipe_version": 1, "steps": [{"pass": name, "params": params}]}
+
+
 def budget_recipes(budgets: Sequence[float] = (0.5, 0.25, 0.1)) -> dict[str, Any]:
     """name -> recipe: diversity with and without the late drop, herding with and without gaps, class attention."""
-
-    def recipe(name: str, **params: Any) -> dict[str, Any]:
-        return {"recipe_version": 1, "steps": [{"pass": name, "params": params}]}
-
     found: dict[str, Any] = {}
     for keep in budgets:
-        found[f"todre {keep:.0%}"] = recipe("todre", keep=keep)
-        found[f"herding {keep:.0%}"] = recipe("todre", keep=keep, criterion="herding")
-        found[f"herding {keep:.0%}, compact"] = recipe("todre", keep=keep, criterion="herding", positions="compact")
-        found[f"todre {keep:.0%}, no late drop"] = recipe("todre", keep=keep, drop_layer=None)
-        found[f"vtc_cls {keep:.0%}"] = recipe("vtc_cls", keep=keep)
+        found[f"todre {keep:.0%}"] = _one_step("todre", keep=keep)
+        found[f"herding {keep:.0%}"] = _one_step("todre", keep=keep, criterion="herding")
+        found[f"herding {keep:.0%}, compact"] = _one_step("todre", keep=keep, criterion="herding", positions="compact")
+        found[f"todre {keep:.0%}, no late drop"] = _one_step("todre", keep=keep, drop_layer=None)
+        found[f"vtc_cls {keep:.0%}"] = _one_step("vtc_cls", keep=keep)
     return found
 
 
@@ -278,14 +278,9 @@ def shape_recipes(budgets: Sequence[float]) -> dict[str, Any]:
     """name -> recipe: the choices by features in front of the decoder, and FastV behind its second layer."""
     found: dict[str, Any] = {}
     for keep in budgets:
-        for name, params in {
-            "herding": {"criterion": "herding"},
-            "herding, compact": {"criterion": "herding", "positions": "compact"},
-            "diversity": {},
-        }.items():
-            steps = [{"pass": "todre", "params": {"keep": keep, "drop_layer": None, **params}}]
-            title = name.replace(",", f" {keep:.0%},") if "," in name else f"{name} {keep:.0%}"
-            found[title] = {"recipe_version": 1, "steps": steps}
-        steps = [{"pass": "fastv", "params": {"keep": [keep], "at": [2]}}]
-        found[f"FastV {keep:.0%}"] = {"recipe_version": 1, "steps": steps}
+        plain = {"keep": keep, "drop_layer": None}
+        found[f"herding {keep:.0%}"] = _one_step("todre", **plain, criterion="herding")
+        found[f"herding {keep:.0%}, compact"] = _one_step("todre", **plain, criterion="herding", positions="compact")
+        found[f"diversity {keep:.0%}"] = _one_step("todre", **plain)
+        found[f"FastV {keep:.0%}"] = _one_step("fastv", keep=[keep], at=[2])
     return found

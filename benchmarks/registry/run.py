@@ -95,8 +95,8 @@ def attention_calls(model: nn.Module, inputs: dict[str, Any]) -> int:
     return len(calls)
 
 
-def count(result: Result, report: tokcompile.Report, stage: str | None = None) -> None:
-    kinds = [region["kind"] for region in report.regions if stage is None or region.get("stage") == stage]
+def count(result: Result, report: tokcompile.Report) -> None:
+    kinds = [region["kind"] for region in report.regions]
     result.attention = kinds.count("attention")
     result.feed_forward = kinds.count("feed_forward") + kinds.count("moe")
     result.stacks = kinds.count("decoder_stack")

@@ -1,4 +1,8 @@
-"""Rules for slices, selections, gathers and the marker operators."""
+"""Rules for slices and the marker operators, and for picking entries by places that are not those of tokens.
+
+The functions without a decorator are the second half of the rules in ``rows``, which sees first whether an index says
+where rows come from.
+"""
 
 from __future__ import annotations
 
@@ -78,8 +82,7 @@ def self_slice(self: Follower, node: fx.Node, axis: Axis, start: Any, end: Any, 
     )
 
 
-@rule(aten.select.int)
-def _select(self: Follower, node: fx.Node) -> Any:
+def select(self: Follower, node: fx.Node) -> Any:
     dims = self.known(node.args[0])
     dim, index = int(node.args[1]) % len(dims), node.args[2]  # type: ignore[arg-type]
     if is_token(dims[dim]):
@@ -95,8 +98,7 @@ def _select(self: Follower, node: fx.Node) -> Any:
     return tuple(d for i, d in enumerate(dims) if i != dim)
 
 
-@rule(aten.index_select.default)
-def _index_select(self: Follower, node: fx.Node) -> Any:
+def index_select(self: Follower, node: fx.Node) -> Any:
     dims = self.known(node.args[0])
     dim = int(node.args[1]) % len(dims)  # type: ignore[arg-type]
     if is_tracked(dims[dim]):
@@ -104,8 +106,7 @@ def _index_select(self: Follower, node: fx.Node) -> Any:
     return tuple(plain(shape_of(node)[i]) if i == dim else d for i, d in enumerate(dims))
 
 
-@rule(aten.gather.default)
-def _gather(self: Follower, node: fx.Node) -> Any:
+def gather(self: Follower, node: fx.Node) -> Any:
     value, dim, index = node.args[:3]
     rank = len(shape_of(node))
     dim = int(dim) % rank  # type: ignore[arg-type]
@@ -116,15 +117,7 @@ def _gather(self: Follower, node: fx.Node) -> Any:
     return self.output(node, [i if i != dim else "to" for i in range(rank)], table)
 
 
-@rule(
-    aten.scatter.value,
-    aten.scatter.src,
-    aten.scatter_.value,
-    aten.scatter_.src,
-    aten.scatter_add.default,
-    aten.scatter_add_.default,
-)
-def _scatter(self: Follower, node: fx.Node) -> Any:
+def scatter(self: Follower, node: fx.Node) -> Any:
     """Writes along a dimension that is no token axis: each token writes into its own row."""
     value, dim, index, source = node.args[:4]
     shape, picked = shape_of(node), shape_of(index)
@@ -141,8 +134,7 @@ def _scatter(self: Follower, node: fx.Node) -> Any:
     return self.output(node, keys, table)
 
 
-@rule(aten.index.Tensor)
-def _index(self: Follower, node: fx.Node) -> Any:
+def index(self: Follower, node: fx.Node) -> Any:
     """``x[rows, positions]``: positions in the unpruned sequence are mapped to positions among the kept."""
     value, indices = node.args[:2]
     if self.dims(value) is None:

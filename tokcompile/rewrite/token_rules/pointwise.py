@@ -224,8 +224,6 @@ def _reduce(self: Follower, node: fx.Node) -> Any:
         "logcumsumexp",
         "flip",
         "roll",
-        "sort",
-        "argsort",
         "topk",
         "tril",
         "triu",

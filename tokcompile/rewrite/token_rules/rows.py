@@ -21,9 +21,9 @@ from tokcompile.capture.ops import LAYOUT, TRIVIAL, is_in_place, op_name
 from tokcompile.capture.sizes import equal, guarded_equal, product, shape_of
 from tokcompile.rewrite.labels import Axis, Dim, Dims, Factor, is_token, is_tracked, plain, same_dim, size_of
 from tokcompile.rewrite.token_axis import POSITIONS, Follower, overloads, rule
-from tokcompile.rewrite.token_rules.indexing import _gather, _index, _index_select, _scatter, _select
+from tokcompile.rewrite.token_rules import indexing
 from tokcompile.rewrite.token_rules.pointwise import _along, _nodes, dim_argument, pointwise
-from tokcompile.rewrite.token_rules.shapes import _getitem, _split
+from tokcompile.rewrite.token_rules.shapes import _split, getitem
 
 aten = torch.ops.aten
 
@@ -78,7 +78,7 @@ def _item(self: Follower, node: fx.Node) -> Any:
     held = self.flow.positions.get(node.args[0])  # type: ignore[arg-type]
     if held is not None and held[node.args[1]] is not None:
         self.flow.positions[node] = held[node.args[1]]
-    return _getitem(self, node)
+    return getitem(self, node)
 
 
 # .. rows in an order that values choose
@@ -147,7 +147,7 @@ def _nonzero(self: Follower, node: fx.Node) -> Any:
 def _column(self: Follower, node: fx.Node) -> Any:
     held = self.flow.positions.get(node.args[0])  # type: ignore[arg-type]
     if held is None:
-        return (_split if node.target is aten.unbind.int else _select)(self, node)
+        return (_split if node.target is aten.unbind.int else indexing.select)(self, node)
     dims = self.known(node.args[0])
     at = dim_argument(node, 1, 0, len(dims))
     if not isinstance(held, list) or at != 1:
@@ -221,7 +221,7 @@ def _index_rows(self: Follower, node: fx.Node) -> Any:
     if value in self.flow.positions:
         raise self.as_number(node)
     if all(self.dims(t) is None for _, t in tensors) or any(t.meta["val"].dtype == torch.bool for _, t in tensors):
-        return _index(self, node)
+        return indexing.index(self, node)
     if any(self.dims(t) is None for _, t in tensors):
         raise self.refuse(node, "an index is computed from tokens, and another one is not")
     if places != list(range(places[0], places[0] + len(places))):
@@ -240,7 +240,7 @@ def _select_rows(self: Follower, node: fx.Node) -> Any:
     if value in self.flow.positions:
         raise self.as_number(node)
     if self.dims(index) is None:
-        return _index_select(self, node)
+        return indexing.index_select(self, node)
     dims = self.known(value)
     at = int(at) % len(dims)
     dims = _picked(self, node, value, [(at, index)])
@@ -253,7 +253,7 @@ def _gather_rows(self: Follower, node: fx.Node) -> Any:
     if value in self.flow.positions:
         raise self.as_number(node)
     if index not in self.flow.positions:
-        return _gather(self, node)
+        return indexing.gather(self, node)
     rank = len(shape_of(node))
     at = int(at) % rank
     _picked(self, node, value, [(at, index)])
@@ -340,7 +340,7 @@ def _scatter_rows(self: Follower, node: fx.Node) -> Any:
     if index not in self.flow.positions:
         if value in self.flow.positions or source in self.flow.positions:
             raise self.as_number(node)
-        return _scatter(self, node)
+        return indexing.scatter(self, node)
     rank, adds = len(shape_of(node)), "add" in op_name(node)
     at = int(at) % rank
     if rank == 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import sympy
@@ -224,7 +223,7 @@ def _split(self: Follower, node: fx.Node) -> Any:
     return results
 
 
-@rule(operator.getitem)
-def _getitem(self: Follower, node: fx.Node) -> Any:
+def getitem(self: Follower, node: fx.Node) -> Any:
+    """One of several results; registered by ``rows``, which carries along what it says of places."""
     dims = self.dims(node.args[0])
     return dims[node.args[1]] if isinstance(dims, list) else None
